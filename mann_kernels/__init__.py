@@ -1,0 +1,29 @@
+"""Fast, exact, drop-in memory-augmented network layers for PyTorch.
+
+Operators: content_address, lrua_write_weights, memory_update, lrua_step, lrua_sequence, mann_sequence.
+Layers: MANN, MANNCell, ContentAddressing. `with backend(name):` asks for one implementation.
+"""
+
+from mann_kernels import _library
+from mann_kernels._backend import backend
+from mann_kernels.ops import (
+    content_address,
+    lrua_sequence,
+    lrua_step,
+    lrua_write_weights,
+    mann_sequence,
+    memory_update,
+)
+
+_library.load_cpp()
+
+__version__ = "0.1.0"
+__all__ = [
+    "backend",
+    "content_address",
+    "lrua_sequence",
+    "lrua_step",
+    "lrua_write_weights",
+    "mann_sequence",
+    "memory_update",
+]

@@ -1,0 +1,88 @@
+"""Which implementation runs: chosen by device and dtype, visible, and never changed silently."""
+
+import contextlib
+import functools
+import warnings
+
+import torch
+
+from mann_kernels import _library
+
+#: The stems: every public operator, in the order in which one builds on another.
+STEMS = (
+    "content_address",
+    "lrua_write_weights",
+    "memory_update",
+    "lrua_step",
+    "lrua_sequence",
+    "mann_sequence",
+)
+NAMES = ("reference", "cpp", "triton", "cuda")
+CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+_requested: str | None = None
+
+
+@contextlib.contextmanager
+def backend(name: str):
+    """Within the block, run every operator of this library on one implementation.
+
+    Args:
+        name: "reference" (plain PyTorch), "cpp", "triton" or "cuda".
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: from an operator called in the block, if this implementation cannot run it; nothing falls back.
+
+    The request holds for the whole process, and for the backward pass of what is run in the block.
+    """
+    global _requested
+    if name not in NAMES:
+        raise ValueError(f"backend: got {name!r}, want one of {', '.join(map(repr, NAMES))}")
+    before, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def missing(name: str, stem: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why the implementation `name` cannot run `stem` on this device and dtype; None if it can."""
+    if name == "reference":
+        return None
+    if name == "cpp":
+        if device != "cpu":
+            return f"the C++ kernels run on CPU tensors, not on {device}"
+        if _library.cpp_missing is not None:
+            return _library.cpp_missing
+        if not _library.has_kernel(stem, "CPU"):
+            return f"the compiled extension has no kernel for {stem}: it is older than this package, build it again"
+        if dtype not in CPP_DTYPES:
+            return f"the C++ kernels take {', '.join(map(str, CPP_DTYPES))}, not {dtype}"
+        return None
+    return f"this version has no {name} kernels"
+
+
+def default(stem: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The implementation that runs when none is asked for, and why it is not a kernel (None if it is one)."""
+    why = missing("cpp", stem, device, dtype)
+    return ("cpp", None) if why is None else ("reference", why)
+
+
+@functools.cache
+def _warn_once(stem: str, device: str, why: str) -> None:
+    warnings.warn(f"mann_kernels: {stem} on {device} runs as plain PyTorch, slowly: {why}", stacklevel=4)
+
+
+def select(stem: str, tensor: torch.Tensor) -> str:
+    """The name of the implementation for this call of `stem`, decided by one of its tensors."""
+    device, dtype = tensor.device.type, tensor.dtype
+    if _requested is not None:
+        why = missing(_requested, stem, device, dtype)
+        if why is not None:
+            raise RuntimeError(f"backend {_requested!r} was asked for, but cannot run {stem}: {why}")
+        return _requested
+    name, why = default(stem, device, dtype)
+    if why is not None and not torch.compiler.is_compiling():
+        _warn_once(stem, device, why)
+    return name

@@ -1,0 +1,35 @@
+"""The `mann::` operator library: schemas exist with or without the compiled part, kernels attach themselves when it loads."""
+
+import importlib.util
+
+import torch
+
+_LIBRARY = torch.library.Library("mann", "DEF")
+
+#: Why the compiled CPU kernels are missing, or None when they are loaded.
+cpp_missing: str | None = None
+
+
+def define(schema: str, fake) -> None:
+    """Declare `mann::<schema>` and the function that computes its output shapes."""
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"mann::{name}", fake, lib=_LIBRARY)
+
+
+def load_cpp() -> None:
+    """Load the extension that registers the C++ kernels; remember why if that fails."""
+    global cpp_missing
+    found = importlib.util.find_spec("mann_kernels._C")
+    if found is None or found.origin is None:
+        cpp_missing = "the compiled extension mann_kernels._C was not built (pip install builds it where a C++ compiler is)"
+        return
+    try:
+        torch.ops.load_library(found.origin)
+    except OSError as error:
+        cpp_missing = f"the compiled extension {found.origin} does not load: {error}"
+
+
+def has_kernel(stem: str, dispatch_key: str) -> bool:
+    """Is a kernel registered for the operator `mann::<stem>` under this dispatch key ("CPU", "CUDA")?"""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mann::{stem}", dispatch_key)

@@ -1,0 +1,75 @@
+"""Validation shared by the public functions: an error names the argument, what it got and what it wants."""
+
+import torch
+
+
+def same_kind(**tensors: torch.Tensor | None) -> None:
+    """All are tensors of one floating dtype on one device (None is skipped)."""
+    first_name, first = None, None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, want a torch.Tensor")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, want a floating-point dtype")
+        if first is None:
+            first_name, first = name, tensor
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, want {first.dtype}, the dtype of {first_name}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: got device {tensor.device}, want {first.device}, the device of {first_name}")
+
+
+def shape(sizes: dict[str, int], name: str, tensor: torch.Tensor | None, *want: str) -> None:
+    """The tensor has the shape spelt by `want`, e.g. ("B", "N", "W"); sizes seen first are remembered in `sizes`.
+
+    A letter that is not yet known is taken from this tensor. An entry may be a name of a size computed before ("4H").
+    """
+    if tensor is None:
+        return
+    got = tuple(tensor.shape)
+    text = f"[{', '.join(want)}]"
+    if len(got) != len(want):
+        raise ValueError(f"{name}: got shape {list(got)}, want {text}")
+    for size, letter in zip(got, want, strict=True):
+        expected = sizes.setdefault(letter, size)
+        if size != expected:
+            known = ", ".join(f"{letter}={sizes[letter]}" for letter in dict.fromkeys(want) if letter in sizes)
+            raise ValueError(f"{name}: got shape {list(got)}, want {text} with {known}")
+
+
+def not_empty(sizes: dict[str, int], *letters: str) -> None:
+    """Sizes that must be at least 1 (an empty batch or an episode of no steps is fine; no slots is not)."""
+    words = {"N": "slots", "W": "columns", "R": "heads", "H": "hidden units"}
+    for letter in letters:
+        if sizes[letter] < 1:
+            raise ValueError(f"memory operators need at least one of each: got {sizes[letter]} {words[letter]} ({letter})")
+
+
+def heads_fit(sizes: dict[str, int]) -> None:
+    """Each of the R heads takes a least-used slot of its own."""
+    if sizes["R"] > sizes["N"]:
+        raise ValueError(
+            f"num_heads: got {sizes['R']} heads (R) for {sizes['N']} slots (N), want num_heads <= num_slots: "
+            "exactly R least-used slots are chosen at every step"
+        )
+
+
+def choice(name: str, value: str, *allowed: str) -> None:
+    """A string option."""
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, allowed))}")
+
+
+def step_lengths(sizes: dict[str, int], lengths: torch.Tensor | None, device: torch.device) -> None:
+    """lengths [B] counts the real steps of each example. Its values are not read here (that would synchronise a GPU):
+    below 0 means no step at all and above T means all steps, in every implementation."""
+    if lengths is None:
+        return
+    if not isinstance(lengths, torch.Tensor) or lengths.dtype != torch.int64:
+        got = lengths.dtype if isinstance(lengths, torch.Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths: got {got}, want an int64 tensor [B]")
+    if lengths.device != device:
+        raise ValueError(f"lengths: got device {lengths.device}, want {device}")
+    shape(sizes, "lengths", lengths, "B")

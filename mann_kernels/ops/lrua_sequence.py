@@ -1,0 +1,172 @@
+"""An episode of memory steps in one call, for keys that do not depend on what is read."""
+
+import functools
+
+import torch
+
+from mann_kernels import _backend, _library, reference
+from mann_kernels.ops import _check
+from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops.lrua_step import check_options, check_state
+
+#: Backward rolls the memory back step by step, which rounds; every so many steps forward keeps a whole copy to restart from.
+CHECKPOINT_EVERY = 256
+
+#: The kernels keep memory [W,N] with the slots, padded to this multiple, in vector lanes.
+SLOT_PADDING = 16
+
+
+def saved_shapes(time, batch, slots, width, heads, erase_all, checkpoint_every, save):
+    """Shapes of what a sequence keeps for its backward: read weights, least-used slots, erased rows, memory copies.
+
+    The copies are taken after every `checkpoint_every` steps and after the last one.
+    """
+    if not save:
+        return (0,), (0,), (0,), (0,)
+    padded = -(-slots // SLOT_PADDING) * SLOT_PADDING
+    return (
+        (time, batch, heads, slots),
+        (time, batch, heads),
+        (time, batch, heads if erase_all else 1, width),
+        (-(-time // checkpoint_every), batch, width, padded),
+    )
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel computes in, and saves in: float32 for the 16-bit types."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def empty_saved(memory, time, heads, erase_all, checkpoint_every, save):
+    """The saved tensors of a sequence, not initialised."""
+    batch, slots, width = memory.shape
+    dtype = arithmetic_dtype(memory.dtype)
+    shapes = saved_shapes(time, batch, slots, width, heads, erase_all, checkpoint_every, save)
+    return tuple(
+        memory.new_empty(shape, dtype=torch.int32 if i == 1 else dtype) for i, shape in enumerate(shapes)
+    )
+
+
+def _fake_forward(
+    memory, usage, read_weights, key, gate, beta, add, lengths, shared, erase_all, decay, eps, checkpoint_every, save
+):
+    return (
+        key.new_empty(key.shape),
+        memory.new_empty(memory.shape),
+        usage.new_empty(usage.shape),
+        read_weights.new_empty(read_weights.shape),
+        *empty_saved(memory, key.shape[0], key.shape[2], erase_all, checkpoint_every, save),
+    )
+
+
+def _fake_backward(
+    dreads, dmemory1, dread_weights1, read_weights, key, gate, beta, add, lengths, saved_read_weights, *_
+):
+    batch, heads, slots = read_weights.shape
+    return (
+        key.new_empty(batch, slots, key.shape[3]),
+        read_weights.new_empty(read_weights.shape),
+        key.new_empty(key.shape),
+        gate.new_empty(gate.shape),
+        gate.new_empty(gate.shape if beta is not None else (0,)),
+        key.new_empty(key.shape if add is not None else (0,)),
+    )
+
+
+_library.define(
+    "lrua_sequence(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, Tensor gate, Tensor? beta, Tensor? add,"
+    " Tensor? lengths, bool shared, bool erase_all, float decay, float eps, int checkpoint_every, bool save)"
+    " -> (Tensor reads, Tensor memory1, Tensor usage1, Tensor read_weights1,"
+    " Tensor saved_read_weights, Tensor saved_least_used, Tensor saved_erased, Tensor saved_memory)",
+    _fake_forward,
+)
+_library.define(
+    "lrua_sequence_backward(Tensor dreads, Tensor? dmemory1, Tensor? dread_weights1, Tensor read_weights, Tensor key,"
+    " Tensor gate, Tensor? beta, Tensor? add, Tensor? lengths, Tensor saved_read_weights, Tensor saved_least_used,"
+    " Tensor saved_erased, Tensor saved_memory, bool shared, bool erase_all, float eps, int checkpoint_every)"
+    " -> (Tensor dmemory, Tensor dread_weights, Tensor dkey, Tensor dgate, Tensor dbeta, Tensor dadd)",
+    _fake_backward,
+)
+
+
+class _LruaSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, memory, usage, read_weights, key, gate, beta, add, lengths, lru, erase, decay, eps, save):
+        reads, memory1, usage1, read_weights1, *saved = torch.ops.mann.lrua_sequence(
+            *(memory, usage, read_weights, key, gate, beta, add, lengths),
+            *(lru == "shared", erase == "all", decay, eps, CHECKPOINT_EVERY, save),
+        )
+        ctx.mark_non_differentiable(usage1)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(memory, usage, read_weights, key, gate, beta, add, lengths, *saved)
+        ctx.options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
+        return reads, memory1, usage1, read_weights1
+
+    @staticmethod
+    def backward(ctx, dreads, dmemory1, _, dread_weights1):
+        memory, usage, read_weights, key, gate, beta, add, lengths, *saved = ctx.saved_tensors
+        options = ctx.options
+        if torch.is_grad_enabled():
+            function = functools.partial(reference.lrua_sequence, lengths=lengths, **options)
+            inputs = (memory, usage, read_weights, key, gate, beta, add)
+            return *reference_vjp(function, inputs, (dreads, dmemory1, None, dread_weights1)), *[None] * 6
+        dmemory, dread_weights, dkey, dgate, dbeta, dadd = torch.ops.mann.lrua_sequence_backward(
+            torch.zeros_like(key) if dreads is None else dreads,
+            *(dmemory1, dread_weights1, read_weights, key, gate, beta, add, lengths, *saved),
+            *(options["lru"] == "shared", options["erase"] == "all", options["eps"], CHECKPOINT_EVERY),
+        )
+        dbeta, dadd = None if beta is None else dbeta, None if add is None else dadd
+        return dmemory, None, dread_weights, dkey, dgate, dbeta, dadd, *[None] * 6
+
+
+def lrua_sequence(
+    memory: torch.Tensor,
+    usage: torch.Tensor,
+    read_weights: torch.Tensor,
+    key: torch.Tensor,
+    gate: torch.Tensor,
+    beta: torch.Tensor | None = None,
+    add: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    *,
+    lru: str = "per_head",
+    erase: str = "least",
+    decay: float = 0.99,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """T steps of the memory (lrua_step) in one call (Santoro et al. 2016, eq. 2 to 8).
+
+    Args:
+        memory: [B, N, W], usage: [B, N], read_weights: [B, R, N]: the state before the first step.
+        key: [T, B, R, W], gate: [T, B, R], beta: [T, B, R] or None, add: [T, B, R, W] or None: as in lrua_step, for every step.
+        lengths: int64 [B], the number of real steps of each example, or None for T. Later steps are padding: they read
+            zeros and change nothing.
+        lru, erase, decay, eps: as in lrua_step.
+
+    Returns:
+        reads [T, B, R, W], and memory, usage, read_weights after the last real step. No gradient flows through usage.
+
+    Raises:
+        TypeError: a tensor that is not floating point, or not of the dtype of the others; lengths not int64.
+        ValueError: a shape, device or option that does not fit; more heads than slots.
+
+    Kept for the backward pass: R*N + W numbers per step and example, and a copy of the memory every CHECKPOINT_EVERY
+    steps, never one per step: the backward pass undoes the writes.
+    """
+    sizes: dict[str, int] = {}
+    _check.same_kind(
+        memory=memory, usage=usage, read_weights=read_weights, key=key, gate=gate, beta=beta, add=add
+    )
+    check_state(sizes, memory, usage, read_weights)
+    _check.shape(sizes, "key", key, "T", "B", "R", "W")
+    _check.shape(sizes, "gate", gate, "T", "B", "R")
+    _check.shape(sizes, "beta", beta, "T", "B", "R")
+    _check.shape(sizes, "add", add, "T", "B", "R", "W")
+    _check.step_lengths(sizes, lengths, memory.device)
+    check_options(lru, erase)
+    options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
+    inputs = (memory, usage, read_weights, key, gate, beta, add)
+    if _backend.select("lrua_sequence", memory) == "reference":
+        return reference.lrua_sequence(*inputs, lengths, **options)
+    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    return _LruaSequence.apply(*inputs, lengths, *options.values(), save)

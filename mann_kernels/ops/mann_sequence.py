@@ -1,0 +1,225 @@
+"""A whole MANN episode in one call: LSTM controller, heads and memory."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from mann_kernels import _backend, _library, reference
+from mann_kernels.ops import _check
+from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops.lrua_sequence import CHECKPOINT_EVERY, arithmetic_dtype, empty_saved
+from mann_kernels.ops.lrua_step import check_options, check_state
+
+WRITE = ("key", "add")
+SQUASH = ("tanh", "identity")
+
+# The operator is the recurrent part only. The input projection before it and the weight gradients after it are one
+# matrix product each over all steps, which torch does best, whatever the device.
+_FLAGS = "bool write_add, bool key_strength, bool squash, bool shared, bool erase_all"
+
+
+def _fake_forward(
+    gates_x, weight_hh, weight_head, bias_head, h, c, reads, memory, usage, read_weights, lengths,
+    write_add, key_strength, squash, shared, erase_all, decay, eps, checkpoint_every, save,
+):  # fmt: skip
+    (time, batch), hidden = gates_x.shape[:2], h.shape[1]
+    dtype = arithmetic_dtype(gates_x.dtype)
+
+    def saved(width):
+        return gates_x.new_empty((time, batch, width) if save else (0,), dtype=dtype)
+
+    return (
+        gates_x.new_empty(time, batch, weight_hh.shape[1]),
+        *(state.new_empty(state.shape) for state in (h, c, reads, memory, usage, read_weights)),
+        *(saved(width) for width in (4 * hidden, hidden, weight_head.shape[0])),
+        *empty_saved(memory, time, reads.shape[1], erase_all, checkpoint_every, save),
+    )
+
+
+def _fake_backward(
+    doutput, dh1, dc1, dreads1, dmemory1, dread_weights1, weight_hh, weight_head, c, read_weights, lengths,
+    saved_gates, *_,
+):  # fmt: skip
+    time, batch = doutput.shape[:2]
+    heads, slots = read_weights.shape[1:]
+    width = (weight_hh.shape[1] - c.shape[1]) // heads
+    return (
+        doutput.new_empty(time, batch, weight_hh.shape[0]),
+        doutput.new_empty(time, batch, weight_head.shape[0]),
+        c.new_empty(c.shape),
+        c.new_empty(c.shape),
+        c.new_empty(batch, heads, width),
+        c.new_empty(batch, slots, width),
+        read_weights.new_empty(read_weights.shape),
+    )
+
+
+_library.define(
+    "mann_sequence(Tensor gates_x, Tensor weight_hh, Tensor weight_head, Tensor bias_head, Tensor h, Tensor c,"
+    " Tensor reads, Tensor memory, Tensor usage, Tensor read_weights, Tensor? lengths,"
+    f" {_FLAGS}, float decay, float eps, int checkpoint_every, bool save)"
+    " -> (Tensor output, Tensor h1, Tensor c1, Tensor reads1, Tensor memory1, Tensor usage1, Tensor read_weights1,"
+    " Tensor saved_gates, Tensor saved_c, Tensor saved_head,"
+    " Tensor saved_read_weights, Tensor saved_least_used, Tensor saved_erased, Tensor saved_memory)",
+    _fake_forward,
+)
+_library.define(
+    "mann_sequence_backward(Tensor doutput, Tensor? dh1, Tensor? dc1, Tensor? dreads1, Tensor? dmemory1,"
+    " Tensor? dread_weights1, Tensor weight_hh, Tensor weight_head, Tensor c, Tensor read_weights, Tensor? lengths,"
+    " Tensor saved_gates, Tensor saved_c, Tensor saved_head,"
+    " Tensor saved_read_weights, Tensor saved_least_used, Tensor saved_erased, Tensor saved_memory,"
+    f" {_FLAGS}, float eps, int checkpoint_every)"
+    " -> (Tensor dgates, Tensor dhead, Tensor dh, Tensor dc, Tensor dreads, Tensor dmemory, Tensor dread_weights)",
+    _fake_backward,
+)
+
+
+class _MannSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, h, c, reads, memory, usage, read_weights, weight_ih, weight_hh, bias, weight_head, bias_head,
+        lengths, write, key_strength, squash, lru, erase, decay, eps, save,
+    ):  # fmt: skip
+        flags = (write == "add", key_strength, squash == "tanh", lru == "shared", erase == "all")
+        output, *state_and_saved = torch.ops.mann.mann_sequence(
+            *(F.linear(x, weight_ih, bias), weight_hh, weight_head, bias_head),
+            *(h, c, reads, memory, usage, read_weights, lengths),
+            *(*flags, decay, eps, CHECKPOINT_EVERY, save),
+        )
+        state, saved = state_and_saved[:6], state_and_saved[6:]
+        ctx.mark_non_differentiable(state[4])
+        ctx.set_materialize_grads(False)
+        inputs = (x, h, c, reads, memory, usage, read_weights, weight_ih, weight_hh, bias, weight_head, bias_head)
+        ctx.save_for_backward(*inputs, lengths, output, *saved)
+        ctx.flags = flags
+        ctx.options = {
+            "write": write, "key_strength": key_strength, "squash": squash,
+            "lru": lru, "erase": erase, "decay": decay, "eps": eps,
+        }  # fmt: skip
+        return output, *state
+
+    @staticmethod
+    def backward(ctx, doutput, dh1, dc1, dreads1, dmemory1, _, dread_weights1):
+        *inputs, lengths, output = ctx.saved_tensors[:14]
+        saved = ctx.saved_tensors[14:]
+        state_grads = (dh1, dc1, dreads1, dmemory1, dread_weights1)
+        if torch.is_grad_enabled():
+            function = functools.partial(reference.mann_sequence, lengths=lengths, **ctx.options)
+            grads = reference_vjp(function, inputs, (doutput, *state_grads[:4], None, dread_weights1))
+            return *grads, *[None] * 9
+        x, h, c, reads, _, _, read_weights, weight_ih, weight_hh, _, weight_head, _ = inputs
+        dgates, dhead, dh, dc, dreads, dmemory, dread_weights = torch.ops.mann.mann_sequence_backward(
+            torch.zeros_like(output) if doutput is None else doutput,
+            *(*state_grads, weight_hh, weight_head, c, read_weights, lengths, *saved),
+            *(*ctx.flags, ctx.options["eps"], CHECKPOINT_EVERY),
+        )
+        state = (dh, dc, dreads, dmemory, None, dread_weights)
+        weights = _weight_grads(ctx.needs_input_grad, x, h, reads, output, weight_ih, dgates, dhead)
+        return weights[0], *state, *weights[1:], *[None] * 9
+
+
+def _weight_grads(needs, x, h, reads, output, weight_ih, dgates, dhead):
+    """The gradients that are one matrix product over all steps: of x, weight_ih, weight_hh, bias, weight_head, bias_head."""
+    hidden = h.shape[1]
+    flat_dgates, flat_dhead = dgates.flatten(0, 1), dhead.flatten(0, 1)
+    dx = (flat_dgates @ weight_ih).view(x.shape) if needs[0] else None
+    dweight_ih = flat_dgates.t() @ x.flatten(0, 1) if needs[7] else None
+    dweight_hh = None
+    if needs[8]:  # the recurrent input of step t is (h, reads) of step t - 1
+        if x.shape[0]:
+            first = torch.cat([h, reads.flatten(1)], dim=1)
+            dweight_hh = dgates[0].t() @ first
+            dweight_hh = dweight_hh.addmm_(dgates[1:].flatten(0, 1).t(), output[:-1].flatten(0, 1))
+        else:
+            dweight_hh = output.new_zeros(dgates.shape[2], output.shape[2])
+    dbias = flat_dgates.sum(0) if needs[9] else None
+    dweight_head = flat_dhead.t() @ output.flatten(0, 1)[:, :hidden] if needs[10] else None
+    dbias_head = flat_dhead.sum(0) if needs[11] else None
+    return dx, dweight_ih, dweight_hh, dbias, dweight_head, dbias_head
+
+
+def mann_sequence(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    c: torch.Tensor,
+    reads: torch.Tensor,
+    memory: torch.Tensor,
+    usage: torch.Tensor,
+    read_weights: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias: torch.Tensor,
+    weight_head: torch.Tensor,
+    bias_head: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    *,
+    write: str = "key",
+    key_strength: bool = False,
+    squash: str = "tanh",
+    lru: str = "per_head",
+    erase: str = "least",
+    decay: float = 0.99,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, ...]:
+    """A whole episode of a MANN with an LSTM controller, in one call (Santoro et al. 2016, section 3).
+
+    Args:
+        x: [T, B, I], the input; in the paper (x_t, y_{t-1}).
+        h, c: [B, H], reads: [B, R, W], memory: [B, N, W], usage: [B, N], read_weights: [B, R, N]: the state before the
+            first step. R is taken from read_weights.
+        weight_ih: [4H, I], weight_hh: [4H, H + R*W], bias: [4H]: the LSTM (eq. 9 to 16), its gates in the order of nn.LSTM
+            (input, forget, cell, output). The recurrent input is the previous (h, reads).
+        weight_head: [P, H], bias_head: [P]: from h to key (R*W), gate (R), key strength (R, with key_strength),
+            add (R*W, with write="add"), in this order; P is their sum.
+        lengths: int64 [B], the number of real steps of each example, or None for T. Later steps are padding: their output
+            is zero and they change nothing.
+        write: "key" writes what is looked for, as the paper does; "add" a vector of its own.
+        key_strength: multiply the similarities by softplus of a head output; False is 1, as in the paper.
+        squash: "tanh" or "identity", on key and add.
+        lru, erase, decay, eps: as in lrua_step.
+
+    Returns:
+        output [T, B, H + R*W] = (h, reads) of every step, then h, c, reads, memory, usage, read_weights after the last
+        real step. No gradient flows through usage.
+
+    Raises:
+        TypeError: a tensor that is not floating point, or not of the dtype of the others; lengths not int64.
+        ValueError: a shape, device or option that does not fit; more heads than slots.
+
+    Kept for the backward pass: 5H + P + R*N + W numbers per step and example beside x and the output, and a copy of the
+    memory every CHECKPOINT_EVERY steps.
+    """
+    sizes: dict[str, int] = {}
+    inputs = (x, h, c, reads, memory, usage, read_weights, weight_ih, weight_hh, bias, weight_head, bias_head)
+    _check.same_kind(
+        x=x, h=h, c=c, reads=reads, memory=memory, usage=usage, read_weights=read_weights, weight_ih=weight_ih,
+        weight_hh=weight_hh, bias=bias, weight_head=weight_head, bias_head=bias_head,
+    )  # fmt: skip
+    check_state(sizes, memory, usage, read_weights)
+    _check.shape(sizes, "x", x, "T", "B", "I")
+    _check.shape(sizes, "h", h, "B", "H")
+    _check.shape(sizes, "c", c, "B", "H")
+    _check.not_empty(sizes, "H")
+    _check.shape(sizes, "reads", reads, "B", "R", "W")
+    _check.choice("write", write, *WRITE)
+    _check.choice("squash", squash, *SQUASH)
+    check_options(lru, erase)
+    words = sizes["R"] * sizes["W"]
+    sizes["4H"] = 4 * sizes["H"]
+    sizes["H+R*W"] = sizes["H"] + words
+    sizes["P"] = words + sizes["R"] + sizes["R"] * key_strength + words * (write == "add")
+    _check.shape(sizes, "weight_ih", weight_ih, "4H", "I")
+    _check.shape(sizes, "weight_hh", weight_hh, "4H", "H+R*W")
+    _check.shape(sizes, "bias", bias, "4H")
+    _check.shape(sizes, "weight_head", weight_head, "P", "H")
+    _check.shape(sizes, "bias_head", bias_head, "P")
+    _check.step_lengths(sizes, lengths, x.device)
+    options = {
+        "write": write, "key_strength": key_strength, "squash": squash,
+        "lru": lru, "erase": erase, "decay": decay, "eps": eps,
+    }  # fmt: skip
+    if _backend.select("mann_sequence", x) == "reference":
+        return reference.mann_sequence(*inputs, lengths, **options)
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return _MannSequence.apply(*inputs, lengths, *options.values(), save)

@@ -1,0 +1,16 @@
+"""Content-based addressing: eq. 2 and 3 (17 and 18 of the supplement)."""
+
+import torch
+
+
+def content_address(memory, key, beta=None, *, eps=1e-6):
+    """memory [B,N,W], key [B,R,W], beta [B,R] or None (= 1, the paper) -> read_weights [B,R,N]."""
+    # eq. 2, with eps inside the root so that an all-zero row has similarity 0 and a finite gradient
+    dot = key @ memory.transpose(-1, -2)
+    key_square = (key * key).sum(-1)
+    row_square = (memory * memory).sum(-1)
+    similarity = dot / torch.sqrt(key_square[..., :, None] * row_square[..., None, :] + eps)
+    # eq. 3; the paper has no key strength
+    if beta is not None:
+        similarity = beta[..., None] * similarity
+    return torch.softmax(similarity, dim=-1)

@@ -1,0 +1,39 @@
+"""An episode of memory steps whose keys are known beforehand (feed-forward controller)."""
+
+import torch
+
+from mann_kernels.reference.lrua_step import lrua_step
+
+
+def where_active(lengths, t, new, old):
+    """`new` for the examples whose step t is real, `old` for the padded ones. lengths [B] or None (all are real)."""
+    if lengths is None:
+        return new
+    active = (t < lengths).reshape(-1, *[1] * (new.dim() - 1))
+    return torch.where(active, new, old)
+
+
+def lrua_sequence(memory, usage, read_weights, key, gate, beta=None, add=None, lengths=None, **options):
+    """key [T,B,R,W], gate [T,B,R], beta [T,B,R]?, add [T,B,R,W]?, lengths int [B]?; state and options as in lrua_step
+    -> reads [T,B,R,W], memory, usage, read_weights.
+
+    Step t of example b is padding when t >= lengths[b]: it reads zeros and leaves the state alone.
+    """
+    reads = []
+    for t in range(key.shape[0]):
+        step = lrua_step(
+            memory,
+            usage,
+            read_weights,
+            key[t],
+            gate[t],
+            None if beta is None else beta[t],
+            None if add is None else add[t],
+            **options,
+        )
+        reads.append(where_active(lengths, t, step[0], torch.zeros_like(step[0])))
+        memory = where_active(lengths, t, step[1], memory)
+        usage = where_active(lengths, t, step[2], usage)
+        read_weights = where_active(lengths, t, step[3], read_weights)
+    reads = torch.stack(reads) if reads else torch.zeros_like(key)
+    return reads, memory, usage, read_weights

@@ -1,0 +1,27 @@
+"""Least-recently-used write weights: eq. 6 and 7 (21 and 22 of the supplement)."""
+
+import torch
+
+
+def least_used_slots(usage, count):
+    """The `count` slots of smallest usage, ascending, ties to the lowest index; NaN counts as largest.
+
+    usage [B,N] -> int32 [B,count]. Exactly `count`: the literal "<=" of eq. 6 marks every tied slot, and with a constant
+    initial memory all slots tie at every step for ever.
+    """
+    return torch.sort(usage.detach(), dim=-1, stable=True).indices[..., :count].to(torch.int32)
+
+
+def lrua_write_weights(usage, read_weights, gate, *, lru="per_head"):
+    """usage [B,N], previous read_weights [B,R,N], gate [B,R] (before the sigmoid) -> write_weights [B,R,N], least_used [B,R].
+
+    usage and read_weights are those of the previous step. No gradient reaches usage: it only chooses indices.
+    """
+    heads, slots = read_weights.shape[-2:]
+    least_used = least_used_slots(usage, heads)
+    own_slot = torch.nn.functional.one_hot(least_used.long(), slots).to(read_weights.dtype)
+    if lru == "shared":  # every head writes to all n = R least-used slots
+        own_slot = own_slot.sum(-2, keepdim=True)
+    # eq. 7
+    interpolation = torch.sigmoid(gate)[..., None]
+    return interpolation * read_weights + (1 - interpolation) * own_slot, least_used
