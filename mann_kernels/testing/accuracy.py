@@ -1,0 +1,52 @@
+"""The one tolerance rule by which every kernel is judged."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How far a result is from the float64 reference, and how far it may be."""
+
+    error: float
+    budget: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.budget
+
+
+def accuracy(actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor) -> Accuracy:
+    """Largest absolute error of `actual` against `exact`, and its budget.
+
+    Args:
+        actual: what a kernel computed.
+        same_dtype: what the reference computes in the kernel's dtype.
+        exact: what the reference computes in float64 from the same (rounded) inputs.
+
+    The budget is twice the sum of the reference's own error in that dtype and 4 eps of the largest magnitude, so that it
+    follows the conditioning of the problem. NaN and infinity must stand where they stand in `exact`: if they do not, the
+    error is infinite.
+    """
+    if actual.shape != exact.shape:
+        raise ValueError(f"actual: got shape {list(actual.shape)}, want {list(exact.shape)}")
+    eps = torch.finfo(actual.dtype).eps
+    actual, same_dtype, exact = (tensor.detach().double() for tensor in (actual, same_dtype, exact))
+    if exact.numel() == 0:
+        return Accuracy(0.0, 0.0)
+    finite = exact.isfinite()
+    if not torch.equal(actual[~finite].nan_to_num(), exact[~finite].nan_to_num()) or not actual[finite].isfinite().all():
+        return Accuracy(float("inf"), 0.0)
+    if not finite.any():
+        return Accuracy(0.0, 0.0)
+    actual, same_dtype, exact = actual[finite], same_dtype[finite], exact[finite]
+    own = (same_dtype - exact).abs().nan_to_num(posinf=0.0).max().item()
+    return Accuracy((actual - exact).abs().max().item(), 2 * (own + 4 * eps * exact.abs().max().item()))
+
+
+def assert_accurate(actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor, name: str = "result") -> None:
+    """Raise AssertionError, with the error and its budget, unless `accuracy(...)` is within its budget."""
+    found = accuracy(actual, same_dtype, exact)
+    if not found.ok:
+        raise AssertionError(f"{name}: error {found.error:.3e} against float64, budget {found.budget:.3e} ({actual.dtype})")
