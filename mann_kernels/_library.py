@@ -1,5 +1,6 @@
 """The `mann::` operator library: schemas exist with or without the compiled part, kernels attach themselves when it loads."""
 
+import ctypes
 import importlib.util
 
 import torch
@@ -8,6 +9,10 @@ _LIBRARY = torch.library.Library("mann", "DEF")
 
 #: Why the compiled CPU kernels are missing, or None when they are loaded.
 cpp_missing: str | None = None
+
+#: Instruction sets of the C++ kernels, from the least; one binary has them all and takes the best the machine runs.
+ISAS = ("baseline", "avx2", "avx512")
+_cpu_isa = None
 
 
 def define(schema: str, fake) -> None:
@@ -19,15 +24,23 @@ def define(schema: str, fake) -> None:
 
 def load_cpp() -> None:
     """Load the extension that registers the C++ kernels; remember why if that fails."""
-    global cpp_missing
+    global cpp_missing, _cpu_isa
     found = importlib.util.find_spec("mann_kernels._C")
     if found is None or found.origin is None:
         cpp_missing = "the compiled extension mann_kernels._C was not built (pip install builds it where a C++ compiler is)"
         return
     try:
         torch.ops.load_library(found.origin)
+        _cpu_isa = ctypes.CDLL(found.origin).mann_cpu_isa
     except OSError as error:
         cpp_missing = f"the compiled extension {found.origin} does not load: {error}"
+
+
+def cpu_isa(limit: str | None = None) -> str | None:
+    """The instruction set in use by the C++ kernels, one of ISAS; None without them. `limit` first caps it (for tests)."""
+    if _cpu_isa is None:
+        return None
+    return ISAS[_cpu_isa(-1 if limit is None else ISAS.index(limit))]
 
 
 def has_kernel(stem: str, dispatch_key: str) -> bool:

@@ -25,7 +25,7 @@ def saved_shapes(time, batch, slots, width, heads, erase_all, checkpoint_every, 
         return (0,), (0,), (0,), (0,)
     padded = -(-slots // SLOT_PADDING) * SLOT_PADDING
     return (
-        (time, batch, heads, slots),
+        (time, batch, heads, padded),
         (time, batch, heads),
         (time, batch, heads if erase_all else 1, width),
         (-(-time // checkpoint_every), batch, width, padded),

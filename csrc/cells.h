@@ -1,0 +1,55 @@
+// The formulas of a step, one spelling for every C++ target. V is a number or a vector of numbers: the includer provides
+// exponential, exponential_minus_one and square_root for it, and MANN_ISA names the namespace.
+#pragma once
+
+#ifndef MANN_INLINE
+#define MANN_INLINE inline
+#endif
+
+namespace mann::MANN_ISA {
+
+template <typename V> MANN_INLINE V sigmoid(V x) { return 1 / (1 + exponential(-x)); }
+
+// tanh x = (e^2x - 1) / (e^2x + 1), accurate to the last bits near zero too; beyond +-20 it is +-1 in float64 as well.
+template <typename V> MANN_INLINE V hyperbolic_tangent(V x) {
+    x = x > 20 ? V{} + 20 : x; // false for NaN, which comes out as NaN
+    x = x < -20 ? V{} - 20 : x;
+    const V e = exponential_minus_one(x + x);
+    return e / (e + 2);
+}
+
+// Eq. 9 to 16. The four gates enter before, and leave after, their activation.
+template <typename V> struct LstmCell {
+    V c, h;
+};
+template <typename V> MANN_INLINE LstmCell<V> lstm_cell(V &gate_in, V &gate_forget, V &cell, V &gate_out, V c) {
+    gate_in = sigmoid(gate_in);
+    gate_forget = sigmoid(gate_forget);
+    cell = hyperbolic_tangent(cell);
+    gate_out = sigmoid(gate_out);
+    const V new_c = gate_forget * c + gate_in * cell;
+    return {new_c, gate_out * hyperbolic_tangent(new_c)};
+}
+
+// Gradients before the activations, and of the previous c; new_c is the cell state after the step, c the one before.
+template <typename V> struct LstmCellGrad {
+    V gate_in, gate_forget, cell, gate_out, c;
+};
+template <typename V>
+MANN_INLINE LstmCellGrad<V> lstm_cell_backward(V gate_in, V gate_forget, V cell, V gate_out, V c, V new_c, V dh, V dc) {
+    const V squashed = hyperbolic_tangent(new_c);
+    dc = dc + dh * gate_out * (1 - squashed * squashed);
+    return {dc * cell * gate_in * (1 - gate_in), dc * c * gate_forget * (1 - gate_forget),
+            dc * gate_in * (1 - cell * cell), dh * squashed * gate_out * (1 - gate_out), dc * gate_forget};
+}
+
+// Eq. 2: key . row / sqrt(|key|^2 |row|^2 + eps).
+template <typename V> struct Cosine {
+    V value, norm; // norm is the denominator
+};
+template <typename V, typename T> MANN_INLINE Cosine<V> cosine(V dot, V row_square, T key_square, T eps) {
+    const V norm = square_root(key_square * row_square + eps);
+    return {dot / norm, norm};
+}
+
+} // namespace mann::MANN_ISA

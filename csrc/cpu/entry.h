@@ -1,0 +1,97 @@
+// What the entry points share: tensors in and out of the kernels, and the parallel loop. Compiled once (MANN_ENTRY).
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "kernel.h"
+
+namespace mann {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::initializer_list<int64_t>;
+
+// The tensors of one call: their storage type, and the contiguous copies that must live until the kernel is done.
+class Call {
+  public:
+    // `model` decides the storage type.
+    explicit Call(const Tensor &model) : model_(model), dtype_(model.scalar_type()) {
+        STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::Double || dtype_ == ScalarType::BFloat16,
+                        "the C++ kernels take float32, float64 and bfloat16");
+    }
+
+    Storage storage() const {
+        return dtype_ == ScalarType::Float ? Storage::kFloat
+                                           : (dtype_ == ScalarType::Double ? Storage::kDouble : Storage::kBf16);
+    }
+    ScalarType dtype() const { return dtype_; }
+    ScalarType arithmetic() const { return dtype_ == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+    // The data of a contiguous tensor of this type and these sizes: what memory safety needs, whoever calls.
+    const void *in(const Tensor &tensor, ScalarType dtype, const char *name, Sizes sizes) {
+        STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype for the C++ kernel");
+        const auto got = tensor.sizes();
+        STD_TORCH_CHECK(got.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), got.begin()), name,
+                        ": wrong shape for the C++ kernel");
+        if (!tensor.is_contiguous()) {
+            kept_.push_back(torch::stable::contiguous(tensor));
+            return kept_.back().const_data_ptr();
+        }
+        return tensor.const_data_ptr();
+    }
+    const void *in(const Tensor &tensor, const char *name, Sizes sizes) { return in(tensor, dtype_, name, sizes); }
+    const void *in(const std::optional<Tensor> &tensor, const char *name, Sizes sizes) {
+        return tensor ? in(*tensor, dtype_, name, sizes) : nullptr;
+    }
+    const int64_t *lengths(const std::optional<Tensor> &tensor, int64_t batch) {
+        return tensor ? static_cast<const int64_t *>(in(*tensor, ScalarType::Long, "lengths", {batch})) : nullptr;
+    }
+    // Slot numbers, each checked against the number of slots.
+    const int32_t *slots(const Tensor &tensor, const char *name, Sizes sizes, int64_t number_of_slots) {
+        const int32_t *data = static_cast<const int32_t *>(in(tensor, ScalarType::Int, name, sizes));
+        for (int64_t i = 0; i < tensor.numel(); ++i)
+            STD_TORCH_CHECK(data[i] >= 0 && data[i] < number_of_slots, name, ": got slot ", data[i], ", want one in [0, ",
+                            number_of_slots, ")");
+        return data;
+    }
+    Tensor empty(Sizes sizes, ScalarType dtype) const { return torch::stable::new_empty(model_, sizes, dtype); }
+    Tensor empty(Sizes sizes) const { return empty(sizes, dtype_); }
+
+    // Runs the kernel over `batch` examples, in at most one part per thread. A part has `fixed` numbers of scratch and
+    // `per_example` more for each of its examples; `work` is roughly how many multiply-adds the whole call has: below 2^17 the
+    // threads would cost more than they give.
+    void run(Kernel kernel, const void *args, int64_t batch, int64_t fixed, double work, int64_t per_example = 0) {
+        if (batch == 0) return;
+        const int64_t threads = torch::stable::get_num_threads();
+        const int64_t parts = work < (1 << 17) ? 1 : std::min<int64_t>(threads, batch);
+        const int64_t elements = fixed + per_example * ((batch + parts - 1) / parts);
+        const int64_t stride = (elements + 31) / 32 * 32; // parts do not share a cache line
+        const Tensor scratch = empty({parts * stride + 16}, arithmetic());
+        const int64_t size = arithmetic() == ScalarType::Double ? 8 : 4;
+        char *base = static_cast<char *>(scratch.mutable_data_ptr());
+        base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
+        torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+            for (int64_t part = first; part < last; ++part)
+                kernel(storage(), args, batch * part / parts, batch * (part + 1) / parts, base + part * stride * size);
+        });
+    }
+
+  private:
+    const Tensor &model_;
+    ScalarType dtype_;
+    std::vector<Tensor> kept_;
+};
+
+inline void *out(const Tensor &tensor) { return tensor.mutable_data_ptr(); }
+
+} // namespace mann

@@ -1,0 +1,61 @@
+// How a kernel meets the instruction sets and the storage types.
+//
+// A kernel is a template <typename S> void name(const Args &, int64_t begin, int64_t end, void *scratch) over the examples
+// [begin, end), in the namespace MANN_ISA. Its source file is compiled once per instruction set; MANN_KERNEL makes of each a plain
+// function. The file's entry points, compiled once (MANN_ENTRY), call the one that isa() names.
+#pragma once
+
+#include <cstdint>
+
+namespace mann {
+
+enum class Storage { kFloat, kDouble, kBf16 };
+
+using Kernel = void (*)(Storage, const void *args, int64_t begin, int64_t end, void *scratch);
+
+// The step options that the arguments of the memory kernels carry.
+struct StepOptions {
+    int64_t N, W, R;
+    bool shared, erase_all; // least-used slots: n-hot for every head, or one each; which of them are erased
+    double decay, eps;
+};
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+Isa isa(); // in isa.cpp
+
+} // namespace mann
+
+#define MANN_KERNEL(name, Args)                                                                                        \
+    namespace mann::MANN_ISA {                                                                                         \
+    void name##_kernel(Storage storage, const void *args, int64_t begin, int64_t end, void *scratch) {                 \
+        const Args &a = *static_cast<const Args *>(args);                                                              \
+        if (storage == Storage::kFloat) name<float>(a, begin, end, scratch);                                           \
+        if (storage == Storage::kDouble) name<double>(a, begin, end, scratch);                                         \
+        if (storage == Storage::kBf16) name<Bf16>(a, begin, end, scratch);                                             \
+    }                                                                                                                  \
+    }                                                                                                                  \
+    MANN_PICK(name)
+
+#if !defined(MANN_ENTRY)
+#define MANN_PICK(name)
+#elif defined(__x86_64__)
+#define MANN_PICK(name)                                                                                                \
+    namespace mann::avx2 {                                                                                             \
+    void name##_kernel(Storage, const void *, int64_t, int64_t, void *);                                               \
+    }                                                                                                                  \
+    namespace mann::avx512 {                                                                                           \
+    void name##_kernel(Storage, const void *, int64_t, int64_t, void *);                                               \
+    }                                                                                                                  \
+    namespace mann {                                                                                                   \
+    Kernel name##_pick() {                                                                                      \
+        const Isa set = isa();                                                                                         \
+        return set == Isa::kAvx512 ? avx512::name##_kernel                                                             \
+                                   : (set == Isa::kAvx2 ? avx2::name##_kernel : baseline::name##_kernel);              \
+    }                                                                                                                  \
+    }
+#else
+#define MANN_PICK(name)                                                                                                \
+    namespace mann {                                                                                                   \
+    Kernel name##_pick() { return baseline::name##_kernel; }                                                    \
+    }
+#endif

@@ -1,0 +1,125 @@
+// mann_sequence, forward.
+#pragma once
+
+#include "mann_sequence.h"
+
+namespace mann::MANN_ISA {
+
+// The working memory of one part of the batch, going forward.
+template <typename S> struct Forward {
+    using T = Arith<S>;
+    const MannSequenceArgs &a;
+    const MannOptions &o = a.options;
+    const MemoryShape<T> s = memory_shape<T>(o.step);
+    const int64_t first, count, K = o.recurrent(), words = o.words();
+    T *memory, *usage, *weights, *write_weights, *row_squares; // [count, W, P], [count, P], [2, count, R, P], [R, P], [P]
+    T *recurrent, *c, *gates, *head, *bias;                    // [count, K], [count, H], [count, 4H], [count, head], [head]
+    int32_t *slots;                                            // [R]
+
+    Forward(const MannSequenceArgs &args, int64_t begin, int64_t end, void *scratch)
+        : a(args), first(begin), count(end - begin) {
+        memory = static_cast<T *>(scratch);
+        usage = memory + count * s.W * s.P;
+        weights = usage + count * s.P;
+        write_weights = weights + 2 * count * s.R * s.P;
+        row_squares = write_weights + s.R * s.P;
+        recurrent = row_squares + s.P;
+        c = recurrent + count * K;
+        gates = c + count * o.H;
+        head = gates + count * 4 * o.H;
+        bias = head + count * o.head();
+        slots = reinterpret_cast<int32_t *>(bias + o.head());
+    }
+    int64_t length(int64_t i) const { return a.lengths ? a.lengths[first + i] : o.T; }
+    // Read weights before step t of example i.
+    T *previous(int64_t t, int64_t i) const {
+        if (a.saved_read_weights && t > 0)
+            return static_cast<T *>(a.saved_read_weights) + ((t - 1) * o.B + first + i) * s.R * s.P;
+        return weights + ((t % 2) * count + i) * s.R * s.P;
+    }
+
+    void begin() {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t b = first + i;
+            transpose(static_cast<const S *>(a.memory) + b * s.N * s.W, s.W, s.N, s.W, memory + i * s.W * s.P, s.P, s.P);
+            convert_rows(static_cast<const S *>(a.usage) + b * s.N, usage + i * s.P, 1, s.N, s.P);
+            convert_rows(static_cast<const S *>(a.read_weights) + b * s.R * s.N, previous(0, i), s.R, s.N, s.P);
+            convert(static_cast<const S *>(a.h) + b * o.H, recurrent + i * K, o.H);
+            convert(static_cast<const S *>(a.reads) + b * words, recurrent + i * K + o.H, words);
+            convert(static_cast<const S *>(a.c) + b * o.H, c + i * o.H, o.H);
+        }
+        convert(static_cast<const S *>(a.bias_head), bias, o.head());
+    }
+
+    void remember(int64_t t, int64_t i, const HeadRow<T> &row) {
+        const int64_t at = t * o.B + first + i;
+        StepForward<T> step{};
+        step.memory = memory + i * s.W * s.P, step.usage = usage + i * s.P, step.row_squares = row_squares;
+        step.read_weights = previous(t, i), step.new_read_weights = previous(t + 1, i), step.write_weights = write_weights;
+        step.key = row.key, step.add = row.add, step.gate = row.gate, step.beta = row.beta;
+        step.reads = recurrent + i * K + o.H;
+        step.least_used = a.saved_least_used ? a.saved_least_used + at * s.R : slots;
+        step.erased = a.saved_erased ? static_cast<T *>(a.saved_erased) + at * s.erased() * s.W : nullptr;
+        step_forward(s, step);
+    }
+
+    void step(int64_t t) {
+        const int64_t at = t * o.B + first, H = o.H, P = o.head();
+        T *gate_rows = a.saved_gates ? static_cast<T *>(a.saved_gates) + at * 4 * H : gates;
+        T *head_rows = a.saved_head ? static_cast<T *>(a.saved_head) + at * P : head;
+        const S *gates_x = static_cast<const S *>(a.gates_x) + at * 4 * H;
+        const T *initial;
+        if constexpr (std::is_same_v<S, T>) {
+            initial = gates_x;
+        } else {
+            convert(gates_x, gate_rows, count * 4 * H);
+            initial = gate_rows;
+        }
+        gemm(count, recurrent, K, Packed<T>{static_cast<const T *>(a.weight_hh), K, 4 * H}, initial, 4 * H, gate_rows, 4 * H);
+        for (int64_t i = 0; i < count; ++i) {
+            if (t >= length(i)) continue;
+            lstm_row(H, gate_rows + i * 4 * H, c + i * H, recurrent + i * K);
+            if (a.saved_c) std::memcpy(static_cast<T *>(a.saved_c) + (at + i) * H, c + i * H, H * sizeof(T));
+        }
+        gemm(count, recurrent, K, Packed<T>{static_cast<const T *>(a.weight_head), H, P}, bias, 0, head_rows, P);
+        for (int64_t i = 0; i < count; ++i) {
+            S *out = static_cast<S *>(a.output) + (at + i) * K;
+            if (t < length(i)) {
+                const HeadRow<T> row(o, head_rows + i * P);
+                activate_head(o, row);
+                remember(t, i, row);
+                convert(recurrent + i * K, out, K);
+            } else {
+                std::memset(static_cast<void *>(out), 0, K * sizeof(S));
+                if (a.saved_least_used) std::memset(a.saved_least_used + (at + i) * s.R, 0, s.R * sizeof(int32_t));
+                if (!a.saved_read_weights) // the read weights stay; the two buffers take turns
+                    std::memcpy(previous(t + 1, i), previous(t, i), s.R * s.P * sizeof(T));
+            }
+        }
+        if (a.saved_memory && ((t + 1) % o.checkpoint_every == 0 || t + 1 == o.T))
+            std::memcpy(static_cast<T *>(a.saved_memory) + (t / o.checkpoint_every * o.B + first) * s.W * s.P, memory,
+                        count * s.W * s.P * sizeof(T));
+    }
+
+    void finish() {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t b = first + i, last = length(i) < o.T ? (length(i) < 0 ? 0 : length(i)) : o.T;
+            transpose(memory + i * s.W * s.P, s.P, s.W, s.N, static_cast<S *>(a.memory1) + b * s.N * s.W, s.W, s.W);
+            take_rows(usage + i * s.P, static_cast<S *>(a.usage1) + b * s.N, 1, s.N, s.P);
+            take_rows(previous(a.saved_read_weights ? last : o.T, i), static_cast<S *>(a.read_weights1) + b * s.R * s.N, s.R,
+                      s.N, s.P);
+            convert(recurrent + i * K, static_cast<S *>(a.h1) + b * o.H, o.H);
+            convert(recurrent + i * K + o.H, static_cast<S *>(a.reads1) + b * words, words);
+            convert(c + i * o.H, static_cast<S *>(a.c1) + b * o.H, o.H);
+        }
+    }
+};
+
+template <typename S> void mann_sequence(const MannSequenceArgs &a, int64_t begin, int64_t end, void *scratch) {
+    Forward<S> part(a, begin, end, scratch);
+    part.begin();
+    for (int64_t t = 0; t < a.options.T; ++t) part.step(t);
+    part.finish();
+}
+
+} // namespace mann::MANN_ISA

@@ -1,0 +1,259 @@
+// Vectors of the widest register of one instruction set. Every kernel source is compiled once per instruction set into the
+// namespace MANN_ISA, and the entry points choose among them at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX512F__)
+#define MANN_VECTOR_BYTES 64
+#define MANN_VECTOR_REGISTERS 32
+#elif defined(__AVX2__)
+#define MANN_VECTOR_BYTES 32
+#define MANN_VECTOR_REGISTERS 16
+#else
+#define MANN_VECTOR_BYTES 16
+#define MANN_VECTOR_REGISTERS 16
+#endif
+
+namespace mann::MANN_ISA {
+
+// bfloat16 is a storage type: everything is computed in float32.
+struct Bf16 {
+    uint16_t bits;
+};
+
+template <typename S> using Arith = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+inline float to_arith(float value) { return value; }
+inline double to_arith(double value) { return value; }
+inline float to_arith(Bf16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+template <typename S> inline S to_storage(Arith<S> value) {
+    if constexpr (std::is_same_v<S, Bf16>) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        if (value != value) return Bf16{0x7fc0};
+        return Bf16{static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)}; // round to nearest even
+    } else {
+        return value;
+    }
+}
+
+template <typename T> struct VectorOf {
+    typedef T type __attribute__((vector_size(MANN_VECTOR_BYTES)));
+    typedef T unaligned __attribute__((vector_size(MANN_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+};
+template <typename T> using Vec = typename VectorOf<T>::type;
+template <typename V> using Lane = std::remove_cv_t<std::remove_reference_t<decltype(std::declval<V>()[0])>>;
+template <typename T> constexpr int kLanes = MANN_VECTOR_BYTES / sizeof(T);
+
+template <typename T> inline Vec<T> load(const T *source) {
+    return *reinterpret_cast<const typename VectorOf<T>::unaligned *>(source);
+}
+template <typename T> inline void store(T *target, Vec<T> value) {
+    *reinterpret_cast<typename VectorOf<T>::unaligned *>(target) = value;
+}
+// The first `count` lanes; the others are zero.
+template <typename T> inline Vec<T> load_some(const T *source, int64_t count) {
+    if (count >= kLanes<T>) return load(source);
+    Vec<T> result{};
+    std::memcpy(&result, source, count * sizeof(T));
+    return result;
+}
+template <typename T> inline void store_some(T *target, Vec<T> value, int64_t count) {
+    if (count >= kLanes<T>) return store(target, value);
+    std::memcpy(target, &value, count * sizeof(T));
+}
+// x - 0 is x for every x, -0 and NaN included, so this is one broadcast instruction.
+template <typename T> inline Vec<T> broadcast(T value) { return value - Vec<T>{}; }
+
+template <typename V> inline V minimum(V a, V b) { return a < b ? a : b; } // b where a is NaN
+
+namespace detail {
+// One of the two halves of every block of `block` lanes, from a and from b: (a0 b0 a1 b1 ...).
+template <int block, int half, int lanes> constexpr int half_index(int lane) {
+    const int pair = lane / block, inside = lane % block;
+    return pair * block + half * (block / 2) + inside % (block / 2) + (inside >= block / 2 ? lanes : 0);
+}
+template <int block, int half, typename V, int... lane> inline V halves(V a, V b, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(a, b, half_index<block, half, sizeof...(lane)>(lane)...);
+}
+template <typename V, int stride, int block> inline V sum_tree(const V *values) {
+    constexpr int lanes = sizeof(V) / sizeof(Lane<V>);
+    if constexpr (block == lanes * 2) {
+        return values[0];
+    } else {
+        const V a = sum_tree<V, stride * 2, block * 2>(values);
+        const V b = sum_tree<V, stride * 2, block * 2>(values + stride);
+        using Lanes = std::make_integer_sequence<int, lanes>;
+        return halves<block, 0>(a, b, Lanes{}) + halves<block, 1>(a, b, Lanes{});
+    }
+}
+} // namespace detail
+
+// Lane i of the result is the sum of the lanes of values[i]: three operations a sum, where one alone takes about eight.
+template <typename V> inline V sum_each(const V *values) { return detail::sum_tree<V, 1, 2>(values); }
+
+// out[i] = sum of the lanes of values[i], i < count.
+template <int count, typename T> inline void sum_lanes(const Vec<T> *values, T *out) {
+    constexpr int lanes = kLanes<T>;
+#pragma GCC unroll 16
+    for (int first = 0; first < count; first += lanes) {
+        Vec<T> group[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) group[i] = first + i < count ? values[first + i] : Vec<T>{};
+        store_some(out + first, sum_each(group), count - first < lanes ? count - first : lanes);
+    }
+}
+template <typename T> inline T sum_lanes(Vec<T> value) {
+    T sum = 0;
+    for (int i = 0; i < kLanes<T>; ++i) sum += value[i];
+    return sum;
+}
+
+namespace detail {
+template <int s, bool second, int lanes> constexpr int swap_index(int lane) {
+    return (lane & s) ? lanes + lane - (second ? 0 : s) : lane + (second ? s : 0);
+}
+template <int s, bool second, typename V, int... lane> inline V swap_blocks(V a, V b, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(a, b, swap_index<s, second, sizeof...(lane)>(lane)...);
+}
+// Exchanges the off-diagonal s x s blocks of every 2s x 2s block, from the largest to single elements.
+template <typename V, int s> inline void transpose_square(V *rows) {
+    constexpr int lanes = sizeof(V) / sizeof(Lane<V>);
+    using Lanes = std::make_integer_sequence<int, lanes>;
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+        if (i & s) continue;
+        const V a = rows[i], b = rows[i + s];
+        rows[i] = swap_blocks<s, false>(a, b, Lanes{});
+        rows[i + s] = swap_blocks<s, true>(a, b, Lanes{});
+    }
+    if constexpr (s > 1) transpose_square<V, s / 2>(rows);
+}
+} // namespace detail
+
+template <typename S> inline Vec<Arith<S>> load_arith(const S *source, int64_t count) {
+    if constexpr (std::is_same_v<S, Bf16>) {
+        Vec<float> result{};
+        for (int64_t i = 0; i < (count < kLanes<float> ? count : kLanes<float>); ++i) result[i] = to_arith(source[i]);
+        return result;
+    } else {
+        return load_some(source, count);
+    }
+}
+template <typename S> inline void store_storage(S *target, Vec<Arith<S>> value, int64_t count) {
+    if constexpr (std::is_same_v<S, Bf16>) {
+        for (int64_t i = 0; i < (count < kLanes<float> ? count : kLanes<float>); ++i) target[i] = to_storage<S>(value[i]);
+    } else {
+        store_some(target, value, count);
+    }
+}
+
+// Copies n numbers from one of storage and arithmetic type to the other (or the same).
+template <typename From, typename To> inline void convert(const From *source, To *target, int64_t n) {
+    if constexpr (std::is_same_v<From, To>) {
+        std::memcpy(target, source, n * sizeof(To));
+    } else if constexpr (std::is_same_v<To, Bf16>) {
+        for (int64_t i = 0; i < n; ++i) target[i] = to_storage<Bf16>(source[i]);
+    } else {
+        for (int64_t i = 0; i < n; ++i) target[i] = to_arith(source[i]);
+    }
+}
+// Rows of N numbers become rows of P, filled with zeros.
+template <typename From, typename To>
+inline void convert_rows(const From *source, To *target, int64_t rows, int64_t N, int64_t P) {
+    for (int64_t i = 0; i < rows; ++i) {
+        convert(source + i * N, target + i * P, N);
+        for (int64_t n = N; n < P; ++n) target[i * P + n] = 0;
+    }
+}
+
+// The other way: rows of P numbers, of which N are kept.
+template <typename From, typename To>
+inline void take_rows(const From *source, To *target, int64_t rows, int64_t N, int64_t P) {
+    for (int64_t i = 0; i < rows; ++i) convert(source + i * P, target + i * N, N);
+}
+
+// target[j * target_stride + i] = source[i * source_stride + j] for i < rows, j < columns; the target's rows are filled with
+// zeros up to `padded`, a multiple of the lanes. Types may differ.
+template <typename From, typename To>
+inline void transpose(const From *source, int64_t source_stride, int64_t rows, int64_t columns, To *target,
+                      int64_t target_stride, int64_t padded) {
+    using T = Arith<From>;
+    constexpr int lanes = kLanes<T>;
+    for (int64_t i0 = 0; i0 < padded; i0 += lanes) {
+        for (int64_t j0 = 0; j0 < columns; j0 += lanes) {
+            Vec<T> square[lanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; ++i)
+                square[i] = i0 + i < rows ? load_arith(source + (i0 + i) * source_stride + j0, columns - j0) : Vec<T>{};
+            detail::transpose_square<Vec<T>, lanes / 2>(square);
+            const int64_t last = columns - j0 < lanes ? columns - j0 : lanes;
+            for (int64_t j = 0; j < last; ++j)
+                store_storage(target + (j0 + j) * target_stride + i0, square[j], padded - i0);
+        }
+    }
+}
+
+// e^x - 1 = (2^n - 1) + 2^n p(r), x = n ln 2 + r, |r| <= ln(2)/2, p the Taylor polynomial of e^r - 1: its first dropped term is
+// below a quarter of the last bit (r^9/9! for float, r^15/15! for double). Arguments beyond the exponent range are clamped.
+template <typename V> struct ExpParts {
+    V scale, p;
+};
+template <typename V> inline ExpParts<V> exp_parts(V x) {
+    using T = Lane<V>;
+    constexpr bool is_float = std::is_same_v<T, float>;
+    using Int = std::conditional_t<is_float, int32_t, int64_t>;
+    using IntVec = typename VectorOf<Int>::type;
+    constexpr T highest = is_float ? T(88.0) : T(709.0), lowest = is_float ? T(-87.0) : T(-708.0);
+    // A comparison with NaN is false: NaN passes both, and comes out of the polynomial as NaN.
+    x = x > highest ? broadcast(highest) : x;
+    x = x < lowest ? broadcast(lowest) : x;
+    // Adding 1.5 * 2^mantissa leaves the rounded integer in the low bits.
+    constexpr T shifter = is_float ? T(12582912.0) : T(6755399441055744.0);
+    constexpr int mantissa = is_float ? 23 : 52;
+    constexpr Int bias = is_float ? 127 : 1023;
+    const V shifted = x * T(1.4426950408889634) + shifter;
+    const V n = shifted - shifter;
+    const IntVec bits = reinterpret_cast<IntVec>(shifted) - reinterpret_cast<IntVec>(broadcast(shifter));
+    const V scale = reinterpret_cast<V>((bits + bias) << mantissa);
+    constexpr T ln2_high = is_float ? T(0.693145751953125) : T(0.69314718036912382);
+    constexpr T ln2_low = is_float ? T(1.4286068203094173e-06) : T(1.9082149292705877e-10);
+    const V r = (x - n * ln2_high) - n * ln2_low;
+    constexpr T inverse_factorial[] = {T(1),          T(1) / 2,        T(1) / 6,          T(1) / 24,         T(1) / 120,
+                                       T(1) / 720,    T(1) / 5040,     T(1) / 40320,      T(1) / 362880,     T(1) / 3628800,
+                                       T(1) / 39916800, T(1) / 479001600, T(1) / 6227020800, T(1) / 87178291200};
+    constexpr int degree = is_float ? 8 : 14;
+    V p = broadcast(inverse_factorial[degree - 1]);
+#pragma GCC unroll 16
+    for (int i = degree - 2; i >= 0; --i) p = p * r + inverse_factorial[i];
+    return {scale, p * r};
+}
+template <typename V> inline V exponential(V x) {
+    const ExpParts<V> e = exp_parts(x);
+    return e.scale + e.scale * e.p;
+}
+template <typename V> inline V exponential_minus_one(V x) {
+    const ExpParts<V> e = exp_parts(x);
+    return (e.scale - Lane<V>(1)) + e.scale * e.p;
+}
+template <typename V> inline V square_root(V x) {
+    V result;
+    for (size_t i = 0; i < sizeof(V) / sizeof(Lane<V>); ++i) {
+        if constexpr (std::is_same_v<Lane<V>, float>) result[i] = __builtin_sqrtf(x[i]);
+        else result[i] = __builtin_sqrt(x[i]);
+    }
+    return result;
+}
+
+} // namespace mann::MANN_ISA
