@@ -45,11 +45,11 @@ MANN_INLINE LstmCellGrad<V> lstm_cell_backward(V gate_in, V gate_forget, V cell,
 
 // Eq. 2: key . row / sqrt(|key|^2 |row|^2 + eps).
 template <typename V> struct Cosine {
-    V value, norm; // norm is the denominator
+    V value, inverse_norm; // of the denominator
 };
 template <typename V, typename T> MANN_INLINE Cosine<V> cosine(V dot, V row_square, T key_square, T eps) {
-    const V norm = square_root(key_square * row_square + eps);
-    return {dot / norm, norm};
+    const V inverse_norm = 1 / square_root(key_square * row_square + eps);
+    return {dot * inverse_norm, inverse_norm};
 }
 
 } // namespace mann::MANN_ISA

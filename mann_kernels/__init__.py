@@ -6,6 +6,7 @@ Layers: MANN, MANNCell, ContentAddressing. `with backend(name):` asks for one im
 
 from mann_kernels import _library
 from mann_kernels._backend import backend
+from mann_kernels._version import __version__
 from mann_kernels.ops import (
     content_address,
     lrua_sequence,
@@ -17,8 +18,8 @@ from mann_kernels.ops import (
 
 _library.load_cpp()
 
-__version__ = "0.1.0"
 __all__ = [
+    "__version__",
     "backend",
     "content_address",
     "lrua_sequence",

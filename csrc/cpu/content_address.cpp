@@ -1,6 +1,6 @@
 // Read weights by cosine similarity: content_address and its backward.
 #include "kernel.h"
-#include "memory.h"
+#include "memory_backward.h"
 
 namespace mann {
 
@@ -42,7 +42,7 @@ template <typename S> void content_address(const ContentAddressArgs &a, int64_t 
     T *memory = static_cast<T *>(scratch), *row_squares = memory + W * P, *weights = row_squares + P, *key = weights + R * P;
     const S *beta = static_cast<const S *>(a.beta);
     for (int64_t b = begin; b < end; ++b) {
-        transpose(static_cast<const S *>(a.memory) + b * N * W, W, N, W, memory, P, P);
+        take_memory(N, P, W, static_cast<const S *>(a.memory) + b * N * W, memory);
         convert(static_cast<const S *>(a.key) + b * R * W, key, R * W);
         match(P, W, memory, R, key, weights, row_squares);
         pad_row_squares(N, P, row_squares);
@@ -63,7 +63,7 @@ void content_address_backward(const ContentAddressBackwardArgs &a, int64_t begin
     T *key = dots + R * P, *dkey = key + R * W, *dkey_factor = dkey + R * W;
     const S *beta = static_cast<const S *>(a.beta);
     for (int64_t b = begin; b < end; ++b) {
-        transpose(static_cast<const S *>(a.memory) + b * N * W, W, N, W, memory, P, P);
+        take_memory(N, P, W, static_cast<const S *>(a.memory) + b * N * W, memory);
         convert(static_cast<const S *>(a.key) + b * R * W, key, R * W);
         convert_rows(static_cast<const S *>(a.read_weights) + b * R * N, weights, R, N, P);
         convert_rows(static_cast<const S *>(a.dread_weights) + b * R * N, dweights, R, N, P);
@@ -89,7 +89,7 @@ void content_address_backward(const ContentAddressBackwardArgs &a, int64_t begin
         for (int64_t h = 0; h < R; ++h)
             for (int64_t w = 0; w < W; ++w) dkey[h * W + w] -= dkey_factor[h] * key[h * W + w];
         convert(dkey, static_cast<S *>(a.dkey) + b * R * W, R * W);
-        transpose(dmemory, P, W, N, static_cast<S *>(a.dmemory) + b * N * W, W, W);
+        give_memory(N, P, W, dmemory, static_cast<S *>(a.dmemory) + b * N * W);
     }
 }
 

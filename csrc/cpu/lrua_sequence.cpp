@@ -1,6 +1,6 @@
 // An episode of memory steps: lrua_sequence and its backward. Each example runs through all of time while it is in cache.
 #include "lrua_sequence.h"
-#include "memory.h"
+#include "memory_backward.h"
 
 namespace mann::MANN_ISA {
 
@@ -13,7 +13,7 @@ template <typename S> void lrua_sequence(const LruaSequenceArgs &a, int64_t begi
     T *key = write_weights + R * P, *add = key + R * W, *reads = add + R * W, *gate = reads + R * W, *beta = gate + R;
     int32_t *slots = reinterpret_cast<int32_t *>(beta + R);
     for (int64_t b = begin; b < end; ++b) {
-        transpose(static_cast<const S *>(a.memory) + b * N * W, W, N, W, memory, P, P);
+        take_memory(N, P, W, static_cast<const S *>(a.memory) + b * N * W, memory);
         convert_rows(static_cast<const S *>(a.usage) + b * N, usage, 1, N, P);
         convert_rows(static_cast<const S *>(a.read_weights) + b * R * N, weights, R, N, P);
         const T *previous = weights;
@@ -46,7 +46,7 @@ template <typename S> void lrua_sequence(const LruaSequenceArgs &a, int64_t begi
                 std::memcpy(static_cast<T *>(a.saved_memory) + (t / a.checkpoint_every * a.B + b) * W * P, memory,
                             W * P * sizeof(T));
         }
-        transpose(memory, P, W, N, static_cast<S *>(a.new_memory) + b * N * W, W, W);
+        give_memory(N, P, W, memory, static_cast<S *>(a.new_memory) + b * N * W);
         take_rows(usage, static_cast<S *>(a.new_usage) + b * N, 1, N, P);
         take_rows(previous, static_cast<S *>(a.new_read_weights) + b * R * N, R, N, P);
     }
@@ -63,13 +63,13 @@ void lrua_sequence_backward(const LruaSequenceBackwardArgs &a, int64_t begin, in
     T *gate = dadd + R * W, *beta = gate + R, *dgate = beta + R, *dbeta = dgate + R;
     for (int64_t b = begin; b < end; ++b) {
         convert_rows(static_cast<const S *>(a.read_weights) + b * R * N, weights0, R, N, P);
-        if (a.dnew_memory) transpose(static_cast<const S *>(a.dnew_memory) + b * N * W, W, N, W, dmemory, P, P);
+        if (a.dnew_memory) take_memory(N, P, W, static_cast<const S *>(a.dnew_memory) + b * N * W, dmemory);
         else std::memset(dmemory, 0, W * P * sizeof(T));
         if (a.dnew_read_weights)
             convert_rows(static_cast<const S *>(a.dnew_read_weights) + b * R * N, dweights, R, N, P);
         else std::memset(dweights, 0, R * P * sizeof(T));
         if (!a.saved_memory) {
-            transpose(static_cast<const S *>(a.new_memory) + b * N * W, W, N, W, memory, P, P);
+            take_memory(N, P, W, static_cast<const S *>(a.new_memory) + b * N * W, memory);
             convert_rows(static_cast<const S *>(a.new_read_weights) + b * R * N, weights1, R, N, P);
         }
         const int64_t length = a.lengths ? a.lengths[b] : a.T;
@@ -105,7 +105,7 @@ void lrua_sequence_backward(const LruaSequenceBackwardArgs &a, int64_t begin, in
             if (a.add) convert(dadd, static_cast<S *>(a.dadd) + at * R * W, R * W);
             if (a.beta) convert(dbeta, static_cast<S *>(a.dbeta) + at * R, R);
         }
-        transpose(dmemory, P, W, N, static_cast<S *>(a.dmemory) + b * N * W, W, W);
+        give_memory(N, P, W, dmemory, static_cast<S *>(a.dmemory) + b * N * W);
         take_rows(dweights, static_cast<S *>(a.dread_weights) + b * R * N, R, N, P);
     }
 }

@@ -1,5 +1,5 @@
 // Least-used slots and gated write weights: lrua_write_weights and its backward.
-#include "memory.h"
+#include "memory_backward.h"
 
 namespace mann {
 

@@ -44,7 +44,7 @@ template <typename S> struct Backward {
         for (int64_t i = 0; i < count; ++i) {
             const int64_t b = first + i;
             T *dm = dmemory + i * s.W * s.P, *dw = dweights + i * s.R * s.P;
-            if (a.dmemory1) transpose(static_cast<const S *>(a.dmemory1) + b * s.N * s.W, s.W, s.N, s.W, dm, s.P, s.P);
+            if (a.dmemory1) take_memory(s.N, s.P, s.W, static_cast<const S *>(a.dmemory1) + b * s.N * s.W, dm);
             else std::memset(dm, 0, s.W * s.P * sizeof(T));
             if (a.dread_weights1)
                 convert_rows(static_cast<const S *>(a.dread_weights1) + b * s.R * s.N, dw, s.R, s.N, s.P);
@@ -115,7 +115,7 @@ template <typename S> struct Backward {
     void finish() {
         for (int64_t i = 0; i < count; ++i) {
             const int64_t b = first + i;
-            transpose(dmemory + i * s.W * s.P, s.P, s.W, s.N, static_cast<S *>(a.dmemory) + b * s.N * s.W, s.W, s.W);
+            give_memory(s.N, s.P, s.W, dmemory + i * s.W * s.P, static_cast<S *>(a.dmemory) + b * s.N * s.W);
             take_rows(dweights + i * s.R * s.P, static_cast<S *>(a.dread_weights) + b * s.R * s.N, s.R, s.N, s.P);
             convert(drecurrent + i * K, static_cast<S *>(a.dh) + b * o.H, o.H);
             convert(drecurrent + i * K + o.H, static_cast<S *>(a.dreads) + b * words, words);

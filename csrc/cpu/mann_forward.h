@@ -41,7 +41,7 @@ template <typename S> struct Forward {
     void begin() {
         for (int64_t i = 0; i < count; ++i) {
             const int64_t b = first + i;
-            transpose(static_cast<const S *>(a.memory) + b * s.N * s.W, s.W, s.N, s.W, memory + i * s.W * s.P, s.P, s.P);
+            take_memory(s.N, s.P, s.W, static_cast<const S *>(a.memory) + b * s.N * s.W, memory + i * s.W * s.P);
             convert_rows(static_cast<const S *>(a.usage) + b * s.N, usage + i * s.P, 1, s.N, s.P);
             convert_rows(static_cast<const S *>(a.read_weights) + b * s.R * s.N, previous(0, i), s.R, s.N, s.P);
             convert(static_cast<const S *>(a.h) + b * o.H, recurrent + i * K, o.H);
@@ -104,7 +104,7 @@ template <typename S> struct Forward {
     void finish() {
         for (int64_t i = 0; i < count; ++i) {
             const int64_t b = first + i, last = length(i) < o.T ? (length(i) < 0 ? 0 : length(i)) : o.T;
-            transpose(memory + i * s.W * s.P, s.P, s.W, s.N, static_cast<S *>(a.memory1) + b * s.N * s.W, s.W, s.W);
+            give_memory(s.N, s.P, s.W, memory + i * s.W * s.P, static_cast<S *>(a.memory1) + b * s.N * s.W);
             take_rows(usage + i * s.P, static_cast<S *>(a.usage1) + b * s.N, 1, s.N, s.P);
             take_rows(previous(a.saved_read_weights ? last : o.T, i), static_cast<S *>(a.read_weights1) + b * s.R * s.N, s.R,
                       s.N, s.P);

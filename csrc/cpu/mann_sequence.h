@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "gemm.h"
-#include "memory.h"
+#include "memory_backward.h"
 
 namespace mann {
 

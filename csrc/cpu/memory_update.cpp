@@ -1,5 +1,5 @@
 // Erase and write: memory_update and its backward.
-#include "memory.h"
+#include "memory_backward.h"
 
 namespace mann {
 
@@ -34,14 +34,14 @@ template <typename S> void memory_update(const MemoryUpdateArgs &a, int64_t begi
     const int64_t N = s.N, P = s.P, W = s.W, R = s.R;
     T *memory = static_cast<T *>(scratch), *write_weights = memory + W * P, *add = write_weights + R * P;
     for (int64_t b = begin; b < end; ++b) {
-        transpose(static_cast<const S *>(a.memory) + b * N * W, W, N, W, memory, P, P);
+        take_memory(N, P, W, static_cast<const S *>(a.memory) + b * N * W, memory);
         convert_rows(static_cast<const S *>(a.write_weights) + b * R * N, write_weights, R, N, P);
         convert(static_cast<const S *>(a.add) + b * R * W, add, R * W);
         for (int64_t i = 0; i < s.erased(); ++i) set_slot(s, memory, a.least_used[b * R + i], static_cast<const T *>(nullptr));
         in_groups<kHeadGroup>(R, [&](auto heads, int64_t h) {
             write_and_match<T, heads, 0>(P, W, memory, write_weights + h * P, add + h * W, nullptr, nullptr, nullptr);
         });
-        transpose(memory, P, W, N, static_cast<S *>(a.new_memory) + b * N * W, W, W);
+        give_memory(N, P, W, memory, static_cast<S *>(a.new_memory) + b * N * W);
     }
 }
 
@@ -53,7 +53,7 @@ void memory_update_backward(const MemoryUpdateBackwardArgs &a, int64_t begin, in
     T *dmemory = static_cast<T *>(scratch), *write_weights = dmemory + W * P, *dwrite_weights = write_weights + R * P;
     T *add = dwrite_weights + R * P, *dadd = add + R * W;
     for (int64_t b = begin; b < end; ++b) {
-        transpose(static_cast<const S *>(a.dmemory) + b * N * W, W, N, W, dmemory, P, P);
+        take_memory(N, P, W, static_cast<const S *>(a.dmemory) + b * N * W, dmemory);
         convert_rows(static_cast<const S *>(a.write_weights) + b * R * N, write_weights, R, N, P);
         convert(static_cast<const S *>(a.add) + b * R * W, add, R * W);
         std::memset(dwrite_weights, 0, R * P * sizeof(T));
@@ -65,7 +65,7 @@ void memory_update_backward(const MemoryUpdateBackwardArgs &a, int64_t begin, in
         });
         for (int64_t i = 0; i < s.erased(); ++i)
             set_slot(s, dmemory, a.least_used[b * R + i], static_cast<const T *>(nullptr));
-        transpose(dmemory, P, W, N, static_cast<S *>(a.dmemory0) + b * N * W, W, W);
+        give_memory(N, P, W, dmemory, static_cast<S *>(a.dmemory0) + b * N * W);
         take_rows(dwrite_weights, static_cast<S *>(a.dwrite_weights) + b * R * N, R, N, P);
         convert(dadd, static_cast<S *>(a.dadd) + b * R * W, R * W);
     }

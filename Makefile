@@ -1,0 +1,62 @@
+# make bench   verify every kernel, then time it         (BENCH="--quick", "--data FILE", ... are passed on)
+# make test    run the tests                             (TEST="-k name" is passed on)
+# make sanitize, lint, format, wheel, clean
+# Everything is set up first, in .venv; a second call finds it done.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+BENCH ?=
+TEST ?=
+SANITIZED := build/sanitize
+CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
+# The tests that drive the kernels; those that start compilers or other processes would only slow the sanitizers down.
+SANITIZED_TESTS := tests -m "not compiles"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup bench test sanitize lint format wheel clean
+
+help:
+	@sed -n '/^#/!q; s/^# //p' Makefile
+
+# pip runs when the pins change; ninja decides at every call what there is to compile.
+setup: $(VENV)/.requirements
+	@$(RUN) setup.py --quiet build_ext --inplace
+
+$(VENV)/.requirements: requirements-dev.txt pyproject.toml
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+bench: setup
+	$(RUN) -m bench $(BENCH)
+
+test: setup
+	$(RUN) -m pytest $(TEST)
+
+# A second copy of the package with an instrumented library; the first test there checks that it is the one loaded.
+sanitize: setup
+	@mkdir -p $(SANITIZED)
+	@rm -rf $(SANITIZED)/mann_kernels && cp -r mann_kernels tests bench csrc setup.py pyproject.toml $(SANITIZED)/
+	@rm -f $(SANITIZED)/mann_kernels/_C*.so
+	cd $(SANITIZED) && MANN_SANITIZE=address,undefined ../../$(RUN) setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) \
+	    ../../$(RUN) -m pytest $(SANITIZED_TESTS) $(TEST)
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: setup
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+wheel: setup
+	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info .venv mann_kernels/_C*.so
