@@ -61,7 +61,8 @@ class BuildNinja(build_ext):
         if shutil.which(os.environ.get("CXX", "c++")) is None:
             print("mann_kernels: no C++ compiler found: building without kernels, plain PyTorch will run", file=sys.stderr)
             return
-        objects = Path(self.build_temp).resolve()
+        # One place whoever builds (pip, make), so that nothing is compiled twice.
+        objects = ROOT / "build" / ("ninja" if "MANN_SANITIZE" not in os.environ else "ninja-sanitize")
         objects.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)

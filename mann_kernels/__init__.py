@@ -1,12 +1,13 @@
 """Fast, exact, drop-in memory-augmented network layers for PyTorch.
 
 Operators: content_address, lrua_write_weights, memory_update, lrua_step, lrua_sequence, mann_sequence.
-Layers: MANN, MANNCell, ContentAddressing. `with backend(name):` asks for one implementation.
+Layers: MANN, MANNCell (and their MANNState), ContentAddressing. `with backend(name):` asks for one implementation.
 """
 
 from mann_kernels import _library
 from mann_kernels._backend import backend
 from mann_kernels._version import __version__
+from mann_kernels.modules import MANN, ContentAddressing, MANNCell, MANNState
 from mann_kernels.ops import (
     content_address,
     lrua_sequence,
@@ -19,6 +20,10 @@ from mann_kernels.ops import (
 _library.load_cpp()
 
 __all__ = [
+    "MANN",
+    "ContentAddressing",
+    "MANNCell",
+    "MANNState",
     "__version__",
     "backend",
     "content_address",

@@ -1,0 +1,15 @@
+"""What the constructors of the layers share."""
+
+import math
+
+#: softplus of this is 1.
+ONE_BEFORE_SOFTPLUS = math.log(math.e - 1)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Each is an int of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name}: got {type(size).__name__}, want an int")
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, want at least 1")
