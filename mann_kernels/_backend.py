@@ -55,7 +55,7 @@ def missing(name: str, stem: str, device: str, dtype: torch.dtype) -> str | None
             return f"the C++ kernels run on CPU tensors, not on {device}"
         if _library.cpp_missing is not None:
             return _library.cpp_missing
-        if not _library.has_kernel(stem, "CPU"):
+        if stem not in _library.cpp_kernels:
             return f"the compiled extension has no kernel for {stem}: it is older than this package, build it again"
         if dtype not in CPP_DTYPES:
             return f"the C++ kernels take {', '.join(map(str, CPP_DTYPES))}, not {dtype}"

@@ -10,6 +10,9 @@ _LIBRARY = torch.library.Library("mann", "DEF")
 #: Why the compiled CPU kernels are missing, or None when they are loaded.
 cpp_missing: str | None = None
 
+#: The operators that have a C++ kernel; filled when the extension loads.
+cpp_kernels: frozenset[str] = frozenset()
+
 #: Instruction sets of the C++ kernels, from the least; one binary has them all and takes the best the machine runs.
 ISAS = ("baseline", "avx2", "avx512")
 _cpu_isa = None
@@ -24,13 +27,15 @@ def define(schema: str, fake) -> None:
 
 def load_cpp() -> None:
     """Load the extension that registers the C++ kernels; remember why if that fails."""
-    global cpp_missing, _cpu_isa
+    global cpp_missing, cpp_kernels, _cpu_isa
     found = importlib.util.find_spec("mann_kernels._C")
     if found is None or found.origin is None:
         cpp_missing = "the compiled extension mann_kernels._C was not built (pip install builds it where a C++ compiler is)"
         return
     try:
         torch.ops.load_library(found.origin)
+        registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+        cpp_kernels = frozenset(name.removeprefix("mann::") for name in registered if name.startswith("mann::"))
         _cpu_isa = ctypes.CDLL(found.origin).mann_cpu_isa
     except OSError as error:
         cpp_missing = f"the compiled extension {found.origin} does not load: {error}"
@@ -41,8 +46,3 @@ def cpu_isa(limit: str | None = None) -> str | None:
     if _cpu_isa is None:
         return None
     return ISAS[_cpu_isa(-1 if limit is None else ISAS.index(limit))]
-
-
-def has_kernel(stem: str, dispatch_key: str) -> bool:
-    """Is a kernel registered for the operator `mann::<stem>` under this dispatch key ("CPU", "CUDA")?"""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mann::{stem}", dispatch_key)

@@ -1,4 +1,4 @@
-"""Layers: thin nn.Modules over the operators."""
+"""Layers: thin modules over the operators."""
 
 from mann_kernels.modules.addressing import ContentAddressing
 from mann_kernels.modules.mann import MANN, MANNCell

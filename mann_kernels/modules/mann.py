@@ -1,41 +1,23 @@
-"""MANN: a controller, its heads and an external memory, in the manner of nn.LSTM."""
+"""The memory-augmented neural network of Santoro et al. 2016 as layers in the manner of nn.LSTM and nn.LSTMCell."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from mann_kernels.modules._init import ONE_BEFORE_SOFTPLUS, check_sizes
-from mann_kernels.modules.state import MANNState, check_state
-from mann_kernels.ops import _check, lrua_sequence, mann_sequence
-from mann_kernels.ops.lrua_step import check_options
-from mann_kernels.ops.mann_sequence import SQUASH, WRITE
+from mann_kernels.modules.addressing import SOFTPLUS_INVERSE_OF_1
+from mann_kernels.modules.state import MANNState
+from mann_kernels.ops import lrua_sequence, mann_sequence
 from mann_kernels.reference.mann_sequence import activate_head, split_head
 
 CONTROLLERS = ("lstm", "feedforward")
 
-_PAPER = {
-    "hidden_size": 200,
-    "num_slots": 128,
-    "slot_size": 40,
-    "num_heads": 4,
-    "controller": "lstm",
-    "write": "key",
-    "key_strength": False,
-    "squash": "tanh",
-    "lru": "per_head",
-    "erase": "least",
-    "decay": 0.99,
-    "eps": 1e-6,
-    "memory_init": 1e-6,
-}
-_TRISTANDELEU = {**_PAPER, "write": "add", "decay": 0.95}
-
 
 class _MANNBase(nn.Module):
-    """Parameters, options and state of MANN and MANNCell."""
+    """Parameters, options and state that the sequence and the single step have in common."""
 
     def __init__(
         self,
@@ -54,308 +36,230 @@ class _MANNBase(nn.Module):
         decay: float = 0.99,
         eps: float = 1e-6,
         memory_init: float = 1e-6,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_sizes(
-            input_size=input_size,
-            hidden_size=hidden_size,
-            num_slots=num_slots,
-            slot_size=slot_size,
-            num_heads=num_heads,
-        )
-        _check.heads_fit({"R": num_heads, "N": num_slots})
-        _check.choice("controller", controller, *CONTROLLERS)
-        _check.choice("write", write, *WRITE)
-        _check.choice("squash", squash, *SQUASH)
-        check_options(lru, erase)
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay: got {decay}, want a number from 0 to 1")
-        if not eps >= 0:
-            raise ValueError(f"eps: got {eps}, want a number of at least 0")
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.num_slots = num_slots
-        self.slot_size = slot_size
-        self.num_heads = num_heads
-        self.controller = controller
-        self.write = write
-        self.key_strength = bool(key_strength)
-        self.squash = squash
-        self.lru = lru
-        self.erase = erase
-        self.decay = decay
-        self.eps = eps
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_slots": num_slots}
+        for name, size in (sizes | {"slot_size": slot_size, "num_heads": num_heads}).items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: got {size!r}, want a positive integer")
+        if num_heads > num_slots:
+            raise ValueError(f"num_heads: got {num_heads}, want at most num_slots={num_slots}")
+        choices = {"controller": (controller, CONTROLLERS), "write": (write, ("key", "add"))}
+        choices |= {"squash": (squash, ("tanh", "identity")), "lru": (lru, ("per_head", "shared"))}
+        for name, (value, allowed) in (choices | {"erase": (erase, ("least", "all"))}).items():
+            if value not in allowed:
+                raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, allowed))}")
+        self.input_size, self.hidden_size, self.num_slots = input_size, hidden_size, num_slots
+        self.slot_size, self.num_heads, self.controller = slot_size, num_heads, controller
         self.memory_init = memory_init
+        self.head_options = {"write": write, "key_strength": key_strength, "squash": squash}
+        self.memory_options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
 
         words = num_heads * slot_size
-        rows = 4 * hidden_size if controller == "lstm" else hidden_size
-        head = words * (1 + (write == "add")) + num_heads * (1 + self.key_strength)
+        head = words + num_heads + num_heads * key_strength + words * (write == "add")
+        gates = 4 * hidden_size if controller == "lstm" else hidden_size
         kind = {"device": device, "dtype": dtype}
-        self.weight_ih = nn.Parameter(torch.empty(rows, input_size, **kind))
-        self.register_parameter("weight_hh", None)
-        if controller == "lstm":
-            self.weight_hh = nn.Parameter(torch.empty(rows, hidden_size + words, **kind))
-        self.bias = nn.Parameter(torch.empty(rows, **kind))
+        self.weight_ih = nn.Parameter(torch.empty(gates, input_size, **kind))
+        weight_hh = nn.Parameter(torch.empty(gates, hidden_size + words, **kind)) if controller == "lstm" else None
+        self.register_parameter("weight_hh", weight_hh)
+        self.bias = nn.Parameter(torch.empty(gates, **kind))
         self.weight_head = nn.Parameter(torch.empty(head, hidden_size, **kind))
         self.bias_head = nn.Parameter(torch.empty(head, **kind))
         self.reset_parameters()
 
     @classmethod
     def santoro(cls, input_size: int, **overrides):
-        """The paper (Santoro et al. 2016): 200 hidden units, 128 slots of 40, 4 heads, usage decay 0.99; each head writes
-        its key to a least-used slot of its own, and only the least-used slot is erased. `overrides` are any arguments."""
-        return cls(input_size, **{**_PAPER, **overrides})
+        """The paper: 4 heads, 128 slots of 40, 200 hidden units, usage decay 0.99, the key itself is written."""
+        return cls(input_size, **overrides)
 
     @classmethod
     def tristandeleu(cls, input_size: int, **overrides):
-        """The most used public code (tristandeleu/ntm-one-shot, in Theano): as the paper, but what is written is a vector of
-        its own, and the usage decay is 0.95. `overrides` are any arguments."""
-        return cls(input_size, **{**_TRISTANDELEU, **overrides})
+        """The model of the Theano code tristandeleu/ntm-one-shot: as the paper, but decay 0.95 and an add vector of its own."""
+        return cls(input_size, **({"write": "add", "decay": 0.95} | overrides))
 
-    @property
-    def output_size(self) -> int:
-        """H + R*W, the width of the output."""
-        return self.hidden_size + self.num_heads * self.slot_size
-
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw every parameter from U(-1/sqrt(H), 1/sqrt(H)), as nn.LSTM does; key strengths start at exactly 1."""
+        """Uniform in +-1/sqrt(hidden_size), as nn.LSTM; a learned key strength starts at exactly 1."""
         bound = 1 / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
-        if self.key_strength:
-            self._split(self.weight_head.t())[2].zero_()
-            self._split(self.bias_head)[2].fill_(ONE_BEFORE_SOFTPLUS)
+        if self.head_options["key_strength"]:
+            first = self.num_heads * self.slot_size + self.num_heads
+            with torch.no_grad():
+                self.weight_head[first : first + self.num_heads] = 0
+                self.bias_head[first : first + self.num_heads] = SOFTPLUS_INVERSE_OF_1
 
-    def initial_state(self, batch_size: int | None = None) -> MANNState:
-        """The state at the start of an episode, unbatched for None.
+    def initial_state(self, batch_size: int) -> MANNState:
+        """The state an episode starts from: memory `memory_init` everywhere, usage and read weights 1 at slot 0, the rest 0.
 
-        Memory is memory_init everywhere, all usage and all read weights are on slot 0, the rest is zero: the public codes'
-        convention, as the paper gives none.
+        The paper gives none; this is what the public implementations agree on.
         """
-        batch = () if batch_size is None else (batch_size,)
-        like, heads, slots, width = self.weight_ih, self.num_heads, self.num_slots, self.slot_size
-        usage, read_weights = like.new_zeros(*batch, slots), like.new_zeros(*batch, heads, slots)
-        usage[..., 0] = 1
-        read_weights[..., 0] = 1
-        recurrent = [None, None]
+        shapes = self._state_shapes(batch_size)
+        state = MANNState(*(None if shape is None else self.bias.new_zeros(shape) for shape in shapes))
+        state.memory.fill_(self.memory_init)
+        state.usage[..., 0] = 1
+        state.read_weights[..., 0] = 1
+        return state
+
+    def _state_shapes(self, batch: int) -> MANNState:
+        heads, slots, width = self.num_heads, self.num_slots, self.slot_size
+        hidden = (batch, self.hidden_size) if self.controller == "lstm" else None
+        return MANNState(
+            (batch, slots, width), (batch, slots), (batch, heads, slots), (batch, heads, width), hidden, hidden
+        )
+
+    def _checked_state(self, state, batch: int) -> MANNState:
+        if state is None:
+            return self.initial_state(batch)
+        if not isinstance(state, MANNState):
+            raise TypeError(f"state: got {type(state).__name__}, want a MANNState (or None)")
+        for name, field, want in zip(MANNState._fields, state, self._state_shapes(batch), strict=True):
+            got = None if field is None else tuple(field.shape)
+            if got != want:
+                raise ValueError(f"state.{name}: got {'None' if got is None else f'shape {list(got)}'}, want {want}")
+        return state
+
+    def _run(self, x: torch.Tensor, state: MANNState, lengths: torch.Tensor | None) -> tuple[torch.Tensor, MANNState]:
+        """x [T,B,I] -> output [T,B,H+R*W] and the state after each example's last real step."""
+        memory, usage, read_weights, reads, h, c = state
         if self.controller == "lstm":
-            recurrent = [like.new_zeros(*batch, self.hidden_size) for _ in range(2)]
-        memory = like.new_full((*batch, slots, width), self.memory_init)
-        return MANNState(memory, usage, read_weights, like.new_zeros(*batch, heads, width), *recurrent)
+            output, h, c, reads, memory, usage, read_weights = mann_sequence(
+                x, h, c, reads, memory, usage, read_weights,
+                self.weight_ih, self.weight_hh, self.bias, self.weight_head, self.bias_head, lengths,
+                **self.head_options, **self.memory_options,
+            )  # fmt: skip
+            return output, MANNState(memory, usage, read_weights, reads, h, c)
+        hidden = torch.tanh(F.linear(x, self.weight_ih, self.bias))
+        options = self.head_options
+        head = F.linear(hidden, self.weight_head, self.bias_head)
+        head = split_head(
+            head, self.num_heads, self.slot_size, key_strength=options["key_strength"], write=options["write"]
+        )
+        head = activate_head(*head, squash=options["squash"])
+        all_reads, memory, usage, read_weights = lrua_sequence(
+            memory, usage, read_weights, *head, lengths, **self.memory_options
+        )
+        if lengths is not None:
+            hidden = hidden.masked_fill(_padding(x, lengths), 0)
+        reads = _last_reads(all_reads, reads, lengths)
+        return torch.cat([hidden, all_reads.flatten(2)], dim=2), MANNState(memory, usage, read_weights, reads)
 
     def extra_repr(self) -> str:
-        sizes = (
-            f"{self.input_size}, {self.hidden_size}, num_slots={self.num_slots}, slot_size={self.slot_size}, "
-            f"num_heads={self.num_heads}, controller={self.controller!r}"
-        )
-        options = [name for name in list(_PAPER)[6:] if getattr(self, name) != _PAPER[name]]
-        return ", ".join([sizes, *(f"{name}={getattr(self, name)!r}" for name in options)])
-
-    def _split(self, head):
-        return split_head(head, self.num_heads, self.slot_size, key_strength=self.key_strength, write=self.write)
-
-    def _check_input(self, x, *ranks: tuple[str, ...]) -> torch.Tensor:
-        """x, of the parameters' dtype (converted under autocast), with one of the shapes."""
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"x: got {type(x).__name__}, want a torch.Tensor")
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            x = x.to(self.weight_ih.dtype)
-        _check.same_kind(**{"the parameters": self.weight_ih, "x": x})
-        if x.dim() not in [len(letters) for letters in ranks] or x.shape[-1] != self.input_size:
-            want = " or ".join(f"[{', '.join(letters)}]" for letters in ranks)
-            raise ValueError(f"x: got shape {list(x.shape)}, want {want} with I={self.input_size}")
-        return x
-
-    def _start(self, state: MANNState | None, batch_size: int | None) -> MANNState:
-        """The checked state, or the initial one, with a batch dimension (of 1 when batch_size is None)."""
-        if state is None:
-            return self.initial_state(1 if batch_size is None else batch_size)
-        sizes = {"N": self.num_slots, "W": self.slot_size, "R": self.num_heads, "H": self.hidden_size}
-        if batch_size is not None:
-            sizes["B"] = batch_size
-        state = check_state(state, sizes, self.weight_ih, self.controller == "lstm")
-        return state.map(lambda tensor: tensor.unsqueeze(0)) if batch_size is None else state
-
-    def _run(self, x, state, lengths) -> tuple[torch.Tensor, MANNState]:
-        """x [T, B, I], a checked state, int64 lengths [B] or None -> output [T, B, H + R*W], state."""
-        run = self._run_lstm if self.controller == "lstm" else self._run_feedforward
-        padding = None
-        if lengths is not None:
-            # A NaN in the padding would reach the gradient of weight_ih as 0 * NaN.
-            padding = torch.arange(x.shape[0], device=x.device)[:, None] >= lengths
-            x = x.masked_fill(padding[..., None], 0)
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return run(x, state, lengths, padding)
-        return run(x, state, lengths, padding)
-
-    def _run_lstm(self, x, state, lengths, padding):
-        memory, usage, read_weights, reads, h, c = state
-        output, h, c, reads, memory, usage, read_weights = mann_sequence(
-            *(x, h, c, reads, memory, usage, read_weights),
-            *(self.weight_ih, self.weight_hh, self.bias, self.weight_head, self.bias_head, lengths),
-            **{"write": self.write, "key_strength": self.key_strength, "squash": self.squash},
-            **self._memory_options(),
-        )
-        return output, MANNState(memory, usage, read_weights, reads, h, c)
-
-    def _run_feedforward(self, x, state, lengths, padding):
-        h = torch.tanh(F.linear(x, self.weight_ih, self.bias))
-        head = self._split(F.linear(h, self.weight_head, self.bias_head))
-        key, gate, beta, add = activate_head(*head, squash=self.squash)
-        reads, memory, usage, read_weights = lrua_sequence(
-            *(state.memory, state.usage, state.read_weights),
-            *(key, gate, beta, add, lengths),
-            **self._memory_options(),
-        )
-        if padding is not None:
-            h = h.masked_fill(padding[..., None], 0)
-        last = _last_real(reads, lengths, state.reads)
-        return torch.cat([h, reads.flatten(2)], dim=2), MANNState(memory, usage, read_weights, last)
-
-    def _memory_options(self):
-        return {"lru": self.lru, "erase": self.erase, "decay": self.decay, "eps": self.eps}
-
-
-def _last_real(reads, lengths, before):
-    """What was read in the last real step [B, R, W]; `before` where there was none. reads [T, B, R, W]."""
-    steps, batch = reads.shape[:2]
-    if steps == 0:
-        return before
-    if lengths is None:
-        return reads[-1]
-    last = reads[(lengths - 1).clamp(0, steps - 1), torch.arange(batch, device=reads.device)]
-    return torch.where((lengths > 0)[:, None, None], last, before)
-
-
-def _check_lengths(lengths, steps: int, batch: int, device: torch.device) -> torch.Tensor:
-    """lengths as an int64 tensor [B] on the device of x.
-
-    The values are checked where they can be read at no cost: a list, or a CPU tensor outside torch.compile.
-    """
-    if isinstance(lengths, (list, tuple)):
-        if not all(isinstance(length, int) for length in lengths):
-            raise TypeError(f"lengths: got {lengths!r}, want ints")
-        lengths = torch.tensor(lengths, dtype=torch.int64)
-    _check.step_lengths({"B": batch}, lengths, getattr(lengths, "device", device))
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = (lengths < 0) | (lengths > steps)
-        if wrong.any():
-            raise ValueError(f"lengths: got {lengths[wrong][0].item()}, want from 0 to T={steps}")
-    return lengths.to(device)
+        text = f"{self.input_size}, {self.hidden_size}, num_slots={self.num_slots}, slot_size={self.slot_size}"
+        text += f", num_heads={self.num_heads}, controller={self.controller!r}"
+        for name, value in {**self.head_options, **self.memory_options}.items():
+            text += f", {name}={value!r}"
+        return text
 
 
 class MANN(_MANNBase):
-    """Memory-augmented neural network (Santoro et al. 2016) over whole sequences, called like nn.LSTM.
+    """A memory-augmented neural network over whole sequences (Santoro et al. 2016), called like nn.LSTM.
 
     Args:
-        input_size: I; in the paper the input is (x_t, y_{t-1}).
-        hidden_size: H, of the controller.
-        num_slots: N, rows of memory, at least num_heads.
+        input_size: I, features of a step.
+        hidden_size: H, units of the controller.
+        num_slots: N, rows of the memory.
         slot_size: W, width of a row.
-        num_heads: R; each head reads with one key and has one write.
-        controller: "lstm", whose recurrent input is the previous h and reads, or "feedforward", h = tanh(W x + b), which sees
-            neither.
-        batch_first: x and output are [B, T, ...]; the state never changes its layout.
-        write: "key", a head writes what it looks for (the paper); "add", a vector of its own.
-        key_strength: each head learns a factor on its similarities (softplus of a head output); False is 1 (the paper).
-        squash: "tanh" or "identity", on keys and on what is written.
-        lru: "per_head", head h writes to the h-th least-used slot; "shared", every head to all R of them.
-        erase: "least", only the least-used slot is set to zero before the write; "all", all R of them.
-        decay: of the usage, per step; 0.99 in the paper.
-        eps: inside the root of the cosine.
-        memory_init: the constant that fills the initial memory.
+        num_heads: R, read heads, each with a write head of its own; at most num_slots.
+        controller: "lstm" (the previous reads are fed back to it) or "feedforward" (one tanh layer; it sees x alone).
+        batch_first: x and output are [B, T, ...]; the state is as without.
+        write: "key" (the paper) or "add", a separate vector.
+        key_strength: learn a factor on the similarities, emitted at each step; without it 1, as in the paper.
+        squash: "tanh" or "identity", on keys and add vectors.
+        lru, erase, decay, eps: as in mann_kernels.lrua_step.
+        memory_init: what every element of an initial memory is.
         device, dtype: of the parameters.
 
-    `output, state = mann(x, state=None, lengths=None)` with
-
-        x: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
-        state: a MANNState, from an earlier call or `initial_state`; None starts an episode.
-        lengths: the number of real steps of each example, an int64 tensor [B] or a list; later steps are padding, which
-            changes nothing: their output is zero, whatever x has there.
-        output: [T, B, H + R*W], (h, reads) of every step, in the layout of x (a PackedSequence for a PackedSequence).
-        state: the MANNState after the last real step of each example.
-
-    Parameters: weight_ih [4H, I], weight_hh [4H, H + R*W], bias [4H] in nn.LSTM's order of gates (with a feed-forward
-    controller weight_ih [H, I], bias [H]), and from h to the heads weight_head [P, H], bias_head [P], whose order is given at
-    mann_kernels.mann_sequence. All start from U(-1/sqrt(H), 1/sqrt(H)), but key strengths start at 1.
-
-    Under torch.autocast the layer computes in the dtype of its parameters.
+    Shapes:
+        x [T, B, I] (or [T, I] without a batch, or a PackedSequence) -> output [T, B, H + R*W], that is (h, reads) of each
+        step, and a MANNState that the next call takes. lengths: int64 tensor or integers [B], each in 0..T: later steps
+        are padding, their output is zero, and they change nothing, whatever x holds there.
 
     Raises:
-        TypeError, ValueError: naming the argument, for a shape, dtype, device or option that does not fit.
+        TypeError, ValueError: naming the argument, what it got and what it wants.
+
+    The parameters are weight_ih [4H, I], weight_hh [4H, H + R*W], bias [4H] in nn.LSTM's order of gates, weight_head [P, H]
+    and bias_head [P] (see mann_kernels.mann_sequence); with a feed-forward controller weight_ih [H, I], bias [H] and no
+    weight_hh. They start uniform in +-1/sqrt(H).
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int = 200,
-        num_slots: int = 128,
-        slot_size: int = 40,
-        num_heads: int = 4,
-        controller: str = "lstm",
-        batch_first: bool = False,
-        **options,
-    ):
-        super().__init__(input_size, hidden_size, num_slots, slot_size, num_heads, controller, **options)
+    def __init__(self, *args, batch_first: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
         self.batch_first = batch_first
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", batch_first=True" if self.batch_first else "")
 
     def forward(
         self,
         x: torch.Tensor | PackedSequence,
         state: MANNState | None = None,
-        lengths: torch.Tensor | list[int] | None = None,
+        lengths: torch.Tensor | Sequence[int] | None = None,
     ) -> tuple[torch.Tensor | PackedSequence, MANNState]:
         if isinstance(x, PackedSequence):
-            return self._forward_packed(x, state, lengths)
-        x = self._check_input(x, ("B", "T", "I") if self.batch_first else ("T", "B", "I"), ("T", "I"))
-        if x.dim() == 2:
             if lengths is not None:
-                raise ValueError("lengths: got a value, want None: an unbatched x is one sequence without padding")
-            output, state = self._run(x.unsqueeze(1), self._start(state, None), None)
-            return output.squeeze(1), state.map(lambda tensor: tensor.squeeze(0))
-        if self.batch_first:
-            x = x.transpose(0, 1)
-        state = self._start(state, x.shape[1])
-        if lengths is not None:
-            lengths = _check_lengths(lengths, *x.shape[:2], x.device)
-        output, state = self._run(x, state, lengths)
+                raise ValueError("lengths: got them beside a PackedSequence, want None: it carries its own")
+            return self._forward_packed(x, state)
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x: got {type(x).__name__}, want a torch.Tensor or a PackedSequence")
+        want = "[B, T, I]" if self.batch_first else "[T, B, I]"
+        if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
+            raise ValueError(f"x: got shape {list(x.shape)}, want {want} or [T, I], with I={self.input_size} (input_size)")
+        if x.dim() == 2:
+            state = state if state is None else state.map(lambda field: field.unsqueeze(0))
+            output, state = self._forward_batch(x.unsqueeze(1), state, lengths)
+            return output.squeeze(1), state.map(lambda field: field.squeeze(0))
+        output, state = self._forward_batch(x.transpose(0, 1) if self.batch_first else x, state, lengths)
         return output.transpose(0, 1) if self.batch_first else output, state
 
-    def _forward_packed(self, packed, state, lengths):
+    def _forward_batch(self, x, state, lengths):
+        state = self._checked_state(state, x.shape[1])
         if lengths is not None:
-            raise ValueError("lengths: got a value, want None: a PackedSequence has its own")
-        x, lengths = pad_packed_sequence(packed)
-        x = self._check_input(x, ("T", "B", "I"))
-        output, state = self._run(x, self._start(state, x.shape[1]), lengths.to(x.device))
-        if packed.sorted_indices is not None:
-            output = output.index_select(1, packed.sorted_indices)
-            lengths = lengths[packed.sorted_indices.cpu()]
-        data = pack_padded_sequence(output, lengths).data
-        return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), state
+            lengths = _checked_lengths(lengths, x)
+            x = x.masked_fill(_padding(x, lengths), 0)  # NaN in the padding would reach the weight gradients
+        return self._run(x, state, lengths)
+
+    def _forward_packed(self, packed, state):
+        x, lengths = pad_packed_sequence(packed)  # in the caller's order, and so is the state
+        output, state = self._forward_batch(x, state, lengths.to(x.device))
+        repacked = pack_padded_sequence(output, lengths, enforce_sorted=packed.sorted_indices is None)
+        return PackedSequence(repacked.data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), state
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + f", batch_first={self.batch_first}"
 
 
 class MANNCell(_MANNBase):
-    """One step of a MANN, for inference and for loops of your own.
+    """One step of a MANN, called like nn.LSTMCell; its arguments and parameters are MANN's (without batch_first).
 
-    Takes the arguments of MANN but batch_first, and has the same parameters under the same names: the state_dict of one
-    loads into the other.
-
-    `output, state = cell(x, state=None)` with x [B, I] (or [I] unbatched), output [B, H + R*W] = (h, reads) and a MANNState.
-    Raises as MANN does.
+    Shapes: x [B, I], state (None starts an episode) -> output [B, H + R*W] and the next state. A state_dict of MANN fits.
     """
 
     def forward(self, x: torch.Tensor, state: MANNState | None = None) -> tuple[torch.Tensor, MANNState]:
-        x = self._check_input(x, ("B", "I"), ("I",))
-        batched = x.dim() == 2
-        state = self._start(state, x.shape[0] if batched else None)
-        output, state = self._run(x.reshape(1, -1, self.input_size), state, None)
-        if batched:
-            return output.squeeze(0), state
-        return output.reshape(-1), state.map(lambda tensor: tensor.squeeze(0))
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x: got {type(x).__name__}, want a torch.Tensor")
+        if x.dim() != 2 or x.shape[1] != self.input_size:
+            raise ValueError(f"x: got shape {list(x.shape)}, want [B, I] with I={self.input_size} (input_size)")
+        output, state = self._run(x.unsqueeze(0), self._checked_state(state, x.shape[0]), None)
+        return output.squeeze(0), state
+
+
+def _checked_lengths(lengths, x: torch.Tensor) -> torch.Tensor:
+    if not isinstance(lengths, torch.Tensor):
+        lengths = torch.tensor(list(lengths), dtype=torch.int64)
+    if lengths.dtype != torch.int64 or tuple(lengths.shape) != (x.shape[1],):
+        raise ValueError(f"lengths: got {lengths.dtype} {list(lengths.shape)}, want int64 [B] with B={x.shape[1]}")
+    if not torch.compiler.is_compiling() and lengths.numel() and not (0 <= lengths.min() and lengths.max() <= x.shape[0]):
+        raise ValueError(f"lengths: got {lengths.tolist()}, want each in 0..T with T={x.shape[0]}")
+    return lengths.to(x.device)
+
+
+def _padding(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """True [T,B,1] where a step is padding."""
+    return (torch.arange(x.shape[0], device=x.device)[:, None] >= lengths)[..., None]
+
+
+def _last_reads(all_reads: torch.Tensor, before: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """The reads [B,R,W] of each example's last real step; `before` where there is none."""
+    steps = torch.cat([before.unsqueeze(0), all_reads])
+    if lengths is None:
+        return steps[-1]
+    return steps[lengths, torch.arange(steps.shape[1], device=steps.device)]
