@@ -1,0 +1,58 @@
+"""`python -m mann_kernels [--json]`: which implementation of each operator runs on which device, and why others are missing."""
+
+import argparse
+import json
+import platform
+
+import torch
+
+from mann_kernels import _backend, _library
+from mann_kernels._version import __version__
+
+
+def report() -> dict:
+    """What runs where, for float32 tensors, with versions; JSON-ready."""
+    operators = {}
+    for stem in _backend.STEMS:
+        operators[stem] = {}
+        for device in ("cpu", "cuda"):
+            name, why = _backend.default(stem, device, torch.float32)
+            missing = {other: _backend.missing(other, stem, device, torch.float32) for other in _backend.NAMES}
+            operators[stem][device] = {"runs": name, "why_no_kernel": why, "missing": missing}
+    return {
+        "mann_kernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cuda_available": torch.cuda.is_available(),
+        "cpp_instruction_set": _library.cpu_isa(),
+        "operators": operators,
+    }
+
+
+def as_text(facts: dict) -> str:
+    lines = [
+        f"mann_kernels {facts['mann_kernels']}, torch {facts['torch']}, Python {facts['python']},"
+        f" C++ kernels: {facts['cpp_instruction_set'] or 'none'},"
+        f" CUDA device: {'yes' if facts['cuda_available'] else 'no'}",
+        "",
+        f"{'operator':<20} {'cpu':<10} {'cuda':<10}",
+    ]
+    reasons = {}
+    for stem, devices in facts["operators"].items():
+        lines.append(f"{stem:<20} {devices['cpu']['runs']:<10} {devices['cuda']['runs']:<10}")
+        for device, entry in devices.items():
+            for name, why in entry["missing"].items():
+                if why is not None:
+                    reasons.setdefault((device, name, why), []).append(stem)
+    lines += ["", "missing:"]
+    for (device, name, why), stems in reasons.items():
+        which = "all operators" if len(stems) == len(facts["operators"]) else ", ".join(stems)
+        lines.append(f"  {name} on {device}, {which}: {why}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m mann_kernels", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the same facts, and all of them, as JSON")
+    facts = report()
+    print(json.dumps(facts, indent=2) if parser.parse_args().json else as_text(facts))

@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+import mann_kernels
+from mann_kernels import reference
+from mann_kernels.testing import audit
+
+
+def cell(
+    memory, usage, read_weights, key, gate, *, inverted=False, most=False, tied=False, leak=False, dead=False, detach=False
+):
+    """A plain cell into which the classic faults can be planted."""
+    if detach:
+        memory, read_weights = memory.detach(), read_weights.detach()
+    rows = range(memory.shape[0])
+    weights, slots = reference.lrua_write_weights(-usage if most else usage, read_weights, gate)
+    if tied:  # the threshold of the paper taken literally
+        threshold = usage.gather(1, slots[:, -1:].long())
+        own = (usage <= threshold).float()[:, None]
+        weights = gate.sigmoid()[..., None] * read_weights + (1 - gate.sigmoid()[..., None]) * own
+    erase = torch.zeros(memory.shape[:2], dtype=torch.bool)
+    erase[rows, slots[:, 0].long()] = True
+    kept = memory.masked_fill((~erase if inverted else erase)[..., None], 0)
+    written = torch.cat([key[:, :1].detach(), key[:, 1:]], 1) if dead else key
+    if dead:
+        weights = torch.cat([weights[:, :1].detach(), weights[:, 1:]], 1)
+    memory = kept + weights.mT @ written
+    if leak:
+        memory = memory + 0.1 * memory.mean(0, keepdim=True)
+    read_weights = reference.content_address(memory, torch.cat([key[:, :1].detach(), key[:, 1:]], 1) if dead else key)
+    if dead:
+        read_weights = torch.cat([read_weights[:, :1].detach(), read_weights[:, 1:]], 1)
+    return read_weights @ memory, memory, 0.99 * usage + read_weights.sum(1) + weights.sum(1), read_weights
+
+
+FAULTS = {
+    "inverted": "inverted erase",
+    "most": "most used instead of least used",
+    "tied": "all slots tied",
+    "leak": "batch leak",
+    "dead": "heads with zero gradient",
+    "detach": "memory detached between steps",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_named_and_no_other(fault):
+    found = audit(lambda *args: cell(*args, **{fault: True}))
+    assert found.faults == (FAULTS[fault],), str(found)
+
+
+@pytest.mark.parametrize("options", [{}, {"lru": "shared"}, {"erase": "all"}])
+def test_our_cells_pass(options):
+    found = audit(lambda *args: mann_kernels.lrua_step(*args, **options), controller=lambda r, w: r, **options)
+    assert found.ok, str(found)
+    assert audit(cell).ok
+
+
+def test_feedback_of_read_weights_is_named():
+    found = audit(cell, controller=lambda reads, weights: weights)
+    assert found.faults == ("read weights fed back instead of reads",)
+
+
+def test_a_cell_that_raises_is_reported():
+    found = audit(lambda *args: 1 / 0)
+    assert len(found.faults) == 6
+    assert "ZeroDivisionError" in str(found)

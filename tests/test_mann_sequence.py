@@ -1,0 +1,82 @@
+import importlib
+
+import pytest
+import torch
+from stem import Inputs, StemTests, compare, draw, memory_state, replace, run
+from test_lrua_sequence import saved_bytes
+
+import mann_kernels
+
+
+# The package has a function of the same name.
+ops = importlib.import_module("mann_kernels.ops.mann_sequence")
+
+
+class TestMannSequence(StemTests):
+    stem = "mann_sequence"
+    options = (
+        {},
+        {"lru": "shared", "erase": "all", "key_strength": True},
+        {"write": "add", "squash": "identity"},
+        {"write": "add", "key_strength": True, "erase": "all", "lengths": True, "decay": 0.95},
+    )
+    bad = (
+        (replace("x", lambda x: x[0]), ValueError, r"x: got shape .* want \[T, B, I\]"),
+        (replace("weight_hh", lambda w: w[:, 1:]), ValueError, r"weight_hh: got shape .*want \[4H, H\+R\*W\]"),
+        (replace("weight_head", lambda w: w[1:]), ValueError, r"weight_head: got shape .*want \[P, H\] with P="),
+        (replace("c", lambda c: c.float()), TypeError, "c: got dtype torch.float32, want torch.float64"),
+        (replace("reads", lambda r: r[:, :1]), ValueError, "reads: got shape .*R=2"),
+        (replace("lengths", lambda n: n[:1]), ValueError, r"lengths: got shape \[1\], want \[B\] with B=2"),
+        (lambda _: {"write": "both"}, ValueError, "write: got 'both', want one of"),
+        (lambda _: {"squash": "relu"}, ValueError, "squash: got 'relu', want one of"),
+    )
+
+    def inputs(self, seed, B, N, W, R, T=4, lengths=False, **options):
+        I, H = 3, 5 + 4 * seed  # noqa: E741
+        P = R * W + R + R * options.get("key_strength", False) + R * W * (options.get("write") == "add")
+        inputs = draw(seed, x=(T, B, I), h=(B, H), c=(B, H), reads=(B, R, W))
+        inputs.update(memory_state(seed + 50, B, N, W, R))
+        shapes = {"weight_ih": (4 * H, I), "weight_hh": (4 * H, H + R * W), "bias": (4 * H,)}
+        shapes |= {"weight_head": (P, H), "bias_head": (P,)}
+        inputs.update({name: value * 0.3 for name, value in draw(seed + 99, **shapes).items()})
+        inputs["lengths"] = (torch.arange(B) * 2 + 3) % (T + 1) if lengths else None
+        return Inputs(**inputs, **options)
+
+    def test_paper_size(self):
+        inputs = self.inputs(49, 3, 128, 40, 4, T=6)
+        assert inputs["h"].shape[1] == 201
+        for dtype in (torch.float32, torch.bfloat16):
+            compare(self.stem, inputs, dtype)
+
+    def test_two_halves_are_one_sequence(self):
+        inputs = self.inputs(1, 3, 20, 6, 2)
+        whole = self.function(**inputs)
+        first = self.function(**{**inputs, "x": inputs["x"][:1]})
+        names = ("h", "c", "reads", "memory", "usage", "read_weights")
+        second = self.function(**{**inputs, "x": inputs["x"][1:], **dict(zip(names, first[1:], strict=True))})
+        torch.testing.assert_close(torch.cat([first[0], second[0]]), whole[0])
+        for a, b in zip(second[1:], whole[1:], strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_no_steps(self):
+        compare(self.stem, self.inputs(1, 2, 5, 3, 2, T=0), torch.float32)
+
+    @pytest.mark.parametrize("every", [1, 3, 256])
+    def test_memory_copies(self, every, monkeypatch):
+        monkeypatch.setattr(ops, "CHECKPOINT_EVERY", every)
+        compare(self.stem, self.inputs(2, 3, 20, 6, 2, T=8, lengths=True), torch.float32)
+
+    def test_long_episode(self):
+        compare(self.stem, self.inputs(3, 2, 32, 8, 2, T=2000), torch.float32)
+
+    def test_no_memory_per_step_is_kept(self):
+        inputs = self.inputs(4, 2, 1024, 64, 4, T=64).to(torch.float32).with_grad()
+        one_memory = 2 * 1024 * 64 * 4
+        assert saved_bytes(lambda: self.function(**inputs)) < 64 * one_memory / 8
+
+    def test_saving_changes_nothing(self):
+        inputs = self.inputs(5, 3, 20, 6, 2, lengths=True)
+        with torch.no_grad():
+            outputs = self.function(**inputs)
+        saved, _ = run(mann_kernels.mann_sequence, inputs)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, saved, strict=True))
