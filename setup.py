@@ -59,7 +59,9 @@ class BuildNinja(build_ext):
 
     def build_extension(self, ext):
         if shutil.which(os.environ.get("CXX", "c++")) is None:
-            print("mann_kernels: no C++ compiler found: building without kernels, plain PyTorch will run", file=sys.stderr)
+            print(
+                "mann_kernels: no C++ compiler found: building without kernels, plain PyTorch will run", file=sys.stderr
+            )
             return
         # One place whoever builds (pip, make), so that nothing is compiled twice.
         objects = ROOT / "build" / ("ninja" if "MANN_SANITIZE" not in os.environ else "ninja-sanitize")

@@ -1,5 +1,5 @@
-// The formulas of a step, one spelling for every C++ target. V is a number or a vector of numbers: the includer provides
-// exponential, exponential_minus_one and square_root for it, and MANN_ISA names the namespace.
+// The formulas of a step, one spelling for every C++ target. V is a number or a vector of numbers: the includer
+// provides exponential, exponential_minus_one and square_root for it, and MANN_ISA names the namespace.
 #pragma once
 
 #ifndef MANN_INLINE

@@ -8,7 +8,6 @@ from mann_kernels import _library
 from mann_kernels._backend import backend
 from mann_kernels._version import __version__
 from mann_kernels.modules import MANN, ContentAddressing, MANNCell, MANNState
-from mann_kernels.modules import MANN, ContentAddressing, MANNCell, MANNState
 from mann_kernels.ops import (
     content_address,
     lrua_sequence,
@@ -21,10 +20,6 @@ from mann_kernels.ops import (
 _library.load_cpp()
 
 __all__ = [
-    "MANN",
-    "ContentAddressing",
-    "MANNCell",
-    "MANNState",
     "MANN",
     "ContentAddressing",
     "MANNCell",

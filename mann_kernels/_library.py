@@ -30,7 +30,9 @@ def load_cpp() -> None:
     global cpp_missing, cpp_kernels, _cpu_isa
     found = importlib.util.find_spec("mann_kernels._C")
     if found is None or found.origin is None:
-        cpp_missing = "the compiled extension mann_kernels._C was not built (pip install builds it where a C++ compiler is)"
+        cpp_missing = (
+            "the compiled extension mann_kernels._C was not built (pip install builds it where a C++ compiler is)"
+        )
         return
     try:
         torch.ops.load_library(found.origin)

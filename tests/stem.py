@@ -14,7 +14,9 @@ class Inputs(dict):
     """Named tensors (or None) and keyword options of one call."""
 
     def to(self, dtype):
-        floats = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in self.items()}
+        floats = {
+            k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in self.items()
+        }
         return Inputs(floats)
 
     def with_grad(self):
@@ -29,7 +31,9 @@ class Inputs(dict):
 def draw(seed, **shapes):
     """Standard normal float64 tensors of these shapes."""
     generator = torch.Generator().manual_seed(seed)
-    return Inputs({name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()})
+    return Inputs(
+        {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    )
 
 
 def memory_state(seed, B, N, W, R):
@@ -131,7 +135,9 @@ class StemTests:
     def test_constant_gradient_has_a_graph(self):
         """With a constant upstream gradient a first-order-only backward would return constants, silently."""
         function, tensors = self._scalar()
-        grads = torch.autograd.grad([out.sum() for out in function(*tensors)], tensors, create_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            [out.sum() for out in function(*tensors)], tensors, create_graph=True, allow_unused=True
+        )
         assert any(grad is not None and grad.requires_grad for grad in grads)
 
     @pytest.mark.compiles

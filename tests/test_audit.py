@@ -7,7 +7,18 @@ from mann_kernels.testing import audit
 
 
 def cell(
-    memory, usage, read_weights, key, gate, *, inverted=False, most=False, tied=False, leak=False, dead=False, detach=False
+    memory,
+    usage,
+    read_weights,
+    key,
+    gate,
+    *,
+    inverted=False,
+    most=False,
+    tied=False,
+    leak=False,
+    dead=False,
+    detach=False,
 ):
     """A plain cell into which the classic faults can be planted."""
     if detach:

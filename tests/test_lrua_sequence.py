@@ -7,7 +7,6 @@ from test_lrua_step import BAD_STEP, OPTIONS
 
 import mann_kernels
 
-
 # The package has a function of the same name.
 ops = importlib.import_module("mann_kernels.ops.lrua_sequence")
 

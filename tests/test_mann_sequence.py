@@ -7,7 +7,6 @@ from test_lrua_sequence import saved_bytes
 
 import mann_kernels
 
-
 # The package has a function of the same name.
 ops = importlib.import_module("mann_kernels.ops.mann_sequence")
 

@@ -35,7 +35,9 @@ def same_state(a, b):
 
 
 def grads(mann, output):
-    return torch.autograd.grad((output * torch.arange(output.numel()).reshape(output.shape).cos()).sum(), mann.parameters())
+    return torch.autograd.grad(
+        (output * torch.arange(output.numel()).reshape(output.shape).cos()).sum(), mann.parameters()
+    )
 
 
 def test_kernels_and_reference_agree(mann, x):

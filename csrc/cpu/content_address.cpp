@@ -28,8 +28,8 @@ struct ContentAddressBackwardArgs {
 
 // Scratch: memory [W, P], row_squares [P], weights [R, P], key [R, W].
 inline int64_t content_address_scratch(int64_t P, int64_t W, int64_t R) { return W * P + P + R * P + R * W; }
-// Scratch: memory and dmemory [W, P], row_squares and row_factor [P], weights, dweights and dots [R, P], key and dkey [R, W],
-// dkey_factor [R].
+// Scratch: memory and dmemory [W, P], row_squares and row_factor [P], weights, dweights and dots [R, P], key and dkey
+// [R, W], dkey_factor [R].
 inline int64_t content_address_backward_scratch(int64_t P, int64_t W, int64_t R) {
     return 2 * W * P + 2 * P + 3 * R * P + 2 * R * W + R;
 }
@@ -39,7 +39,8 @@ namespace MANN_ISA {
 template <typename S> void content_address(const ContentAddressArgs &a, int64_t begin, int64_t end, void *scratch) {
     using T = Arith<S>;
     const int64_t N = a.N, W = a.W, R = a.R, P = padded_slots(N);
-    T *memory = static_cast<T *>(scratch), *row_squares = memory + W * P, *weights = row_squares + P, *key = weights + R * P;
+    T *memory = static_cast<T *>(scratch), *row_squares = memory + W * P, *weights = row_squares + P,
+      *key = weights + R * P;
     const S *beta = static_cast<const S *>(a.beta);
     for (int64_t b = begin; b < end; ++b) {
         take_memory(N, P, W, static_cast<const S *>(a.memory) + b * N * W, memory);
@@ -47,8 +48,8 @@ template <typename S> void content_address(const ContentAddressArgs &a, int64_t 
         match(P, W, memory, R, key, weights, row_squares);
         pad_row_squares(N, P, row_squares);
         for (int64_t h = 0; h < R; ++h) {
-            softmax_of_cosine(N, P, row_squares, square_sum(key + h * W, W), beta ? to_arith(beta[b * R + h]) : T(1), T(a.eps),
-                              weights + h * P);
+            softmax_of_cosine(N, P, row_squares, square_sum(key + h * W, W), beta ? to_arith(beta[b * R + h]) : T(1),
+                              T(a.eps), weights + h * P);
             convert(weights + h * P, static_cast<S *>(a.read_weights) + (b * R + h) * N, N);
         }
     }
@@ -73,9 +74,9 @@ void content_address_backward(const ContentAddressBackwardArgs &a, int64_t begin
         std::memset(dmemory, 0, W * P * sizeof(T));
         for (int64_t h = 0; h < R; ++h) {
             const T strength = beta ? to_arith(beta[b * R + h]) : T(1);
-            const auto grad = softmax_of_cosine_backward(P, weights + h * P, dots + h * P, row_squares,
-                                                         square_sum(key + h * W, W), strength, T(a.eps), dweights + h * P,
-                                                         row_factor);
+            const auto grad =
+                softmax_of_cosine_backward(P, weights + h * P, dots + h * P, row_squares, square_sum(key + h * W, W),
+                                           strength, T(a.eps), dweights + h * P, row_factor);
             static_cast<S *>(a.dbeta)[b * R + h] = to_storage<S>(grad.dbeta);
             dkey_factor[h] = grad.dkey_factor;
         }
@@ -107,10 +108,17 @@ namespace mann {
 static Tensor content_address_cpu(Tensor memory, Tensor key, std::optional<Tensor> beta, double eps) {
     Call call(memory);
     STD_TORCH_CHECK(memory.dim() == 3 && key.dim() == 3, "content_address: memory and key must have three dimensions");
-    const int64_t B = memory.size(0), N = memory.size(1), W = memory.size(2), R = key.size(1), P = baseline::padded_slots(N);
+    const int64_t B = memory.size(0), N = memory.size(1), W = memory.size(2), R = key.size(1),
+                  P = baseline::padded_slots(N);
     Tensor read_weights = call.empty({B, R, N});
-    const ContentAddressArgs args{N, W, R, eps, call.in(memory, "memory", {B, N, W}), call.in(key, "key", {B, R, W}),
-                                  call.in(beta, "beta", {B, R}), out(read_weights)};
+    const ContentAddressArgs args{N,
+                                  W,
+                                  R,
+                                  eps,
+                                  call.in(memory, "memory", {B, N, W}),
+                                  call.in(key, "key", {B, R, W}),
+                                  call.in(beta, "beta", {B, R}),
+                                  out(read_weights)};
     call.run(content_address_pick(), &args, B, content_address_scratch(P, W, R), double(B) * N * W * (R + 2));
     return read_weights;
 }
@@ -120,7 +128,8 @@ static std::tuple<Tensor, Tensor, Tensor> content_address_backward_cpu(Tensor dr
                                                                        double eps) {
     Call call(memory);
     STD_TORCH_CHECK(memory.dim() == 3 && key.dim() == 3, "content_address: memory and key must have three dimensions");
-    const int64_t B = memory.size(0), N = memory.size(1), W = memory.size(2), R = key.size(1), P = baseline::padded_slots(N);
+    const int64_t B = memory.size(0), N = memory.size(1), W = memory.size(2), R = key.size(1),
+                  P = baseline::padded_slots(N);
     Tensor dmemory = call.empty({B, N, W}), dkey = call.empty({B, R, W}), dbeta = call.empty({B, R});
     const ContentAddressBackwardArgs args{N,
                                           W,

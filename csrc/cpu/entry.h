@@ -60,16 +60,16 @@ class Call {
     const int32_t *slots(const Tensor &tensor, const char *name, Sizes sizes, int64_t number_of_slots) {
         const int32_t *data = static_cast<const int32_t *>(in(tensor, ScalarType::Int, name, sizes));
         for (int64_t i = 0; i < tensor.numel(); ++i)
-            STD_TORCH_CHECK(data[i] >= 0 && data[i] < number_of_slots, name, ": got slot ", data[i], ", want one in [0, ",
-                            number_of_slots, ")");
+            STD_TORCH_CHECK(data[i] >= 0 && data[i] < number_of_slots, name, ": got slot ", data[i],
+                            ", want one in [0, ", number_of_slots, ")");
         return data;
     }
     Tensor empty(Sizes sizes, ScalarType dtype) const { return torch::stable::new_empty(model_, sizes, dtype); }
     Tensor empty(Sizes sizes) const { return empty(sizes, dtype_); }
 
     // Runs the kernel over `batch` examples, in at most one part per thread. A part has `fixed` numbers of scratch and
-    // `per_example` more for each of its examples; `work` is roughly how many multiply-adds the whole call has: below 2^17 the
-    // threads would cost more than they give.
+    // `per_example` more for each of its examples; `work` is roughly how many multiply-adds the whole call has: below
+    // 2^17 the threads would cost more than they give.
     void run(Kernel kernel, const void *args, int64_t batch, int64_t fixed, double work, int64_t per_example = 0) {
         if (batch == 0) return;
         const int64_t threads = torch::stable::get_num_threads();

@@ -1,5 +1,5 @@
-// The matrix products inside the time loop: few rows (the batch), a matrix that stays the same for the whole episode. It is
-// packed once; each row's sums run over k in order, so a row's bits do not depend on which rows stand beside it.
+// The matrix products inside the time loop: few rows (the batch), a matrix that stays the same for the whole episode.
+// It is packed once; each row's sums run over k in order, so a row's bits do not depend on which rows stand beside it.
 #pragma once
 
 #include "simd.h"
@@ -42,8 +42,8 @@ inline Packed<Arith<S>> pack(const S *source, bool transposed, int64_t K, int64_
 
 namespace detail {
 template <typename T, int rows>
-inline void gemm_block(const T *a, int64_t lda, const T *panel, int64_t K, const T *initial, int64_t initial_stride, T *out,
-                       int64_t out_stride, int64_t columns) {
+inline void gemm_block(const T *a, int64_t lda, const T *panel, int64_t K, const T *initial, int64_t initial_stride,
+                       T *out, int64_t out_stride, int64_t columns) {
     constexpr int vectors = kPanelVectors<T>, lanes = kLanes<T>;
     Vec<T> sum[rows][vectors] = {};
     for (int64_t k = 0; k < K; ++k, panel += kPanelColumns<T>) {
@@ -71,12 +71,13 @@ template <typename T, int rows = kBlockRows>
 inline void gemm_rows(int64_t M, const T *a, int64_t lda, const T *panel, int64_t K, const T *initial,
                       int64_t initial_stride, T *out, int64_t out_stride, int64_t columns) {
     if (M == rows) return gemm_block<T, rows>(a, lda, panel, K, initial, initial_stride, out, out_stride, columns);
-    if constexpr (rows > 1) gemm_rows<T, rows - 1>(M, a, lda, panel, K, initial, initial_stride, out, out_stride, columns);
+    if constexpr (rows > 1)
+        gemm_rows<T, rows - 1>(M, a, lda, panel, K, initial, initial_stride, out, out_stride, columns);
 }
 } // namespace detail
 
-// out [M, N] = initial [M, N] + a [M, K] b. Rows are lda, initial_stride, out_stride apart; initial may be null (zero), equal to
-// out, or one row for all (initial_stride 0).
+// out [M, N] = initial [M, N] + a [M, K] b. Rows are lda, initial_stride, out_stride apart; initial may be null (zero),
+// equal to out, or one row for all (initial_stride 0).
 template <typename T>
 inline void gemm(int64_t M, const T *a, int64_t lda, Packed<T> b, const T *initial, int64_t initial_stride, T *out,
                  int64_t out_stride) {
@@ -87,8 +88,9 @@ inline void gemm(int64_t M, const T *a, int64_t lda, Packed<T> b, const T *initi
         for (int64_t block = 0; block < blocks; ++block) { // of nearly equal height
             const int64_t first = M * block / blocks, last = M * (block + 1) / blocks;
             detail::gemm_rows<T>(last - first, a + first * lda, lda, panel, b.K,
-                                 start ? start + first * initial_stride : nullptr, initial_stride, out + first * out_stride + n0,
-                                 out_stride, b.N - n0 < kPanelColumns<T> ? b.N - n0 : kPanelColumns<T>);
+                                 start ? start + first * initial_stride : nullptr, initial_stride,
+                                 out + first * out_stride + n0, out_stride,
+                                 b.N - n0 < kPanelColumns<T> ? b.N - n0 : kPanelColumns<T>);
         }
     }
 }

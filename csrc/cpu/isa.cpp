@@ -24,8 +24,8 @@ Isa isa() { return static_cast<Isa>(in_use.load(std::memory_order_relaxed)); }
 
 } // namespace mann
 
-// Uses `limit` (0 baseline, 1 AVX2, 2 AVX-512), or the best this machine has if that is less; a negative limit changes nothing.
-// Returns what is in use from now on.
+// Uses `limit` (0 baseline, 1 AVX2, 2 AVX-512), or the best this machine has if that is less; a negative limit changes
+// nothing. Returns what is in use from now on.
 extern "C" __attribute__((visibility("default"))) int mann_cpu_isa(int limit) {
     const int best = static_cast<int>(mann::best_isa());
     if (limit >= 0) mann::in_use = limit < best ? limit : best;

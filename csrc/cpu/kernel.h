@@ -1,8 +1,8 @@
 // How a kernel meets the instruction sets and the storage types.
 //
-// A kernel is a template <typename S> void name(const Args &, int64_t begin, int64_t end, void *scratch) over the examples
-// [begin, end), in the namespace MANN_ISA. Its source file is compiled once per instruction set; MANN_KERNEL makes of each a plain
-// function. The file's entry points, compiled once (MANN_ENTRY), call the one that isa() names.
+// A kernel is a template <typename S> void name(const Args &, int64_t begin, int64_t end, void *scratch) over the
+// examples [begin, end), in the namespace MANN_ISA. Its source file is compiled once per instruction set; MANN_KERNEL
+// makes of each a plain function. The file's entry points, compiled once (MANN_ENTRY), call the one that isa() names.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ Isa isa(); // in isa.cpp
     void name##_kernel(Storage, const void *, int64_t, int64_t, void *);                                               \
     }                                                                                                                  \
     namespace mann {                                                                                                   \
-    Kernel name##_pick() {                                                                                      \
+    Kernel name##_pick() {                                                                                             \
         const Isa set = isa();                                                                                         \
         return set == Isa::kAvx512 ? avx512::name##_kernel                                                             \
                                    : (set == Isa::kAvx2 ? avx2::name##_kernel : baseline::name##_kernel);              \
@@ -56,6 +56,6 @@ Isa isa(); // in isa.cpp
 #else
 #define MANN_PICK(name)                                                                                                \
     namespace mann {                                                                                                   \
-    Kernel name##_pick() { return baseline::name##_kernel; }                                                    \
+    Kernel name##_pick() { return baseline::name##_kernel; }                                                           \
     }
 #endif

@@ -1,4 +1,5 @@
-// An episode of memory steps: lrua_sequence and its backward. Each example runs through all of time while it is in cache.
+// An episode of memory steps: lrua_sequence and its backward. Each example runs through all of time while it is in
+// cache.
 #include "lrua_sequence.h"
 #include "memory_backward.h"
 
@@ -9,7 +10,8 @@ template <typename S> void lrua_sequence(const LruaSequenceArgs &a, int64_t begi
     const MemoryShape<T> s = memory_shape<T>(a.options);
     const int64_t N = s.N, P = s.P, W = s.W, R = s.R;
     T *memory = static_cast<T *>(scratch), *usage = memory + W * P, *row_squares = usage + P;
-    T *weights = row_squares + P, *write_weights = weights + 2 * R * P; // weights: this and the previous step's, in turn
+    T *weights = row_squares + P,
+      *write_weights = weights + 2 * R * P; // weights: this and the previous step's, in turn
     T *key = write_weights + R * P, *add = key + R * W, *reads = add + R * W, *gate = reads + R * W, *beta = gate + R;
     int32_t *slots = reinterpret_cast<int32_t *>(beta + R);
     for (int64_t b = begin; b < end; ++b) {
@@ -59,7 +61,8 @@ void lrua_sequence_backward(const LruaSequenceBackwardArgs &a, int64_t begin, in
     const int64_t N = s.N, P = s.P, W = s.W, R = s.R;
     T *memory = static_cast<T *>(scratch), *dmemory = memory + W * P, *dweights = dmemory + W * P;
     T *weights0 = dweights + R * P, *weights1 = weights0 + R * P; // before the first step, after the only step
-    T *step_scratch = weights1 + R * P, *key = step_scratch + step_backward_scratch(s), *add = key + R * W, *dreads = add + R * W, *dkey = dreads + R * W, *dadd = dkey + R * W;
+    T *step_scratch = weights1 + R * P, *key = step_scratch + step_backward_scratch(s), *add = key + R * W,
+      *dreads = add + R * W, *dkey = dreads + R * W, *dadd = dkey + R * W;
     T *gate = dadd + R * W, *beta = gate + R, *dgate = beta + R, *dbeta = dgate + R;
     for (int64_t b = begin; b < end; ++b) {
         convert_rows(static_cast<const S *>(a.read_weights) + b * R * N, weights0, R, N, P);
@@ -161,8 +164,7 @@ lrua_sequence_cpu(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, 
         args.saved_least_used = static_cast<int32_t *>(out(saved_least_used)), args.saved_memory = out(saved_memory);
     }
     call.run(lrua_sequence_pick(), &args, B, lrua_sequence_scratch(P, W, R), double(T) * B * N * W * (3 * R + 1));
-    return {reads,        memory1, usage1, read_weights1, saved_read_weights, saved_least_used,
-            saved_erased, saved_memory};
+    return {reads, memory1, usage1, read_weights1, saved_read_weights, saved_least_used, saved_erased, saved_memory};
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
@@ -194,7 +196,8 @@ lrua_sequence_backward_cpu(Tensor dreads, std::optional<Tensor> dmemory1, std::o
     args.saved_erased = call.in(saved_erased, arith, "saved_erased", {T, B, erase_all ? R : 1, W});
     const int64_t copies = (T + checkpoint_every - 1) / checkpoint_every;
     args.saved_memory = call.in(saved_memory, arith, "saved_memory", {copies, B, W, P});
-    args.dmemory = out(dmemory), args.dread_weights = out(dread_weights), args.dkey = out(dkey), args.dgate = out(dgate);
+    args.dmemory = out(dmemory), args.dread_weights = out(dread_weights), args.dkey = out(dkey),
+    args.dgate = out(dgate);
     args.dbeta = out(dbeta), args.dadd = out(dadd);
     call.run(lrua_sequence_backward_pick(), &args, B, lrua_sequence_backward_scratch(P, W, R),
              double(T) * B * N * W * (8 * R + 2));

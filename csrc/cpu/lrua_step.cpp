@@ -7,8 +7,8 @@
 
 namespace mann {
 
-static StepOptions step_options(const Tensor &read_weights, const Tensor &key, bool shared, bool erase_all, double decay,
-                                double eps) {
+static StepOptions step_options(const Tensor &read_weights, const Tensor &key, bool shared, bool erase_all,
+                                double decay, double eps) {
     STD_TORCH_CHECK(read_weights.dim() == 3 && key.dim() == 3, "lrua_step: wrong number of dimensions");
     const int64_t N = read_weights.size(2), R = read_weights.size(1);
     STD_TORCH_CHECK(R <= N, "lrua_step: more heads than slots");
@@ -39,9 +39,10 @@ lrua_step_cpu(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, Tens
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-lrua_step_backward_cpu(Tensor dreads, std::optional<Tensor> dmemory1, std::optional<Tensor> dread_weights1, Tensor memory1,
-                       Tensor read_weights, Tensor read_weights1, Tensor key, Tensor gate, std::optional<Tensor> beta,
-                       std::optional<Tensor> add, Tensor least_used, bool shared, bool erase_all, double eps) {
+lrua_step_backward_cpu(Tensor dreads, std::optional<Tensor> dmemory1, std::optional<Tensor> dread_weights1,
+                       Tensor memory1, Tensor read_weights, Tensor read_weights1, Tensor key, Tensor gate,
+                       std::optional<Tensor> beta, std::optional<Tensor> add, Tensor least_used, bool shared,
+                       bool erase_all, double eps) {
     Call call(memory1);
     const StepOptions o = step_options(read_weights, key, shared, erase_all, 0, eps);
     const int64_t B = read_weights.size(0), N = o.N, W = o.W, R = o.R, P = baseline::padded_slots(N);
@@ -61,7 +62,8 @@ lrua_step_backward_cpu(Tensor dreads, std::optional<Tensor> dmemory1, std::optio
     args.saved_least_used = call.slots(least_used, "least_used", {B, R}, N);
     args.new_memory = call.in(memory1, "memory1", {B, N, W});
     args.new_read_weights = call.in(read_weights1, "read_weights1", {B, R, N});
-    args.dmemory = out(dmemory), args.dread_weights = out(dread_weights), args.dkey = out(dkey), args.dgate = out(dgate);
+    args.dmemory = out(dmemory), args.dread_weights = out(dread_weights), args.dkey = out(dkey),
+    args.dgate = out(dgate);
     args.dbeta = out(dbeta), args.dadd = out(dadd);
     call.run(lrua_sequence_backward_pick(), &args, B, lrua_sequence_backward_scratch(P, W, R),
              double(B) * N * W * (8 * R + 4));

@@ -27,7 +27,8 @@ inline int64_t lrua_write_weights_scratch(int64_t P, int64_t R) { return P + 3 *
 
 namespace MANN_ISA {
 
-template <typename S> void lrua_write_weights(const LruaWriteWeightsArgs &a, int64_t begin, int64_t end, void *scratch) {
+template <typename S>
+void lrua_write_weights(const LruaWriteWeightsArgs &a, int64_t begin, int64_t end, void *scratch) {
     using T = Arith<S>;
     const MemoryShape<T> s = memory_shape<T>(a.options);
     T *usage = static_cast<T *>(scratch), *read_weights = usage + s.P, *write_weights = read_weights + s.R * s.P;
@@ -93,8 +94,8 @@ static std::tuple<Tensor, Tensor> lrua_write_weights_cpu(Tensor usage, Tensor re
     return {write_weights, least_used};
 }
 
-static std::tuple<Tensor, Tensor> lrua_write_weights_backward_cpu(Tensor dwrite_weights, Tensor read_weights, Tensor gate,
-                                                                  Tensor least_used, bool shared) {
+static std::tuple<Tensor, Tensor> lrua_write_weights_backward_cpu(Tensor dwrite_weights, Tensor read_weights,
+                                                                  Tensor gate, Tensor least_used, bool shared) {
     Call call(read_weights);
     const StepOptions o = write_options(read_weights, shared);
     const int64_t B = read_weights.size(0);

@@ -15,8 +15,9 @@ template <typename S> struct Backward {
     const MemoryShape<T> s = memory_shape<T>(o.step);
     const int64_t first, count, K = o.recurrent(), words = o.words();
     T *memory, *dmemory, *dweights, *weights0, *step_scratch; // [count, W, P] twice, [count, R, P] twice
-    T *drecurrent, *next_drecurrent, *c0, *dc, *dgates, *dhead; // [count, K] twice, [count, H] twice, [count, 4H], [count, head]
-    T *dreads;                                                  // [R, W]
+    T *drecurrent, *next_drecurrent, *c0, *dc, *dgates,
+        *dhead; // [count, K] twice, [count, H] twice, [count, 4H], [count, head]
+    T *dreads;  // [R, W]
 
     Backward(const MannSequenceBackwardArgs &args, int64_t begin, int64_t end, void *scratch)
         : a(args), first(begin), count(end - begin) {
@@ -49,7 +50,8 @@ template <typename S> struct Backward {
             if (a.dread_weights1)
                 convert_rows(static_cast<const S *>(a.dread_weights1) + b * s.R * s.N, dw, s.R, s.N, s.P);
             else std::memset(dw, 0, s.R * s.P * sizeof(T));
-            convert_rows(static_cast<const S *>(a.read_weights) + b * s.R * s.N, weights0 + i * s.R * s.P, s.R, s.N, s.P);
+            convert_rows(static_cast<const S *>(a.read_weights) + b * s.R * s.N, weights0 + i * s.R * s.P, s.R, s.N,
+                         s.P);
             take(a.dh1, b, drecurrent + i * K, o.H);
             take(a.dreads1, b, drecurrent + i * K + o.H, words);
             take(a.dc1, b, dc + i * o.H, o.H);
@@ -82,7 +84,8 @@ template <typename S> struct Backward {
     void step(int64_t t) {
         const int64_t at = t * o.B + first, H = o.H, P = o.head();
         if ((t + 1) % o.checkpoint_every == 0 || t + 1 == o.T)
-            std::memcpy(memory, static_cast<const T *>(a.saved_memory) + (t / o.checkpoint_every * o.B + first) * s.W * s.P,
+            std::memcpy(memory,
+                        static_cast<const T *>(a.saved_memory) + (t / o.checkpoint_every * o.B + first) * s.W * s.P,
                         count * s.W * s.P * sizeof(T));
         T *dhead_rows = dhead, *dgate_rows = dgates;
         if constexpr (std::is_same_v<S, T>)
@@ -91,7 +94,8 @@ template <typename S> struct Backward {
             if (t < length(i)) remember(t, i, dhead_rows + i * P);
             else std::memset(dhead_rows + i * P, 0, P * sizeof(T));
         }
-        gemm(count, dhead_rows, P, Packed<T>{static_cast<const T *>(a.weight_head), P, H}, drecurrent, K, drecurrent, K);
+        gemm(count, dhead_rows, P, Packed<T>{static_cast<const T *>(a.weight_head), P, H}, drecurrent, K, drecurrent,
+             K);
         const T *saved_c = static_cast<const T *>(a.saved_c);
         for (int64_t i = 0; i < count; ++i) {
             T *dgate_row = dgate_rows + i * 4 * H;
@@ -101,8 +105,8 @@ template <typename S> struct Backward {
                                   drecurrent + i * K, dc + i * H, dgate_row);
             else std::memset(dgate_row, 0, 4 * H * sizeof(T));
         }
-        gemm(count, dgate_rows, 4 * H, Packed<T>{static_cast<const T *>(a.weight_hh), 4 * H, K}, static_cast<const T *>(nullptr),
-             0, next_drecurrent, K);
+        gemm(count, dgate_rows, 4 * H, Packed<T>{static_cast<const T *>(a.weight_hh), 4 * H, K},
+             static_cast<const T *>(nullptr), 0, next_drecurrent, K);
         for (int64_t i = 0; i < count; ++i) // a padded step hands the gradient of the state on
             if (t >= length(i)) std::memcpy(next_drecurrent + i * K, drecurrent + i * K, K * sizeof(T));
         std::swap(drecurrent, next_drecurrent);

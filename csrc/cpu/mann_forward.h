@@ -12,9 +12,10 @@ template <typename S> struct Forward {
     const MannOptions &o = a.options;
     const MemoryShape<T> s = memory_shape<T>(o.step);
     const int64_t first, count, K = o.recurrent(), words = o.words();
-    T *memory, *usage, *weights, *write_weights, *row_squares; // [count, W, P], [count, P], [2, count, R, P], [R, P], [P]
-    T *recurrent, *c, *gates, *head, *bias;                    // [count, K], [count, H], [count, 4H], [count, head], [head]
-    int32_t *slots;                                            // [R]
+    T *memory, *usage, *weights, *write_weights,
+        *row_squares;                       // [count, W, P], [count, P], [2, count, R, P], [R, P], [P]
+    T *recurrent, *c, *gates, *head, *bias; // [count, K], [count, H], [count, 4H], [count, head], [head]
+    int32_t *slots;                         // [R]
 
     Forward(const MannSequenceArgs &args, int64_t begin, int64_t end, void *scratch)
         : a(args), first(begin), count(end - begin) {
@@ -55,7 +56,8 @@ template <typename S> struct Forward {
         const int64_t at = t * o.B + first + i;
         StepForward<T> step{};
         step.memory = memory + i * s.W * s.P, step.usage = usage + i * s.P, step.row_squares = row_squares;
-        step.read_weights = previous(t, i), step.new_read_weights = previous(t + 1, i), step.write_weights = write_weights;
+        step.read_weights = previous(t, i), step.new_read_weights = previous(t + 1, i),
+        step.write_weights = write_weights;
         step.key = row.key, step.add = row.add, step.gate = row.gate, step.beta = row.beta;
         step.reads = recurrent + i * K + o.H;
         step.least_used = a.saved_least_used ? a.saved_least_used + at * s.R : slots;
@@ -75,7 +77,8 @@ template <typename S> struct Forward {
             convert(gates_x, gate_rows, count * 4 * H);
             initial = gate_rows;
         }
-        gemm(count, recurrent, K, Packed<T>{static_cast<const T *>(a.weight_hh), K, 4 * H}, initial, 4 * H, gate_rows, 4 * H);
+        gemm(count, recurrent, K, Packed<T>{static_cast<const T *>(a.weight_hh), K, 4 * H}, initial, 4 * H, gate_rows,
+             4 * H);
         for (int64_t i = 0; i < count; ++i) {
             if (t >= length(i)) continue;
             lstm_row(H, gate_rows + i * 4 * H, c + i * H, recurrent + i * K);
@@ -106,8 +109,8 @@ template <typename S> struct Forward {
             const int64_t b = first + i, last = length(i) < o.T ? (length(i) < 0 ? 0 : length(i)) : o.T;
             give_memory(s.N, s.P, s.W, memory + i * s.W * s.P, static_cast<S *>(a.memory1) + b * s.N * s.W);
             take_rows(usage + i * s.P, static_cast<S *>(a.usage1) + b * s.N, 1, s.N, s.P);
-            take_rows(previous(a.saved_read_weights ? last : o.T, i), static_cast<S *>(a.read_weights1) + b * s.R * s.N, s.R,
-                      s.N, s.P);
+            take_rows(previous(a.saved_read_weights ? last : o.T, i), static_cast<S *>(a.read_weights1) + b * s.R * s.N,
+                      s.R, s.N, s.P);
             convert(recurrent + i * K, static_cast<S *>(a.h1) + b * o.H, o.H);
             convert(recurrent + i * K + o.H, static_cast<S *>(a.reads1) + b * words, words);
             convert(c + i * o.H, static_cast<S *>(a.c1) + b * o.H, o.H);

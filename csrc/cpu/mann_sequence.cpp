@@ -1,5 +1,5 @@
-// A whole MANN episode: LSTM controller, heads and memory. A part of the batch runs through all of time on one thread, so the
-// threads never wait for each other; the products with the recurrent weights take all its examples at once.
+// A whole MANN episode: LSTM controller, heads and memory. A part of the batch runs through all of time on one thread,
+// so the threads never wait for each other; the products with the recurrent weights take all its examples at once.
 #include "mann_backward.h"
 #include "mann_forward.h"
 
@@ -20,17 +20,23 @@ MANN_KERNEL(mann_sequence_backward, MannSequenceBackwardArgs)
 
 namespace mann {
 
-static MannOptions mann_options(const Tensor &weight_hh, const Tensor &c, const Tensor &read_weights, const Tensor &steps,
-                                bool write_add, bool key_strength, bool squash, bool shared, bool erase_all, double decay,
-                                double eps, int64_t checkpoint_every) {
+static MannOptions mann_options(const Tensor &weight_hh, const Tensor &c, const Tensor &read_weights,
+                                const Tensor &steps, bool write_add, bool key_strength, bool squash, bool shared,
+                                bool erase_all, double decay, double eps, int64_t checkpoint_every) {
     STD_TORCH_CHECK(weight_hh.dim() == 2 && c.dim() == 2 && read_weights.dim() == 3 && steps.dim() == 3,
                     "mann_sequence: wrong number of dimensions");
     STD_TORCH_CHECK(checkpoint_every > 0, "mann_sequence: checkpoint_every must be positive");
     const int64_t N = read_weights.size(2), R = read_weights.size(1), H = c.size(1);
     STD_TORCH_CHECK(R > 0 && R <= N && H > 0, "mann_sequence: want 0 < heads <= slots, and hidden units");
     const int64_t W = (weight_hh.size(1) - H) / R;
-    return {{N, W, R, shared, erase_all, decay, eps}, steps.size(0), steps.size(1), H, checkpoint_every, write_add,
-            key_strength, squash};
+    return {{N, W, R, shared, erase_all, decay, eps},
+            steps.size(0),
+            steps.size(1),
+            H,
+            checkpoint_every,
+            write_add,
+            key_strength,
+            squash};
 }
 
 // Packs a matrix [K, N] (or its transpose) for the products inside the time loop.
@@ -41,19 +47,22 @@ static Tensor packed(Call &call, const void *source, bool transposed, int64_t K,
     return panels;
 }
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                           Tensor, Tensor>;
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                           Tensor, Tensor, Tensor>;
 
-static Forward mann_sequence_cpu(Tensor gates_x, Tensor weight_hh, Tensor weight_head, Tensor bias_head, Tensor h, Tensor c,
-                                 Tensor reads, Tensor memory, Tensor usage, Tensor read_weights,
-                                 std::optional<Tensor> lengths, bool write_add, bool key_strength, bool squash, bool shared,
-                                 bool erase_all, double decay, double eps, int64_t checkpoint_every, bool save) {
+static Forward mann_sequence_cpu(Tensor gates_x, Tensor weight_hh, Tensor weight_head, Tensor bias_head, Tensor h,
+                                 Tensor c, Tensor reads, Tensor memory, Tensor usage, Tensor read_weights,
+                                 std::optional<Tensor> lengths, bool write_add, bool key_strength, bool squash,
+                                 bool shared, bool erase_all, double decay, double eps, int64_t checkpoint_every,
+                                 bool save) {
     Call call(gates_x);
-    const MannOptions o = mann_options(weight_hh, c, read_weights, gates_x, write_add, key_strength, squash, shared, erase_all,
-                                       decay, eps, checkpoint_every);
+    const MannOptions o = mann_options(weight_hh, c, read_weights, gates_x, write_add, key_strength, squash, shared,
+                                       erase_all, decay, eps, checkpoint_every);
     const int64_t T = o.T, B = o.B, H = o.H, N = o.step.N, W = o.step.W, R = o.step.R, P = baseline::padded_slots(N);
     const int64_t K = o.recurrent(), heads = o.head();
-    const auto saved = [&](Sizes sizes, ScalarType dtype) { return save ? call.empty(sizes, dtype) : call.empty({0}, dtype); };
+    const auto saved = [&](Sizes sizes, ScalarType dtype) {
+        return save ? call.empty(sizes, dtype) : call.empty({0}, dtype);
+    };
     const ScalarType arith = call.arithmetic();
     const int64_t copies = (T + checkpoint_every - 1) / checkpoint_every;
     const Tensor output = call.empty({T, B, K}), h1 = call.empty({B, H}), c1 = call.empty({B, H});
@@ -62,7 +71,8 @@ static Forward mann_sequence_cpu(Tensor gates_x, Tensor weight_hh, Tensor weight
     const Tensor saved_gates = saved({T, B, 4 * H}, arith), saved_c = saved({T, B, H}, arith);
     const Tensor saved_head = saved({T, B, heads}, arith), saved_read_weights = saved({T, B, R, P}, arith);
     const Tensor saved_least_used = saved({T, B, R}, ScalarType::Int);
-    const Tensor saved_erased = saved({T, B, erase_all ? R : 1, W}, arith), saved_memory = saved({copies, B, W, P}, arith);
+    const Tensor saved_erased = saved({T, B, erase_all ? R : 1, W}, arith),
+                 saved_memory = saved({copies, B, W, P}, arith);
 
     const Tensor packed_hh = packed(call, call.in(weight_hh, "weight_hh", {4 * H, K}), true, K, 4 * H);
     const Tensor packed_head = packed(call, call.in(weight_head, "weight_head", {heads, H}), true, H, heads);
@@ -85,23 +95,33 @@ static Forward mann_sequence_cpu(Tensor gates_x, Tensor weight_hh, Tensor weight
         args.saved_read_weights = out(saved_read_weights), args.saved_erased = out(saved_erased);
         args.saved_least_used = static_cast<int32_t *>(out(saved_least_used)), args.saved_memory = out(saved_memory);
     }
-    call.run(mann_sequence_pick(), &args, B, mann_sequence_scratch(o, P), double(T) * B * (K * 4 * H + N * W * (3 * R + 1)),
-             mann_sequence_scratch_per_example(o, P));
-    return {output,  h1,         c1,           reads1,       memory1,      usage1, read_weights1, saved_gates,
-            saved_c, saved_head, saved_read_weights, saved_least_used, saved_erased, saved_memory};
+    call.run(mann_sequence_pick(), &args, B, mann_sequence_scratch(o, P),
+             double(T) * B * (K * 4 * H + N * W * (3 * R + 1)), mann_sequence_scratch_per_example(o, P));
+    return {output,
+            h1,
+            c1,
+            reads1,
+            memory1,
+            usage1,
+            read_weights1,
+            saved_gates,
+            saved_c,
+            saved_head,
+            saved_read_weights,
+            saved_least_used,
+            saved_erased,
+            saved_memory};
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-mann_sequence_backward_cpu(Tensor doutput, std::optional<Tensor> dh1, std::optional<Tensor> dc1,
-                           std::optional<Tensor> dreads1, std::optional<Tensor> dmemory1,
-                           std::optional<Tensor> dread_weights1, Tensor weight_hh, Tensor weight_head, Tensor c,
-                           Tensor read_weights, std::optional<Tensor> lengths, Tensor saved_gates, Tensor saved_c,
-                           Tensor saved_head, Tensor saved_read_weights, Tensor saved_least_used, Tensor saved_erased,
-                           Tensor saved_memory, bool write_add, bool key_strength, bool squash, bool shared, bool erase_all,
-                           double eps, int64_t checkpoint_every) {
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_sequence_backward_cpu(
+    Tensor doutput, std::optional<Tensor> dh1, std::optional<Tensor> dc1, std::optional<Tensor> dreads1,
+    std::optional<Tensor> dmemory1, std::optional<Tensor> dread_weights1, Tensor weight_hh, Tensor weight_head,
+    Tensor c, Tensor read_weights, std::optional<Tensor> lengths, Tensor saved_gates, Tensor saved_c, Tensor saved_head,
+    Tensor saved_read_weights, Tensor saved_least_used, Tensor saved_erased, Tensor saved_memory, bool write_add,
+    bool key_strength, bool squash, bool shared, bool erase_all, double eps, int64_t checkpoint_every) {
     Call call(doutput);
-    const MannOptions o = mann_options(weight_hh, c, read_weights, doutput, write_add, key_strength, squash, shared, erase_all,
-                                       0, eps, checkpoint_every);
+    const MannOptions o = mann_options(weight_hh, c, read_weights, doutput, write_add, key_strength, squash, shared,
+                                       erase_all, 0, eps, checkpoint_every);
     const int64_t T = o.T, B = o.B, H = o.H, N = o.step.N, W = o.step.W, R = o.step.R, P = baseline::padded_slots(N);
     const int64_t K = o.recurrent(), heads = o.head();
     const ScalarType arith = call.arithmetic();

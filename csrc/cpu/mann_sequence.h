@@ -30,14 +30,14 @@ inline int64_t packed_bound(int64_t K, int64_t N) { return (N + 47) * K; }
 
 struct MannSequenceArgs {
     MannOptions options;
-    const void *gates_x;     // [T, B, 4H], the input's part of the gates, bias included
-    const void *weight_hh;   // packed, [H + R*W, 4H]
-    const void *weight_head; // packed, [H, P]
-    const void *bias_head;   // [P]
-    const void *h, *c;       // [B, H]
-    const void *reads;       // [B, R, W]
-    const void *memory;      // [B, N, W]
-    const void *usage;       // [B, N]
+    const void *gates_x;      // [T, B, 4H], the input's part of the gates, bias included
+    const void *weight_hh;    // packed, [H + R*W, 4H]
+    const void *weight_head;  // packed, [H, P]
+    const void *bias_head;    // [P]
+    const void *h, *c;        // [B, H]
+    const void *reads;        // [B, R, W]
+    const void *memory;       // [B, N, W]
+    const void *usage;        // [B, N]
     const void *read_weights; // [B, R, N]
     const int64_t *lengths;   // [B] or null
     void *output;             // [T, B, H + R*W] out
@@ -54,24 +54,22 @@ struct MannSequenceArgs {
 
 struct MannSequenceBackwardArgs {
     MannOptions options;
-    const void *doutput;                                      // [T, B, H + R*W]
+    const void *doutput;                                         // [T, B, H + R*W]
     const void *dh1, *dc1, *dreads1, *dmemory1, *dread_weights1; // each may be null (zero)
-    const void *weight_hh;                                    // packed, [4H, H + R*W]
-    const void *weight_head;                                  // packed, [P, H]
-    const void *c, *read_weights;                             // before the first step
+    const void *weight_hh;                                       // packed, [4H, H + R*W]
+    const void *weight_head;                                     // packed, [P, H]
+    const void *c, *read_weights;                                // before the first step
     const int64_t *lengths;
     const void *saved_gates, *saved_c, *saved_head, *saved_read_weights;
     const int32_t *saved_least_used;
     const void *saved_erased, *saved_memory;
-    void *dgates;                                        // [T, B, 4H] out, before the activations
-    void *dhead;                                         // [T, B, P] out, before the activations
-    void *dh, *dc, *dreads, *dmemory, *dread_weights;    // of the state before the first step, out
+    void *dgates;                                     // [T, B, 4H] out, before the activations
+    void *dhead;                                      // [T, B, P] out, before the activations
+    void *dh, *dc, *dreads, *dmemory, *dread_weights; // of the state before the first step, out
 };
 
 // Numbers of scratch for one thread: in all, and for each of its examples.
-inline int64_t mann_sequence_scratch(const MannOptions &o, int64_t P) {
-    return o.step.R * P + P + o.head() + o.step.R;
-}
+inline int64_t mann_sequence_scratch(const MannOptions &o, int64_t P) { return o.step.R * P + P + o.head() + o.step.R; }
 inline int64_t mann_sequence_scratch_per_example(const MannOptions &o, int64_t P) {
     return o.step.W * P + P + 2 * o.step.R * P + o.recurrent() + 5 * o.H + o.head();
 }
@@ -128,8 +126,8 @@ template <typename T>
 inline void lstm_row_backward(int64_t H, const T *gates, const T *c, const T *new_c, const T *dh, T *dc, T *dgates) {
     for (int64_t i = 0; i < H; i += kLanes<T>) {
         const auto at = [=](const T *row) { return load_some(row + i, H - i); };
-        const auto grad = lstm_cell_backward(at(gates), at(gates + H), at(gates + 2 * H), at(gates + 3 * H), at(c), at(new_c),
-                                             at(dh), at(dc));
+        const auto grad = lstm_cell_backward(at(gates), at(gates + H), at(gates + 2 * H), at(gates + 3 * H), at(c),
+                                             at(new_c), at(dh), at(dc));
         store_some(dgates + i, grad.gate_in, H - i);
         store_some(dgates + H + i, grad.gate_forget, H - i);
         store_some(dgates + 2 * H + i, grad.cell, H - i);

@@ -1,10 +1,10 @@
 // How the memory of one example stands while a kernel works on it.
 //
-// The slots fill vector lanes: their number N is rounded up to P, a multiple of kSlotPadding, so no kernel has a tail to treat apart,
-// and a dot product with a key is one multiply-add per element with no sum across lanes. Memory [N, W] becomes tiles of kTileSlots
-// slots (the last one may be narrower), each [W, slots of the tile]: what is used together stays in L1, and rows are never 4096
-// bytes apart, where stores and loads would fall into the same cache set. Every other array over slots is [P] or [R, P]. The padding
-// of memory, weights and gradients is zero.
+// The slots fill vector lanes: their number N is rounded up to P, a multiple of kSlotPadding, so no kernel has a tail
+// to treat apart, and a dot product with a key is one multiply-add per element with no sum across lanes. Memory [N, W]
+// becomes tiles of kTileSlots slots (the last one may be narrower), each [W, slots of the tile]: what is used together
+// stays in L1, and rows are never 4096 bytes apart, where stores and loads would fall into the same cache set. Every
+// other array over slots is [P] or [R, P]. The padding of memory, weights and gradients is zero.
 #pragma once
 
 #include <limits>

@@ -10,12 +10,12 @@ enum : unsigned { kMatch = 1, kRead = 2, kWrite = 4, kRollBack = 8, kTied = 16 }
 
 // Pointers of one group of heads; the gradient of memory is completed and handed on to what made the memory.
 template <typename T> struct BackwardPass {
-    T *memory, *dmemory;                        // [W, P]; memory is only written to by kRollBack
-    const T *read_weights, *dreads;             // kRead: [heads, P], [heads, W]
-    const T *ddots, *key, *row_factor;          // kMatch: [heads, P], [heads, W], [P]
-    const T *write_weights, *add;               // kWrite, kRollBack: [heads, P], [heads, W]
-    T *dwrite_weights;                          // kWrite: [heads, P], added to
-    T *dkey, *dadd;                             // [heads, W]; with kTied dkey takes the gradient of add too
+    T *memory, *dmemory;               // [W, P]; memory is only written to by kRollBack
+    const T *read_weights, *dreads;    // kRead: [heads, P], [heads, W]
+    const T *ddots, *key, *row_factor; // kMatch: [heads, P], [heads, W], [P]
+    const T *write_weights, *add;      // kWrite, kRollBack: [heads, P], [heads, W]
+    T *dwrite_weights;                 // kWrite: [heads, P], added to
+    T *dkey, *dadd;                    // [heads, W]; with kTied dkey takes the gradient of add too
 };
 
 // One pass over memory and its gradient, with M the memory after the write, per head:
@@ -82,14 +82,14 @@ inline void backward_pass(int64_t P, int64_t W, const BackwardPass<T> &p) {
     });
 }
 
-// Backward of softmax_of_cosine for one head: dweights [P] becomes ddots [P], row_factor [P] is added to, dkey_factor is what times
-// key must be taken off dkey. Returns dbeta.
+// Backward of softmax_of_cosine for one head: dweights [P] becomes ddots [P], row_factor [P] is added to, dkey_factor
+// is what times key must be taken off dkey. Returns dbeta.
 template <typename T> struct CosineGrad {
     T dbeta, dkey_factor;
 };
 template <typename T>
-inline CosineGrad<T> softmax_of_cosine_backward(int64_t P, const T *weights, const T *dots, const T *row_squares, T key_square,
-                                                T beta, T eps, T *dweights, T *row_factor) {
+inline CosineGrad<T> softmax_of_cosine_backward(int64_t P, const T *weights, const T *dots, const T *row_squares,
+                                                T key_square, T beta, T eps, T *dweights, T *row_factor) {
     constexpr int lanes = kLanes<T>;
     Vec<T> weighted{};
     for (int64_t n = 0; n < P; n += lanes) weighted += load(weights + n) * load(dweights + n);
@@ -129,18 +129,18 @@ inline void interpolate_backward(const MemoryShape<T> &s, const T *dwrite_weight
 
 // One step backward; `memory` is the memory after the step, and becomes the one before it. `gate` is after its sigmoid.
 template <typename T> struct StepBackward {
-    T *memory, *dmemory;        // [W, P] in and out
-    T *dread_weights;           // [R, P] in: of the step's read weights; out: of the previous step's
-    const T *dreads;            // [R, W]
-    const T *read_weights;      // [R, P] of the step
-    const T *previous_weights;  // [R, P] of the previous step
-    const T *key, *add;         // [R, W]; add may be key
-    const T *gate, *beta;       // [R]; beta may be null
-    const int32_t *least_used;  // [R]
-    const T *erased;            // [erased(), W], or null: the erased slots are not restored
-    T *dkey, *dadd;             // [R, W] out; where add is key, dkey is the whole gradient and dadd is left alone
-    T *dgate, *dbeta;           // [R] out; dgate before the sigmoid; dbeta may be null
-    T *scratch;                 // step_backward_scratch(shape)
+    T *memory, *dmemory;       // [W, P] in and out
+    T *dread_weights;          // [R, P] in: of the step's read weights; out: of the previous step's
+    const T *dreads;           // [R, W]
+    const T *read_weights;     // [R, P] of the step
+    const T *previous_weights; // [R, P] of the previous step
+    const T *key, *add;        // [R, W]; add may be key
+    const T *gate, *beta;      // [R]; beta may be null
+    const int32_t *least_used; // [R]
+    const T *erased;           // [erased(), W], or null: the erased slots are not restored
+    T *dkey, *dadd;            // [R, W] out; where add is key, dkey is the whole gradient and dadd is left alone
+    T *dgate, *dbeta;          // [R] out; dgate before the sigmoid; dbeta may be null
+    T *scratch;                // step_backward_scratch(shape)
 };
 
 template <typename T> inline int64_t step_backward_scratch(const MemoryShape<T> &s) {
@@ -176,16 +176,26 @@ template <typename T> inline void step_backward(const MemoryShape<T> &s, const S
     interpolate(s, p.previous_weights, p.gate, p.least_used, write_weights);
 
     const auto pass_of = [&](int64_t h) {
-        return BackwardPass<T>{p.memory,           p.dmemory,     p.read_weights + h * P,   p.dreads + h * W,
-                               dweights + h * P,   p.key + h * W, row_factor,               write_weights + h * P,
-                               p.add + h * W,      dwrite_weights + h * P, p.dkey + h * W,  p.dadd ? p.dadd + h * W : nullptr};
+        return BackwardPass<T>{p.memory,
+                               p.dmemory,
+                               p.read_weights + h * P,
+                               p.dreads + h * W,
+                               dweights + h * P,
+                               p.key + h * W,
+                               row_factor,
+                               write_weights + h * P,
+                               p.add + h * W,
+                               dwrite_weights + h * P,
+                               p.dkey + h * W,
+                               p.dadd ? p.dadd + h * W : nullptr};
     };
     constexpr unsigned whole = kMatch | kRead | kWrite | kRollBack;
     if (R <= kHeadGroup && tied) {
-        in_groups<kHeadGroup>(R, [&](auto heads, int64_t h) { backward_pass<T, heads, whole | kTied>(P, W, pass_of(h)); });
+        in_groups<kHeadGroup>(R,
+                              [&](auto heads, int64_t h) { backward_pass<T, heads, whole | kTied>(P, W, pass_of(h)); });
     } else if (R <= kHeadGroup) {
         in_groups<kHeadGroup>(R, [&](auto heads, int64_t h) { backward_pass<T, heads, whole>(P, W, pass_of(h)); });
-    } else { // dM must hold every head's part before any head's write sees it
+    } else {               // dM must hold every head's part before any head's write sees it
         T *dadd = vectors; // [heads, W] where the caller has none: the keys there are used up
         in_groups<kHeadGroup>(R, [&](auto heads, int64_t h) {
             backward_pass<T, heads, kMatch | kRead>(P, W, pass_of(h));

@@ -18,7 +18,8 @@ template <typename T> inline void least_used_slots(const T *usage, int64_t N, in
 }
 
 template <typename S> inline void sigmoid_of(const S *source, Arith<S> *target, int64_t n) {
-    for (int64_t i = 0; i < n; i += kLanes<Arith<S>>) store_some(target + i, sigmoid(load_arith(source + i, n - i)), n - i);
+    for (int64_t i = 0; i < n; i += kLanes<Arith<S>>)
+        store_some(target + i, sigmoid(load_arith(source + i, n - i)), n - i);
 }
 
 // Eq. 7: sigma * previous read weights + (1 - sigma) * own slot; gate [R] is sigma.
@@ -36,11 +37,12 @@ inline void interpolate(const MemoryShape<T> &s, const T *read_weights, const T 
     }
 }
 
-// Adds the outer products of `writers` heads (eq. 8) and, of the new rows, takes the dot products with `readers` vectors and the
-// square sums: one pass. write_weights [writers, P], add [writers, W], keys [readers, W], dots [readers, P], row_squares [P] or null.
+// Adds the outer products of `writers` heads (eq. 8) and, of the new rows, takes the dot products with `readers`
+// vectors and the square sums: one pass. write_weights [writers, P], add [writers, W], keys [readers, W], dots
+// [readers, P], row_squares [P] or null.
 template <typename T, int writers, int readers>
-inline void write_and_match(int64_t P, int64_t W, T *memory, const T *write_weights, const T *add, const T *keys, T *dots,
-                            T *row_squares) {
+inline void write_and_match(int64_t P, int64_t W, T *memory, const T *write_weights, const T *add, const T *keys,
+                            T *dots, T *row_squares) {
     constexpr int lanes = kLanes<T>, wide = MANN_VECTOR_REGISTERS == 32 ? 2 : 1;
     const auto strip = [=](auto vectors_at_once, T *rows, int64_t stride, int64_t n0) {
         constexpr int vectors = vectors_at_once;
@@ -96,7 +98,8 @@ template <typename T> inline T square_sum(const T *vector, int64_t W) {
     return sum_lanes<T>(sum);
 }
 
-// Eq. 2 and 3 for one head, from dot products [P] to read weights [P] in place. NaN anywhere makes every weight NaN, as in softmax.
+// Eq. 2 and 3 for one head, from dot products [P] to read weights [P] in place. NaN anywhere makes every weight NaN, as
+// in softmax.
 template <typename T>
 inline void softmax_of_cosine(int64_t N, int64_t P, const T *row_squares, T key_square, T beta, T eps, T *weights) {
     constexpr int lanes = kLanes<T>;
@@ -126,11 +129,13 @@ inline void softmax_of_cosine(int64_t N, int64_t P, const T *row_squares, T key_
 }
 
 // target[h * stride + j] = (first ? 0 : itself) + the sum of the lanes of sums[h * count + j].
-template <int heads, int count, typename T> inline void add_lane_sums(const Vec<T> *sums, T *target, int64_t stride, bool first) {
+template <int heads, int count, typename T>
+inline void add_lane_sums(const Vec<T> *sums, T *target, int64_t stride, bool first) {
     T out[heads * count];
     sum_lanes<heads * count, T>(sums, out);
     for (int h = 0; h < heads; ++h)
-        for (int j = 0; j < count; ++j) target[h * stride + j] = out[h * count + j] + (first ? 0 : target[h * stride + j]);
+        for (int j = 0; j < count; ++j)
+            target[h * stride + j] = out[h * count + j] + (first ? 0 : target[h * stride + j]);
 }
 
 // reads [heads, W] = weights [heads, P] . memory (eq. 4).
@@ -179,11 +184,13 @@ template <typename T> inline void step_forward(const MemoryShape<T> &s, const St
         set_slot(s, p.memory, p.least_used[i], static_cast<const T *>(nullptr), p.erased ? p.erased + i * W : nullptr);
     if (s.R <= kHeadGroup) {
         in_groups<kHeadGroup>(s.R, [&](auto group, int64_t) {
-            write_and_match<T, group, group>(P, W, p.memory, p.write_weights, p.add, p.key, p.new_read_weights, p.row_squares);
+            write_and_match<T, group, group>(P, W, p.memory, p.write_weights, p.add, p.key, p.new_read_weights,
+                                             p.row_squares);
         });
     } else {
         in_groups<kHeadGroup>(s.R, [&](auto group, int64_t h) {
-            write_and_match<T, group, 0>(P, W, p.memory, p.write_weights + h * P, p.add + h * W, nullptr, nullptr, nullptr);
+            write_and_match<T, group, 0>(P, W, p.memory, p.write_weights + h * P, p.add + h * W, nullptr, nullptr,
+                                         nullptr);
         });
         match(P, W, p.memory, s.R, p.key, p.new_read_weights, p.row_squares);
     }

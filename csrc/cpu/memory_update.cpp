@@ -37,7 +37,8 @@ template <typename S> void memory_update(const MemoryUpdateArgs &a, int64_t begi
         take_memory(N, P, W, static_cast<const S *>(a.memory) + b * N * W, memory);
         convert_rows(static_cast<const S *>(a.write_weights) + b * R * N, write_weights, R, N, P);
         convert(static_cast<const S *>(a.add) + b * R * W, add, R * W);
-        for (int64_t i = 0; i < s.erased(); ++i) set_slot(s, memory, a.least_used[b * R + i], static_cast<const T *>(nullptr));
+        for (int64_t i = 0; i < s.erased(); ++i)
+            set_slot(s, memory, a.least_used[b * R + i], static_cast<const T *>(nullptr));
         in_groups<kHeadGroup>(R, [&](auto heads, int64_t h) {
             write_and_match<T, heads, 0>(P, W, memory, write_weights + h * P, add + h * W, nullptr, nullptr, nullptr);
         });
@@ -108,7 +109,8 @@ static std::tuple<Tensor, Tensor, Tensor> memory_update_backward_cpu(Tensor dmem
     Call call(dmemory);
     const StepOptions o = update_options(dmemory, add, erase_all);
     const int64_t B = dmemory.size(0);
-    Tensor dmemory0 = call.empty({B, o.N, o.W}), dwrite_weights = call.empty({B, o.R, o.N}), dadd = call.empty({B, o.R, o.W});
+    Tensor dmemory0 = call.empty({B, o.N, o.W}), dwrite_weights = call.empty({B, o.R, o.N}),
+           dadd = call.empty({B, o.R, o.W});
     const MemoryUpdateBackwardArgs args{o,
                                         call.in(dmemory, "dmemory", {B, o.N, o.W}),
                                         call.in(write_weights, "write_weights", {B, o.R, o.N}),

@@ -1,5 +1,5 @@
-// Vectors of the widest register of one instruction set. Every kernel source is compiled once per instruction set into the
-// namespace MANN_ISA, and the entry points choose among them at run time.
+// Vectors of the widest register of one instruction set. Every kernel source is compiled once per instruction set into
+// the namespace MANN_ISA, and the entry points choose among them at run time.
 #pragma once
 
 #include <cstddef>
@@ -124,7 +124,8 @@ namespace detail {
 template <int s, bool second, int lanes> constexpr int swap_index(int lane) {
     return (lane & s) ? lanes + lane - (second ? 0 : s) : lane + (second ? s : 0);
 }
-template <int s, bool second, typename V, int... lane> inline V swap_blocks(V a, V b, std::integer_sequence<int, lane...>) {
+template <int s, bool second, typename V, int... lane>
+inline V swap_blocks(V a, V b, std::integer_sequence<int, lane...>) {
     return __builtin_shufflevector(a, b, swap_index<s, second, sizeof...(lane)>(lane)...);
 }
 // Exchanges the off-diagonal s x s blocks of every 2s x 2s block, from the largest to single elements.
@@ -153,7 +154,8 @@ template <typename S> inline Vec<Arith<S>> load_arith(const S *source, int64_t c
 }
 template <typename S> inline void store_storage(S *target, Vec<Arith<S>> value, int64_t count) {
     if constexpr (std::is_same_v<S, Bf16>) {
-        for (int64_t i = 0; i < (count < kLanes<float> ? count : kLanes<float>); ++i) target[i] = to_storage<S>(value[i]);
+        for (int64_t i = 0; i < (count < kLanes<float> ? count : kLanes<float>); ++i)
+            target[i] = to_storage<S>(value[i]);
     } else {
         store_some(target, value, count);
     }
@@ -184,8 +186,8 @@ inline void take_rows(const From *source, To *target, int64_t rows, int64_t N, i
     for (int64_t i = 0; i < rows; ++i) convert(source + i * P, target + i * N, N);
 }
 
-// target[j * target_stride + i] = source[i * source_stride + j] for i < rows, j < columns; the target's rows are filled with
-// zeros up to `padded`, a multiple of the lanes. Types may differ.
+// target[j * target_stride + i] = source[i * source_stride + j] for i < rows, j < columns; the target's rows are filled
+// with zeros up to `padded`, a multiple of the lanes. Types may differ.
 template <typename From, typename To>
 inline void transpose(const From *source, int64_t source_stride, int64_t rows, int64_t columns, To *target,
                       int64_t target_stride, int64_t padded) {
@@ -205,8 +207,9 @@ inline void transpose(const From *source, int64_t source_stride, int64_t rows, i
     }
 }
 
-// e^x - 1 = (2^n - 1) + 2^n p(r), x = n ln 2 + r, |r| <= ln(2)/2, p the Taylor polynomial of e^r - 1: its first dropped term is
-// below a quarter of the last bit (r^9/9! for float, r^15/15! for double). Arguments beyond the exponent range are clamped.
+// e^x - 1 = (2^n - 1) + 2^n p(r), x = n ln 2 + r, |r| <= ln(2)/2, p the Taylor polynomial of e^r - 1: its first dropped
+// term is below a quarter of the last bit (r^9/9! for float, r^15/15! for double). Arguments beyond the exponent range
+// are clamped.
 template <typename V> struct ExpParts {
     V scale, p;
 };
@@ -230,9 +233,20 @@ template <typename V> inline ExpParts<V> exp_parts(V x) {
     constexpr T ln2_high = is_float ? T(0.693145751953125) : T(0.69314718036912382);
     constexpr T ln2_low = is_float ? T(1.4286068203094173e-06) : T(1.9082149292705877e-10);
     const V r = (x - n * ln2_high) - n * ln2_low;
-    constexpr T inverse_factorial[] = {T(1),          T(1) / 2,        T(1) / 6,          T(1) / 24,         T(1) / 120,
-                                       T(1) / 720,    T(1) / 5040,     T(1) / 40320,      T(1) / 362880,     T(1) / 3628800,
-                                       T(1) / 39916800, T(1) / 479001600, T(1) / 6227020800, T(1) / 87178291200};
+    constexpr T inverse_factorial[] = {T(1),
+                                       T(1) / 2,
+                                       T(1) / 6,
+                                       T(1) / 24,
+                                       T(1) / 120,
+                                       T(1) / 720,
+                                       T(1) / 5040,
+                                       T(1) / 40320,
+                                       T(1) / 362880,
+                                       T(1) / 3628800,
+                                       T(1) / 39916800,
+                                       T(1) / 479001600,
+                                       T(1) / 6227020800,
+                                       T(1) / 87178291200};
     constexpr int degree = is_float ? 8 : 14;
     V p = broadcast(inverse_factorial[degree - 1]);
 #pragma GCC unroll 16

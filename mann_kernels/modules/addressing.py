@@ -35,7 +35,9 @@ class ContentAddressing(nn.Module):
         beta = None
         if self.beta is not None:
             if key.dim() != 3 or key.shape[1] != self.num_heads:
-                raise ValueError(f"key: got shape {list(key.shape)}, want [B, R, W] with R={self.num_heads} (num_heads)")
+                raise ValueError(
+                    f"key: got shape {list(key.shape)}, want [B, R, W] with R={self.num_heads} (num_heads)"
+                )
             beta = nn.functional.softplus(self.beta).expand(key.shape[0], -1)
         read_weights = content_address(memory, key, beta, eps=self.eps)
         return read_weights @ memory, read_weights

@@ -202,7 +202,9 @@ class MANN(_MANNBase):
             raise TypeError(f"x: got {type(x).__name__}, want a torch.Tensor or a PackedSequence")
         want = "[B, T, I]" if self.batch_first else "[T, B, I]"
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
-            raise ValueError(f"x: got shape {list(x.shape)}, want {want} or [T, I], with I={self.input_size} (input_size)")
+            raise ValueError(
+                f"x: got shape {list(x.shape)}, want {want} or [T, I], with I={self.input_size} (input_size)"
+            )
         if x.dim() == 2:
             state = state if state is None else state.map(lambda field: field.unsqueeze(0))
             output, state = self._forward_batch(x.unsqueeze(1), state, lengths)
@@ -247,7 +249,11 @@ def _checked_lengths(lengths, x: torch.Tensor) -> torch.Tensor:
         lengths = torch.tensor(list(lengths), dtype=torch.int64)
     if lengths.dtype != torch.int64 or tuple(lengths.shape) != (x.shape[1],):
         raise ValueError(f"lengths: got {lengths.dtype} {list(lengths.shape)}, want int64 [B] with B={x.shape[1]}")
-    if not torch.compiler.is_compiling() and lengths.numel() and not (0 <= lengths.min() and lengths.max() <= x.shape[0]):
+    if (
+        not torch.compiler.is_compiling()
+        and lengths.numel()
+        and not (lengths.min() >= 0 and lengths.max() <= x.shape[0])
+    ):
         raise ValueError(f"lengths: got {lengths.tolist()}, want each in 0..T with T={x.shape[0]}")
     return lengths.to(x.device)
 

@@ -42,9 +42,7 @@ def empty_saved(memory, time, heads, erase_all, checkpoint_every, save):
     batch, slots, width = memory.shape
     dtype = arithmetic_dtype(memory.dtype)
     shapes = saved_shapes(time, batch, slots, width, heads, erase_all, checkpoint_every, save)
-    return tuple(
-        memory.new_empty(shape, dtype=torch.int32 if i == 1 else dtype) for i, shape in enumerate(shapes)
-    )
+    return tuple(memory.new_empty(shape, dtype=torch.int32 if i == 1 else dtype) for i, shape in enumerate(shapes))
 
 
 def _fake_forward(
@@ -154,9 +152,7 @@ def lrua_sequence(
     steps, never one per step: the backward pass undoes the writes.
     """
     sizes: dict[str, int] = {}
-    _check.same_kind(
-        memory=memory, usage=usage, read_weights=read_weights, key=key, gate=gate, beta=beta, add=add
-    )
+    _check.same_kind(memory=memory, usage=usage, read_weights=read_weights, key=key, gate=gate, beta=beta, add=add)
     check_state(sizes, memory, usage, read_weights)
     _check.shape(sizes, "key", key, "T", "B", "R", "W")
     _check.shape(sizes, "gate", gate, "T", "B", "R")

@@ -46,9 +46,7 @@ class _LruaStep(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(usage1)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            memory, usage, read_weights, key, gate, beta, add, memory1, read_weights1, least_used
-        )
+        ctx.save_for_backward(memory, usage, read_weights, key, gate, beta, add, memory1, read_weights1, least_used)
         ctx.options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
         return reads, memory1, usage1, read_weights1
 
@@ -115,9 +113,7 @@ def lrua_step(
         ValueError: a shape, device or option that does not fit; more heads than slots.
     """
     sizes: dict[str, int] = {}
-    _check.same_kind(
-        memory=memory, usage=usage, read_weights=read_weights, key=key, gate=gate, beta=beta, add=add
-    )
+    _check.same_kind(memory=memory, usage=usage, read_weights=read_weights, key=key, gate=gate, beta=beta, add=add)
     check_state(sizes, memory, usage, read_weights)
     _check.shape(sizes, "key", key, "B", "R", "W")
     _check.shape(sizes, "gate", gate, "B", "R")

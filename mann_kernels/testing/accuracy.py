@@ -37,7 +37,10 @@ def accuracy(actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor
     if exact.numel() == 0:
         return Accuracy(0.0, 0.0)
     finite = exact.isfinite()
-    if not torch.equal(actual[~finite].nan_to_num(), exact[~finite].nan_to_num()) or not actual[finite].isfinite().all():
+    if (
+        not torch.equal(actual[~finite].nan_to_num(), exact[~finite].nan_to_num())
+        or not actual[finite].isfinite().all()
+    ):
         return Accuracy(float("inf"), 0.0)
     if not finite.any():
         return Accuracy(0.0, 0.0)
@@ -51,4 +54,6 @@ def assert_accurate(actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch
     """Raise AssertionError, with the error and its budget, unless `accuracy(...)` is within its budget."""
     found = accuracy(actual, same_dtype, exact)
     if not found.ok:
-        raise AssertionError(f"{name}: error {found.error:.3e} against float64, budget {found.budget:.3e} ({actual.dtype})")
+        raise AssertionError(
+            f"{name}: error {found.error:.3e} against float64, budget {found.budget:.3e} ({actual.dtype})"
+        )

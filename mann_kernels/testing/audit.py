@@ -163,4 +163,7 @@ class _Cell:
         reads, _, _, read_weights = reference.lrua_step(*self.state(), *self.controls(), **self.options)
         fed = controller(reads, read_weights).flatten(1)
         ok = fed.shape == reads.flatten(1).shape and bool(torch.allclose(fed, reads.flatten(1)))
-        return ok, f"{fed.shape[1]} numbers are fed back; the reads are {self.R * self.W}, the read weights {self.R * self.N}"
+        return (
+            ok,
+            f"{fed.shape[1]} numbers are fed back; the reads are {self.R * self.W}, the read weights {self.R * self.N}",
+        )

@@ -1,0 +1,116 @@
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mann_kernels
+from mann_kernels import _backend
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_stem_stands_everywhere():
+    def names(folder, pattern, prefix=""):
+        found = {path.stem.removeprefix(prefix) for path in (ROOT / folder).glob(pattern)}
+        return {name for name in found if not name.startswith("_")}
+
+    stems = set(_backend.STEMS)
+    assert names("mann_kernels/ops", "*.py") == stems
+    assert names("mann_kernels/reference", "*.py") == stems
+    assert names("bench", "bench_*.py", "bench_") == stems
+    assert stems <= names("tests", "test_*.py", "test_")
+    assert stems <= names("csrc/cpu", "*.cpp")
+
+
+def test_imports_point_one_way():
+    forbidden = {"reference": ("ops", "modules", "testing"), "ops": ("modules", "testing")}
+    for folder, words in forbidden.items():
+        for path in (ROOT / "mann_kernels" / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.module:
+                    assert not any(node.module.startswith(f"mann_kernels.{word}") for word in words), path
+
+
+SCRIPT = """
+import importlib.util, sys, warnings
+for name in ("triton", "numpy", "rich", "typer", "ninja"):
+    sys.modules[name] = None
+if {hide}:
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: None if name == "mann_kernels._C" else find(name, *rest)
+import torch, mann_kernels
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    mann = mann_kernels.MANN(3, hidden_size=4, num_slots=5, slot_size=2, num_heads=1)
+    for _ in range(2):
+        mann(torch.ones(2, 2, 3))[0].sum().backward()
+print(len([w for w in caught if "mann_kernels" in str(w.message)]))
+"""
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize(("hide", "warnings"), [(False, 0), (True, 1)])
+def test_works_with_torch_alone_and_without_the_extension(hide, warnings):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(hide=hide)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(warnings)
+
+
+def test_backend_requests():
+    x = torch.zeros(1, 2, 3), torch.zeros(1, 1, 3)
+    with mann_kernels.backend("reference"):
+        with mann_kernels.backend("cpp"):
+            assert _backend.select("content_address", x[0]) == "cpp"
+        assert _backend.select("content_address", x[0]) == "reference"
+    assert _backend.select("content_address", x[0]) == "cpp"
+    for name in ("triton", "cuda"):
+        with mann_kernels.backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' was asked for"):
+            mann_kernels.content_address(*x)
+    with mann_kernels.backend("cpp"), pytest.raises(RuntimeError, match=r"not torch\.float16"):
+        mann_kernels.content_address(*(tensor.half() for tensor in x))
+    with pytest.raises(ValueError, match="backend: got 'fast'"), mann_kernels.backend("fast"):
+        pass
+
+
+def test_float16_falls_back_with_one_warning():
+    _backend._warn_once.cache_clear()
+    x = torch.zeros(1, 2, 3).half(), torch.zeros(1, 1, 3).half()
+    with pytest.warns(UserWarning, match="plain PyTorch") as caught:
+        [mann_kernels.content_address(*x) for _ in range(3)]
+    assert len(caught) == 1
+
+
+@pytest.mark.compiles
+def test_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "mann_kernels", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    facts = json.loads(done.stdout)
+    assert set(facts["operators"]) == set(_backend.STEMS)
+    assert facts["operators"]["mann_sequence"]["cpu"]["runs"] == "cpp"
+
+
+@pytest.mark.parametrize("stem", _backend.STEMS)
+def test_opcheck(stem):
+    from bench.stems import Shape, inputs
+
+    drawn = inputs(stem, Shape(2, 2, 3, 4, 5, 3, 2))
+    args = {
+        "content_address": (None, 1e-6),
+        "lrua_write_weights": (False,),
+        "memory_update": (False,),
+        "lrua_step": (None, None, False, False, 0.99, 1e-6),
+        "lrua_sequence": (None, None, None, False, False, 0.99, 1e-6, 256, True),
+        "mann_sequence": (None, False, False, True, False, False, 0.99, 1e-6, 256, True),
+    }[stem]
+    tensors = list(drawn.values())
+    if stem == "mann_sequence":
+        x, *state, weight_ih, weight_hh, bias, weight_head, bias_head = tensors
+        tensors = [torch.nn.functional.linear(x, weight_ih, bias), weight_hh, weight_head, bias_head, *state]
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.mann, stem).default, (*tensors, *args), test_utils=tests)
