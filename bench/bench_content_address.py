@@ -1,4 +1,4 @@
-"""`pytest bench/bench_content_address.py`: a training step of content_address at the paper's shape, verified before it is timed."""
+"""A training step of content_address at the paper's shape, verified, then timed by pytest-benchmark."""
 
 from bench.harness import pytest_benchmark_of
 

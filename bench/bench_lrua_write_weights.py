@@ -1,4 +1,4 @@
-"""`pytest bench/bench_lrua_write_weights.py`: a training step of lrua_write_weights at the paper's shape, verified before it is timed."""
+"""A training step of lrua_write_weights at the paper's shape, verified, then timed by pytest-benchmark."""
 
 from bench.harness import pytest_benchmark_of
 

@@ -1,4 +1,4 @@
-"""`pytest bench/bench_memory_update.py`: a training step of memory_update at the paper's shape, verified before it is timed."""
+"""A training step of memory_update at the paper's shape, verified, then timed by pytest-benchmark."""
 
 from bench.harness import pytest_benchmark_of
 

@@ -60,7 +60,7 @@ def _fake_forward(
 def _fake_backward(
     dreads, dmemory1, dread_weights1, read_weights, key, gate, beta, add, lengths, saved_read_weights, *_
 ):
-    batch, heads, slots = read_weights.shape
+    batch, slots = key.shape[1], read_weights.shape[2]
     return (
         key.new_empty(batch, slots, key.shape[3]),
         read_weights.new_empty(read_weights.shape),

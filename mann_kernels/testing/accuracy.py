@@ -27,8 +27,8 @@ def accuracy(actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor
 
     The budget is twice the sum of the reference's own error in that dtype and 4 eps of the largest magnitude, so that it
     follows the conditioning of the problem. In float64 the reference is its own yardstick and shows no error: 10,000 eps of
-    the largest magnitude stand for it there, far below what any mistake in a formula makes. NaN and infinity must stand where they stand in `exact`: if they do not, the
-    error is infinite.
+    the largest magnitude stand for it there, far below what any mistake in a formula makes. NaN and infinity must
+    stand where they stand in `exact`: if they do not, the error is infinite.
     """
     if actual.shape != exact.shape:
         raise ValueError(f"actual: got shape {list(actual.shape)}, want {list(exact.shape)}")
