@@ -72,14 +72,6 @@ class BuildNinja(build_ext):
         jobs = [] if "MAX_JOBS" not in os.environ else ["-j", os.environ["MAX_JOBS"]]
         subprocess.check_call([sys.executable, "-m", "ninja", "--quiet", "-C", str(objects), *jobs])
 
-    def copy_extensions_to_source(self):
-        """An in-place build compiles straight to its place (see get_ext_fullpath), so there is nothing to copy."""
-
-    def get_ext_fullpath(self, ext_name):
-        if self.inplace or getattr(self, "editable_mode", False):
-            return str(ROOT / self.get_ext_filename(ext_name))
-        return super().get_ext_fullpath(ext_name)
-
 
 class Abi3Wheel(bdist_wheel):
     """One wheel for every Python from 3.10 on."""
@@ -90,6 +82,6 @@ class Abi3Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("mann_kernels._C", sources=[], py_limited_api=True)],
+    ext_modules=[Extension("mann_kernels._C", sources=[], py_limited_api=True, optional=True)],
     cmdclass={"build_ext": BuildNinja, "bdist_wheel": Abi3Wheel},
 )

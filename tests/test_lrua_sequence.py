@@ -50,6 +50,9 @@ class TestLruaSequence(StemTests):
         for a, b in zip(second[1:], whole[1:], strict=True):
             torch.testing.assert_close(a, b)
 
+    def test_no_steps_backward(self):
+        compare(self.stem, self.inputs(1, 2, 5, 3, 2, T=0), torch.float32)
+
     def test_no_steps(self):
         inputs = self.inputs(1, 2, 5, 3, 2, T=0)
         reads, memory, usage, _ = self.function(**inputs)

@@ -71,7 +71,7 @@ void lrua_sequence_backward(const LruaSequenceBackwardArgs &a, int64_t begin, in
         if (a.dnew_read_weights)
             convert_rows(static_cast<const S *>(a.dnew_read_weights) + b * R * N, dweights, R, N, P);
         else std::memset(dweights, 0, R * P * sizeof(T));
-        if (!a.saved_memory) {
+        if (a.new_memory) {
             take_memory(N, P, W, static_cast<const S *>(a.new_memory) + b * N * W, memory);
             convert_rows(static_cast<const S *>(a.new_read_weights) + b * R * N, weights1, R, N, P);
         }
