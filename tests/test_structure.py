@@ -68,13 +68,30 @@ def test_backend_requests():
             assert _backend.select("content_address", x[0]) == "cpp"
         assert _backend.select("content_address", x[0]) == "reference"
     assert _backend.select("content_address", x[0]) == "cpp"
-    for name in ("triton", "cuda"):
-        with mann_kernels.backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' was asked for"):
-            mann_kernels.content_address(*x)
     with mann_kernels.backend("cpp"), pytest.raises(RuntimeError, match=r"not torch\.float16"):
         mann_kernels.content_address(*(tensor.half() for tensor in x))
     with pytest.raises(ValueError, match="backend: got 'fast'"), mann_kernels.backend("fast"):
         pass
+
+
+@pytest.mark.parametrize("stem", _backend.STEMS)
+def test_a_request_that_cannot_be_met_raises(stem):
+    for name in ("triton", "cuda"):
+        with (
+            mann_kernels.backend(name),
+            pytest.raises(RuntimeError, match=f"'{name}' was asked for, but cannot run {stem}"),
+        ):
+            _backend.select(stem, torch.zeros(1))
+    with mann_kernels.backend("cpp"), pytest.raises(RuntimeError, match="not on meta"):
+        _backend.select(stem, torch.zeros(1, device="meta"))
+    with mann_kernels.backend("reference"):
+        assert _backend.select(stem, torch.zeros(1).half()) == "reference"
+
+
+def test_a_request_ends_with_its_block_after_an_exception():
+    with pytest.raises(KeyError), mann_kernels.backend("reference"):
+        raise KeyError
+    assert _backend.select("content_address", torch.zeros(1)) == "cpp"
 
 
 def test_float16_falls_back_with_one_warning():
