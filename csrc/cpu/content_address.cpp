@@ -48,8 +48,8 @@ template <typename S> void content_address(const ContentAddressArgs &a, int64_t 
         match(P, W, memory, R, key, weights, row_squares);
         pad_row_squares(N, P, row_squares);
         for (int64_t h = 0; h < R; ++h) {
-            softmax_of_cosine(N, P, row_squares, square_sum(key + h * W, W), beta ? to_arith(beta[b * R + h]) : T(1),
-                              T(a.eps), weights + h * P);
+            softmax_of_cosine(N, P, weights + h * P, row_squares, square_sum(key + h * W, W),
+                              beta ? to_arith(beta[b * R + h]) : T(1), T(a.eps), weights + h * P);
             convert(weights + h * P, static_cast<S *>(a.read_weights) + (b * R + h) * N, N);
         }
     }

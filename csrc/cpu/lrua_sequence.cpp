@@ -1,52 +1,68 @@
 // An episode of memory steps: lrua_sequence and its backward. Each example runs through all of time while it is in
 // cache.
 #include "lrua_sequence.h"
-#include "memory_backward.h"
 
 namespace mann::MANN_ISA {
+
+// What one step of one example is given, as arithmetic numbers.
+template <typename T> struct StepInput {
+    T *key, *add, *gate, *beta; // [R, W] twice, [R] twice; add is key, and beta null, where there is none
+
+    // Numbers: 2 * R * W + 2 * R.
+    template <typename Args>
+    StepInput(const Args &a, T *buffer)
+        : key(buffer), add(a.add ? key + a.options.R * a.options.W : key), gate(key + 2 * a.options.R * a.options.W),
+          beta(a.beta ? gate + a.options.R : nullptr) {}
+
+    // `at` is t * B + b.
+    template <typename S, typename Args> void take(const Args &a, int64_t at) const {
+        const int64_t R = a.options.R, words = R * a.options.W;
+        convert(static_cast<const S *>(a.key) + at * words, key, words);
+        if (a.add) convert(static_cast<const S *>(a.add) + at * words, add, words);
+        sigmoid_of(static_cast<const S *>(a.gate) + at * R, gate, R);
+        if (a.beta) convert(static_cast<const S *>(a.beta) + at * R, beta, R);
+    }
+};
 
 template <typename S> void lrua_sequence(const LruaSequenceArgs &a, int64_t begin, int64_t end, void *scratch) {
     using T = Arith<S>;
     const MemoryShape<T> s = memory_shape<T>(a.options);
     const int64_t N = s.N, P = s.P, W = s.W, R = s.R;
     T *memory = static_cast<T *>(scratch), *usage = memory + W * P, *row_squares = usage + P;
-    T *weights = row_squares + P,
-      *write_weights = weights + 2 * R * P; // weights: this and the previous step's, in turn
-    T *key = write_weights + R * P, *add = key + R * W, *reads = add + R * W, *gate = reads + R * W, *beta = gate + R;
-    int32_t *slots = reinterpret_cast<int32_t *>(beta + R);
+    T *weights = row_squares + P, *write_weights = weights + 2 * R * P; // weights: before and after a step, in turn
+    T *reads = write_weights + R * P;
+    const StepInput<T> input(a, reads + R * W);
+    int32_t *slots = reinterpret_cast<int32_t *>(reads + 3 * R * W + 2 * R);
     for (int64_t b = begin; b < end; ++b) {
         take_memory(N, P, W, static_cast<const S *>(a.memory) + b * N * W, memory);
         convert_rows(static_cast<const S *>(a.usage) + b * N, usage, 1, N, P);
-        convert_rows(static_cast<const S *>(a.read_weights) + b * R * N, weights, R, N, P);
-        const T *previous = weights;
+        T *previous = weights, *current = weights + R * P;
+        convert_rows(static_cast<const S *>(a.read_weights) + b * R * N, previous, R, N, P);
         const int64_t length = a.lengths ? a.lengths[b] : a.T;
         for (int64_t t = 0; t < a.T; ++t) {
             const int64_t at = t * a.B + b;
             S *out = static_cast<S *>(a.reads) + at * R * W;
             if (t < length) {
-                convert(static_cast<const S *>(a.key) + at * R * W, key, R * W);
-                if (a.add) convert(static_cast<const S *>(a.add) + at * R * W, add, R * W);
-                sigmoid_of(static_cast<const S *>(a.gate) + at * R, gate, R);
-                if (a.beta) convert(static_cast<const S *>(a.beta) + at * R, beta, R);
-                T *current = a.saved_read_weights ? static_cast<T *>(a.saved_read_weights) + at * R * P
-                                                  : (previous == weights ? weights + R * P : weights);
+                input.template take<S>(a, at);
                 StepForward<T> step{};
                 step.memory = memory, step.usage = usage, step.row_squares = row_squares;
-                step.read_weights = previous, step.new_read_weights = current, step.write_weights = write_weights;
-                step.key = key, step.add = a.add ? add : key, step.gate = gate, step.beta = a.beta ? beta : nullptr;
+                step.read_weights = previous, step.new_read_weights = step.dots = current;
+                step.write_weights = write_weights;
+                step.key = input.key, step.add = input.add, step.gate = input.gate, step.beta = input.beta;
                 step.reads = reads;
                 step.least_used = a.saved_least_used ? a.saved_least_used + at * R : slots;
-                step.erased = a.saved_erased ? static_cast<T *>(a.saved_erased) + at * s.erased() * W : nullptr;
                 step_forward(s, step);
                 convert(reads, out, R * W);
-                previous = current;
+                std::swap(previous, current);
             } else {
                 std::memset(static_cast<void *>(out), 0, R * W * sizeof(S));
                 if (a.saved_least_used) std::memset(a.saved_least_used + at * R, 0, R * sizeof(int32_t));
             }
-            if (a.saved_memory && ((t + 1) % a.checkpoint_every == 0 || t + 1 == a.T))
-                std::memcpy(static_cast<T *>(a.saved_memory) + (t / a.checkpoint_every * a.B + b) * W * P, memory,
-                            W * P * sizeof(T));
+            if (a.saved_memory && (t + 1) % a.checkpoint_every == 0 && t + 1 < a.T) {
+                const int64_t copy = t / a.checkpoint_every * a.B + b;
+                convert(memory, static_cast<T *>(a.saved_memory) + copy * W * P, W * P);
+                convert(previous, static_cast<T *>(a.saved_read_weights) + copy * R * P, R * P);
+            }
         }
         give_memory(N, P, W, memory, static_cast<S *>(a.new_memory) + b * N * W);
         take_rows(usage, static_cast<S *>(a.new_usage) + b * N, 1, N, P);
@@ -54,63 +70,102 @@ template <typename S> void lrua_sequence(const LruaSequenceArgs &a, int64_t begi
     }
 }
 
-template <typename S>
-void lrua_sequence_backward(const LruaSequenceBackwardArgs &a, int64_t begin, int64_t end, void *scratch) {
+// Backward of one example: a segment of steps at a time, the last one first. A segment's steps are taken again from the
+// state before it, then undone one by one.
+template <typename S> struct SequenceBackward {
     using T = Arith<S>;
+    const LruaSequenceBackwardArgs &a;
     const MemoryShape<T> s = memory_shape<T>(a.options);
-    const int64_t N = s.N, P = s.P, W = s.W, R = s.R;
-    T *memory = static_cast<T *>(scratch), *dmemory = memory + W * P, *dweights = dmemory + W * P;
-    T *weights0 = dweights + R * P, *weights1 = weights0 + R * P; // before the first step, after the only step
-    T *step_scratch = weights1 + R * P, *key = step_scratch + step_backward_scratch(s), *add = key + R * W,
-      *dreads = add + R * W, *dkey = dreads + R * W, *dadd = dkey + R * W;
-    T *gate = dadd + R * W, *beta = gate + R, *dgate = beta + R, *dbeta = dgate + R;
-    for (int64_t b = begin; b < end; ++b) {
-        convert_rows(static_cast<const S *>(a.read_weights) + b * R * N, weights0, R, N, P);
+    const int64_t b, N = s.N, P = s.P, W = s.W, R = s.R;
+    T *memory, *dmemory, *dweights, *weights0, *write_weights; // [W, P] twice, [R, P] each; weights0: before the segment
+    T *records, *restarts, *step_scratch, *dreads, *dkey, *dadd, *dgate, *dbeta; // [R, W] three times, [R] twice
+    StepInput<T> input;
+
+    SequenceBackward(const LruaSequenceBackwardArgs &args, int64_t example, void *scratch)
+        : a(args), b(example), memory(static_cast<T *>(scratch)), dmemory(memory + W * P), dweights(dmemory + W * P),
+          weights0(dweights + R * P), write_weights(weights0 + R * P), records(write_weights + R * P),
+          restarts(records + std::min(a.T, a.checkpoint_every) * step_record_size(a.options, P)),
+          step_scratch(restarts + restarts_size(a.options, P, std::min(a.T, a.checkpoint_every))),
+          dreads(step_scratch + step_backward_scratch(a.options, P)), dkey(dreads + R * W), dadd(dkey + R * W),
+          dgate(dadd + R * W), dbeta(dgate + R), input(args, dbeta + R) {}
+
+    StepRecord<T> record(int64_t step_of_segment) const {
+        return {s, records + step_of_segment * step_record_size(a.options, P)};
+    }
+    const T *weights_before(int64_t step_of_segment) const {
+        return step_of_segment == 0 ? weights0 : record(step_of_segment - 1).read_weights;
+    }
+
+    void start_from(int64_t t) {
+        if (t == 0) {
+            take_memory(N, P, W, static_cast<const S *>(a.memory) + b * N * W, memory);
+            convert_rows(static_cast<const S *>(a.read_weights) + b * R * N, weights0, R, N, P);
+        } else {
+            const int64_t copy = (t / a.checkpoint_every - 1) * a.B + b;
+            convert(static_cast<const T *>(a.saved_memory) + copy * W * P, memory, W * P);
+            convert(static_cast<const T *>(a.saved_read_weights) + copy * R * P, weights0, R * P);
+        }
+    }
+    void again(int64_t t, int64_t step_of_segment) {
+        const int64_t at = t * a.B + b;
+        const StepRecord<T> made = record(step_of_segment);
+        input.template take<S>(a, at);
+        StepForward<T> step{};
+        step.memory = memory, step.row_squares = made.row_squares, step.dots = made.dots;
+        step.read_weights = weights_before(step_of_segment), step.new_read_weights = made.read_weights;
+        step.write_weights = write_weights, step.overwritten = made.overwritten;
+        step.key = input.key, step.add = input.add, step.gate = input.gate, step.beta = input.beta;
+        step.least_used = const_cast<int32_t *>(a.saved_least_used) + at * R; // read only: there is no usage
+        step_forward(s, step);
+        set_aside(step_of_segment, memory, W * P, restarts, W * P);
+    }
+    void undo(int64_t t, int64_t step_of_segment) {
+        const int64_t at = t * a.B + b;
+        restart(step_of_segment, memory, W * P, restarts, W * P);
+        input.template take<S>(a, at);
+        convert(static_cast<const S *>(a.dreads) + at * R * W, dreads, R * W);
+        StepBackward<T> step{};
+        step.memory = memory, step.dmemory = dmemory, step.dread_weights = dweights, step.dreads = dreads;
+        step.previous_weights = weights_before(step_of_segment);
+        step.key = input.key, step.add = input.add, step.gate = input.gate, step.beta = input.beta;
+        step.least_used = a.saved_least_used + at * R;
+        step.dkey = dkey, step.dadd = dadd, step.dgate = dgate, step.dbeta = dbeta, step.scratch = step_scratch;
+        step_backward(s, record(step_of_segment), step);
+    }
+    void give(int64_t at) {
+        convert(dkey, static_cast<S *>(a.dkey) + at * R * W, R * W);
+        convert(dgate, static_cast<S *>(a.dgate) + at * R, R);
+        if (a.add) convert(dadd, static_cast<S *>(a.dadd) + at * R * W, R * W);
+        if (a.beta) convert(dbeta, static_cast<S *>(a.dbeta) + at * R, R);
+    }
+
+    void run() {
         if (a.dnew_memory) take_memory(N, P, W, static_cast<const S *>(a.dnew_memory) + b * N * W, dmemory);
-        else std::memset(dmemory, 0, W * P * sizeof(T));
+        else std::fill_n(dmemory, W * P, T(0));
         if (a.dnew_read_weights)
             convert_rows(static_cast<const S *>(a.dnew_read_weights) + b * R * N, dweights, R, N, P);
-        else std::memset(dweights, 0, R * P * sizeof(T));
-        if (a.new_memory) {
-            take_memory(N, P, W, static_cast<const S *>(a.new_memory) + b * N * W, memory);
-            convert_rows(static_cast<const S *>(a.new_read_weights) + b * R * N, weights1, R, N, P);
-        }
-        const int64_t length = a.lengths ? a.lengths[b] : a.T;
-        const T *all_weights = static_cast<const T *>(a.saved_read_weights);
-        for (int64_t t = a.T - 1; t >= 0; --t) {
-            const int64_t at = t * a.B + b;
-            if (a.saved_memory && ((t + 1) % a.checkpoint_every == 0 || t + 1 == a.T))
-                std::memcpy(memory, static_cast<const T *>(a.saved_memory) + (t / a.checkpoint_every * a.B + b) * W * P,
-                            W * P * sizeof(T));
-            if (t < length) {
-                convert(static_cast<const S *>(a.key) + at * R * W, key, R * W);
-                if (a.add) convert(static_cast<const S *>(a.add) + at * R * W, add, R * W);
-                convert(static_cast<const S *>(a.dreads) + at * R * W, dreads, R * W);
-                sigmoid_of(static_cast<const S *>(a.gate) + at * R, gate, R);
-                if (a.beta) convert(static_cast<const S *>(a.beta) + at * R, beta, R);
-                StepBackward<T> step{};
-                step.memory = memory, step.dmemory = dmemory, step.dread_weights = dweights, step.dreads = dreads;
-                step.read_weights = all_weights ? all_weights + at * R * P : weights1;
-                step.previous_weights = t == 0 ? weights0 : all_weights + (at - a.B) * R * P;
-                step.key = key, step.add = a.add ? add : key, step.gate = gate, step.beta = a.beta ? beta : nullptr;
-                step.least_used = a.saved_least_used + at * R;
-                step.erased = a.saved_erased ? static_cast<const T *>(a.saved_erased) + at * s.erased() * W : nullptr;
-                step.dkey = dkey, step.dadd = dadd, step.dgate = dgate, step.dbeta = dbeta, step.scratch = step_scratch;
-                step_backward(s, step);
-            } else {
-                std::memset(dkey, 0, R * W * sizeof(T));
-                std::memset(dadd, 0, R * W * sizeof(T));
-                std::memset(dgate, 0, R * sizeof(T));
-                std::memset(dbeta, 0, R * sizeof(T));
+        else std::fill_n(dweights, R * P, T(0));
+        std::fill_n(dkey, 2 * R * W + 2 * R, T(0)); // of the padding: dkey, dadd, dgate, dbeta
+        const int64_t length = a.lengths ? std::min(a.lengths[b], a.T) : a.T;
+        for (int64_t t = a.T - 1; t >= std::max<int64_t>(length, 0); --t) give(t * a.B + b);
+        for (int64_t start = (length - 1) / a.checkpoint_every * a.checkpoint_every; length > 0 && start >= 0;
+             start -= a.checkpoint_every) {
+            const int64_t end = std::min(start + a.checkpoint_every, length);
+            start_from(start);
+            for (int64_t t = start; t < end; ++t) again(t, t - start);
+            for (int64_t t = end - 1; t >= start; --t) {
+                undo(t, t - start);
+                give(t * a.B + b);
             }
-            convert(dkey, static_cast<S *>(a.dkey) + at * R * W, R * W);
-            convert(dgate, static_cast<S *>(a.dgate) + at * R, R);
-            if (a.add) convert(dadd, static_cast<S *>(a.dadd) + at * R * W, R * W);
-            if (a.beta) convert(dbeta, static_cast<S *>(a.dbeta) + at * R, R);
         }
         give_memory(N, P, W, dmemory, static_cast<S *>(a.dmemory) + b * N * W);
         take_rows(dweights, static_cast<S *>(a.dread_weights) + b * R * N, R, N, P);
     }
+};
+
+template <typename S>
+void lrua_sequence_backward(const LruaSequenceBackwardArgs &a, int64_t begin, int64_t end, void *scratch) {
+    for (int64_t b = begin; b < end; ++b) SequenceBackward<S>(a, b, scratch).run();
 }
 
 } // namespace mann::MANN_ISA
@@ -132,7 +187,7 @@ static StepOptions sequence_options(const Tensor &read_weights, const Tensor &ke
     return {N, key.size(3), R, shared, erase_all, decay, eps};
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 lrua_sequence_cpu(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, Tensor gate, std::optional<Tensor> beta,
                   std::optional<Tensor> add, std::optional<Tensor> lengths, bool shared, bool erase_all, double decay,
                   double eps, int64_t checkpoint_every, bool save) {
@@ -141,12 +196,13 @@ lrua_sequence_cpu(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, 
     const int64_t T = key.size(0), B = read_weights.size(0), N = o.N, W = o.W, R = o.R, P = baseline::padded_slots(N);
     Tensor reads = call.empty({T, B, R, W}), memory1 = call.empty({B, N, W}), usage1 = call.empty({B, N});
     Tensor read_weights1 = call.empty({B, R, N});
-    const ScalarType arith = call.arithmetic();
-    Tensor saved_read_weights = save ? call.empty({T, B, R, P}, arith) : call.empty({0}, arith);
-    Tensor saved_least_used = save ? call.empty({T, B, R}, ScalarType::Int) : call.empty({0}, ScalarType::Int);
-    Tensor saved_erased = save ? call.empty({T, B, erase_all ? R : 1, W}, arith) : call.empty({0}, arith);
-    const int64_t copies = (T + checkpoint_every - 1) / checkpoint_every;
-    Tensor saved_memory = save ? call.empty({copies, B, W, P}, arith) : call.empty({0}, arith);
+    const int64_t kept = copies(T, checkpoint_every);
+    const auto saved = [&](Sizes sizes, ScalarType dtype) {
+        return save ? call.empty(sizes, dtype) : call.empty({0}, dtype);
+    };
+    Tensor saved_least_used = saved({T, B, R}, ScalarType::Int);
+    Tensor saved_memory = saved({kept, B, W, P}, call.arithmetic());
+    Tensor saved_read_weights = saved({kept, B, R, P}, call.arithmetic());
     LruaSequenceArgs args{};
     args.options = o, args.T = T, args.B = B, args.checkpoint_every = checkpoint_every;
     args.memory = call.in(memory, "memory", {B, N, W});
@@ -160,19 +216,20 @@ lrua_sequence_cpu(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, 
     args.reads = out(reads), args.new_memory = out(memory1), args.new_usage = out(usage1);
     args.new_read_weights = out(read_weights1);
     if (save) {
-        args.saved_read_weights = out(saved_read_weights), args.saved_erased = out(saved_erased);
-        args.saved_least_used = static_cast<int32_t *>(out(saved_least_used)), args.saved_memory = out(saved_memory);
+        args.saved_least_used = static_cast<int32_t *>(out(saved_least_used));
+        args.saved_memory = out(saved_memory), args.saved_read_weights = out(saved_read_weights);
     }
-    call.run(lrua_sequence_pick(), &args, B, lrua_sequence_scratch(P, W, R), double(T) * B * N * W * (3 * R + 1));
-    return {reads, memory1, usage1, read_weights1, saved_read_weights, saved_least_used, saved_erased, saved_memory};
+    call.run(lrua_sequence_pick(), &args, B, baseline::lrua_sequence_scratch(o, P),
+             double(T) * B * N * W * (3 * R + 1));
+    return {reads, memory1, usage1, read_weights1, saved_least_used, saved_memory, saved_read_weights};
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 lrua_sequence_backward_cpu(Tensor dreads, std::optional<Tensor> dmemory1, std::optional<Tensor> dread_weights1,
-                           Tensor read_weights, Tensor key, Tensor gate, std::optional<Tensor> beta,
-                           std::optional<Tensor> add, std::optional<Tensor> lengths, Tensor saved_read_weights,
-                           Tensor saved_least_used, Tensor saved_erased, Tensor saved_memory, bool shared,
-                           bool erase_all, double eps, int64_t checkpoint_every) {
+                           Tensor memory, Tensor read_weights, Tensor key, Tensor gate, std::optional<Tensor> beta,
+                           std::optional<Tensor> add, std::optional<Tensor> lengths, Tensor saved_least_used,
+                           Tensor saved_memory, Tensor saved_read_weights, bool shared, bool erase_all, double eps,
+                           int64_t checkpoint_every) {
     Call call(key);
     const StepOptions o = sequence_options(read_weights, key, shared, erase_all, 0, eps, checkpoint_every);
     const int64_t T = key.size(0), B = read_weights.size(0), N = o.N, W = o.W, R = o.R, P = baseline::padded_slots(N);
@@ -185,22 +242,23 @@ lrua_sequence_backward_cpu(Tensor dreads, std::optional<Tensor> dmemory1, std::o
     args.dreads = call.in(dreads, "dreads", {T, B, R, W});
     args.dnew_memory = call.in(dmemory1, "dmemory1", {B, N, W});
     args.dnew_read_weights = call.in(dread_weights1, "dread_weights1", {B, R, N});
+    args.memory = call.in(memory, "memory", {B, N, W});
     args.read_weights = call.in(read_weights, "read_weights", {B, R, N});
     args.key = call.in(key, "key", {T, B, R, W});
     args.gate = call.in(gate, "gate", {T, B, R});
     args.beta = call.in(beta, "beta", {T, B, R});
     args.add = call.in(add, "add", {T, B, R, W});
     args.lengths = call.lengths(lengths, B);
-    args.saved_read_weights = call.in(saved_read_weights, arith, "saved_read_weights", {T, B, R, P});
     args.saved_least_used = call.slots(saved_least_used, "saved_least_used", {T, B, R}, N);
-    args.saved_erased = call.in(saved_erased, arith, "saved_erased", {T, B, erase_all ? R : 1, W});
-    const int64_t copies = (T + checkpoint_every - 1) / checkpoint_every;
-    args.saved_memory = call.in(saved_memory, arith, "saved_memory", {copies, B, W, P});
+    const int64_t kept = copies(T, checkpoint_every);
+    args.saved_memory = call.in(saved_memory, arith, "saved_memory", {kept, B, W, P});
+    args.saved_read_weights = call.in(saved_read_weights, arith, "saved_read_weights", {kept, B, R, P});
     args.dmemory = out(dmemory), args.dread_weights = out(dread_weights), args.dkey = out(dkey),
     args.dgate = out(dgate);
     args.dbeta = out(dbeta), args.dadd = out(dadd);
-    call.run(lrua_sequence_backward_pick(), &args, B, lrua_sequence_backward_scratch(P, W, R),
-             double(T) * B * N * W * (8 * R + 2));
+    call.run(lrua_sequence_backward_pick(), &args, B,
+             baseline::lrua_sequence_backward_scratch(o, P, T, checkpoint_every),
+             double(T) * B * N * W * (9 * R + 2));
     return {dmemory, dread_weights, dkey, dgate, dbeta, dadd};
 }
 

@@ -1,7 +1,7 @@
 // The memory over time for keys that are known beforehand; one step is a sequence of length 1.
 #pragma once
 
-#include "kernel.h"
+#include "memory_backward.h"
 
 namespace mann {
 
@@ -20,11 +20,11 @@ struct LruaSequenceArgs {
     void *new_memory;         // [B, N, W] out
     void *new_usage;          // [B, N] out
     void *new_read_weights;   // [B, R, N] out
-    // For backward, each out or null. Those over slots are padded and of arithmetic type, and hold real steps only.
-    void *saved_read_weights;  // [T, B, R, P]
-    int32_t *saved_least_used; // [T, B, R]
-    void *saved_erased;        // [T, B, erased, W]
-    void *saved_memory;        // [ceil(T / checkpoint_every), B, W, P]: after every so many steps, and after the last
+    // For backward, each out or null. The copies of the state, padded and of arithmetic type, are taken after every
+    // checkpoint_every steps but the last ones.
+    int32_t *saved_least_used; // [T, B, R], real steps only (others are zero)
+    void *saved_memory;        // [copies(), B, W, P]
+    void *saved_read_weights;  // [copies(), B, R, P]
 };
 
 struct LruaSequenceBackwardArgs {
@@ -33,17 +33,16 @@ struct LruaSequenceBackwardArgs {
     const void *dreads;            // [T, B, R, W]
     const void *dnew_memory;       // [B, N, W] or null (zero)
     const void *dnew_read_weights; // [B, R, N] or null (zero)
-    const void *read_weights;      // [B, R, N], before the first step
-    const void *key;               // as forward
+    const void *memory;            // as forward
+    const void *read_weights;
+    const void *key;
     const void *gate;
     const void *beta;
     const void *add;
     const int64_t *lengths;
-    const void *saved_read_weights; // as forward, or null for one step: new_read_weights instead
     const int32_t *saved_least_used;
-    const void *saved_erased; // or null for one step: the memory before it is not wanted
-    const void *saved_memory; // or null for one step: new_memory instead
-    const void *new_memory, *new_read_weights;
+    const void *saved_memory;
+    const void *saved_read_weights;
     void *dmemory;       // [B, N, W] out
     void *dread_weights; // [B, R, N] out
     void *dkey;          // [T, B, R, W] out
@@ -52,15 +51,23 @@ struct LruaSequenceBackwardArgs {
     void *dadd;          // [T, B, R, W] out; not touched where add is null
 };
 
-// Numbers of scratch for one thread.
-inline int64_t lrua_sequence_scratch(int64_t P, int64_t W, int64_t R) {
-    return W * P + 2 * P + 3 * R * P + 3 * R * W + 3 * R;
-}
-inline int64_t lrua_sequence_backward_scratch(int64_t P, int64_t W, int64_t R) {
-    return 2 * W * P + 2 * P + 7 * R * P + 7 * R * W + 4 * R;
-}
+// Copies of the state in an episode: the first segment starts from the inputs.
+inline int64_t copies(int64_t T, int64_t checkpoint_every) { return T > 0 ? (T - 1) / checkpoint_every : 0; }
 
 Kernel lrua_sequence_pick();
 Kernel lrua_sequence_backward_pick();
 
+namespace MANN_ISA {
+
+// Numbers of scratch for one thread.
+inline int64_t lrua_sequence_scratch(const StepOptions &o, int64_t P) {
+    return o.W * P + 2 * P + 3 * o.R * P + 3 * o.R * o.W + 3 * o.R;
+}
+inline int64_t lrua_sequence_backward_scratch(const StepOptions &o, int64_t P, int64_t T, int64_t checkpoint_every) {
+    const int64_t segment = std::min(T, checkpoint_every);
+    return 2 * o.W * P + 3 * o.R * P + segment * step_record_size(o, P) + restarts_size(o, P, segment) +
+           step_backward_scratch(o, P) + 5 * o.R * o.W + 4 * o.R;
+}
+
+} // namespace MANN_ISA
 } // namespace mann

@@ -1,6 +1,5 @@
-// One step of the memory: lrua_step and its backward, a sequence of length 1 of which less is kept.
+// One step of the memory: lrua_step and its backward, a sequence of length 1, of which only the chosen slots are kept.
 #include "lrua_sequence.h"
-#include "memory.h"
 
 #if defined(MANN_ENTRY)
 #include "entry.h"
@@ -34,16 +33,17 @@ lrua_step_cpu(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, Tens
     args.add = call.in(add, "add", {B, R, W});
     args.reads = out(reads), args.new_memory = out(memory1), args.new_usage = out(usage1);
     args.new_read_weights = out(read_weights1), args.saved_least_used = static_cast<int32_t *>(out(least_used));
-    call.run(lrua_sequence_pick(), &args, B, lrua_sequence_scratch(P, W, R), double(B) * N * W * (3 * R + 3));
+    call.run(lrua_sequence_pick(), &args, B, baseline::lrua_sequence_scratch(o, P),
+             double(B) * N * W * (3 * R + 3));
     return {reads, memory1, usage1, read_weights1, least_used};
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 lrua_step_backward_cpu(Tensor dreads, std::optional<Tensor> dmemory1, std::optional<Tensor> dread_weights1,
-                       Tensor memory1, Tensor read_weights, Tensor read_weights1, Tensor key, Tensor gate,
+                       Tensor memory, Tensor read_weights, Tensor key, Tensor gate,
                        std::optional<Tensor> beta, std::optional<Tensor> add, Tensor least_used, bool shared,
                        bool erase_all, double eps) {
-    Call call(memory1);
+    Call call(memory);
     const StepOptions o = step_options(read_weights, key, shared, erase_all, 0, eps);
     const int64_t B = read_weights.size(0), N = o.N, W = o.W, R = o.R, P = baseline::padded_slots(N);
     Tensor dmemory = call.empty({B, N, W}), dread_weights = call.empty({B, R, N}), dkey = call.empty({B, R, W});
@@ -54,19 +54,18 @@ lrua_step_backward_cpu(Tensor dreads, std::optional<Tensor> dmemory1, std::optio
     args.dreads = call.in(dreads, "dreads", {B, R, W});
     args.dnew_memory = call.in(dmemory1, "dmemory1", {B, N, W});
     args.dnew_read_weights = call.in(dread_weights1, "dread_weights1", {B, R, N});
+    args.memory = call.in(memory, "memory", {B, N, W});
     args.read_weights = call.in(read_weights, "read_weights", {B, R, N});
     args.key = call.in(key, "key", {B, R, W});
     args.gate = call.in(gate, "gate", {B, R});
     args.beta = call.in(beta, "beta", {B, R});
     args.add = call.in(add, "add", {B, R, W});
     args.saved_least_used = call.slots(least_used, "least_used", {B, R}, N);
-    args.new_memory = call.in(memory1, "memory1", {B, N, W});
-    args.new_read_weights = call.in(read_weights1, "read_weights1", {B, R, N});
     args.dmemory = out(dmemory), args.dread_weights = out(dread_weights), args.dkey = out(dkey),
     args.dgate = out(dgate);
     args.dbeta = out(dbeta), args.dadd = out(dadd);
-    call.run(lrua_sequence_backward_pick(), &args, B, lrua_sequence_backward_scratch(P, W, R),
-             double(B) * N * W * (8 * R + 4));
+    call.run(lrua_sequence_backward_pick(), &args, B, baseline::lrua_sequence_backward_scratch(o, P, 1, 1),
+             double(B) * N * W * (9 * R + 4));
     return {dmemory, dread_weights, dkey, dgate, dbeta, dadd};
 }
 

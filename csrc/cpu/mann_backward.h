@@ -7,34 +7,57 @@
 
 namespace mann::MANN_ISA {
 
-// The working memory of one part of the batch, going backward.
+// The working memory of one part of the batch, going backward a segment of steps at a time. The memory's steps of a
+// segment are taken again from the state before it, with the heads made anew from h, then undone one by one.
 template <typename S> struct Backward {
     using T = Arith<S>;
     const MannSequenceBackwardArgs &a;
     const MannOptions &o = a.options;
     const MemoryShape<T> s = memory_shape<T>(o.step);
     const int64_t first, count, K = o.recurrent(), words = o.words();
-    T *memory, *dmemory, *dweights, *weights0, *step_scratch; // [count, W, P] twice, [count, R, P] twice
-    T *drecurrent, *next_drecurrent, *c0, *dc, *dgates,
-        *dhead; // [count, K] twice, [count, H] twice, [count, 4H], [count, head]
-    T *dreads;  // [R, W]
+    T *memory, *dmemory, *dweights, *weights0; // [count, W, P] twice, [count, R, P] twice; weights0: before the segment
+    T *records, *restarts, *write_weights, *step_scratch; // [segment, count] records, [., count, W, P], [R, P]
+    T *heads, *c; // [segment, count, head], [segment + 1, count, H] from before the segment on
+    T *drecurrent, *next_drecurrent, *dc, *dgates, *dhead; // [count, K] twice, [count, H], [count, 4H], [count, head]
+    T *dreads, *bias, *h;                                  // [R, W], [head], [count, H]
 
     Backward(const MannSequenceBackwardArgs &args, int64_t begin, int64_t end, void *scratch)
         : a(args), first(begin), count(end - begin) {
+        const int64_t segment = std::min(o.T, o.checkpoint_every);
         memory = static_cast<T *>(scratch);
         dmemory = memory + count * s.W * s.P;
         dweights = dmemory + count * s.W * s.P;
         weights0 = dweights + count * s.R * s.P;
-        step_scratch = weights0 + count * s.R * s.P;
-        drecurrent = step_scratch + step_backward_scratch(s);
+        records = weights0 + count * s.R * s.P;
+        restarts = records + segment * count * step_record_size(o.step, s.P);
+        write_weights = restarts + count * restarts_size(o.step, s.P, segment);
+        step_scratch = write_weights + s.R * s.P;
+        heads = step_scratch + step_backward_scratch(o.step, s.P);
+        c = heads + segment * count * o.head();
+        drecurrent = c + (segment + 1) * count * o.H;
         next_drecurrent = drecurrent + count * K;
-        c0 = next_drecurrent + count * K;
-        dc = c0 + count * o.H;
+        dc = next_drecurrent + count * K;
         dgates = dc + count * o.H;
         dhead = dgates + count * 4 * o.H;
         dreads = dhead + count * o.head();
+        bias = dreads + words;
+        h = bias + o.head();
     }
     int64_t length(int64_t i) const { return a.lengths ? a.lengths[first + i] : o.T; }
+    T *memory_of(int64_t i) const { return memory + i * s.W * s.P; }
+    T *restarts_of(int64_t i) const { return restarts + i * s.W * s.P; }
+    // Of example i at the j-th step of the segment.
+    StepRecord<T> record(int64_t j, int64_t i) const {
+        return {s, records + (j * count + i) * step_record_size(o.step, s.P)};
+    }
+    const T *weights_before(int64_t j, int64_t i) const {
+        return j == 0 ? weights0 + i * s.R * s.P : record(j - 1, i).read_weights;
+    }
+    T *head(int64_t j, int64_t i) const { return heads + (j * count + i) * o.head(); }
+    T *c_before(int64_t j, int64_t i) const { return c + (j * count + i) * o.H; }
+    const T *gates(int64_t t, int64_t i) const {
+        return static_cast<const T *>(a.saved_gates) + (t * o.B + first + i) * 4 * o.H;
+    }
 
     // A gradient that may be absent.
     static void take(const void *grad, int64_t b, T *target, int64_t n) {
@@ -50,59 +73,94 @@ template <typename S> struct Backward {
             if (a.dread_weights1)
                 convert_rows(static_cast<const S *>(a.dread_weights1) + b * s.R * s.N, dw, s.R, s.N, s.P);
             else std::memset(dw, 0, s.R * s.P * sizeof(T));
-            convert_rows(static_cast<const S *>(a.read_weights) + b * s.R * s.N, weights0 + i * s.R * s.P, s.R, s.N,
-                         s.P);
             take(a.dh1, b, drecurrent + i * K, o.H);
             take(a.dreads1, b, drecurrent + i * K + o.H, words);
             take(a.dc1, b, dc + i * o.H, o.H);
-            take(a.c, b, c0 + i * o.H, o.H);
         }
+        convert(static_cast<const S *>(a.bias_head), bias, o.head());
     }
 
-    void remember(int64_t t, int64_t i, T *dhead_row) {
+    void start_from(int64_t t) {
+        if (t > 0) {
+            const int64_t copy = (t / o.checkpoint_every - 1) * o.B + first;
+            convert(static_cast<const T *>(a.saved_c) + copy * o.H, c, count * o.H);
+            convert(static_cast<const T *>(a.saved_memory) + copy * s.W * s.P, memory, count * s.W * s.P);
+            convert(static_cast<const T *>(a.saved_read_weights) + copy * s.R * s.P, weights0, count * s.R * s.P);
+            return;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t b = first + i;
+            take(a.c, b, c_before(0, i), o.H);
+            take_memory(s.N, s.P, s.W, static_cast<const S *>(a.memory) + b * s.N * s.W, memory + i * s.W * s.P);
+            convert_rows(static_cast<const S *>(a.read_weights) + b * s.R * s.N, weights0 + i * s.R * s.P, s.R, s.N,
+                         s.P);
+        }
+    }
+    void heads_again(int64_t t, int64_t j) {
+        const S *output = static_cast<const S *>(a.output) + (t * o.B + first) * K;
+        const T *rows = h;
+        if constexpr (std::is_same_v<S, T>) rows = output;
+        else
+            for (int64_t i = 0; i < count; ++i) convert(output + i * K, h + i * o.H, o.H);
+        gemm(count, rows, rows == h ? o.H : K,
+             Packed<T>{static_cast<const T *>(a.weight_head_forward), o.H, o.head()}, bias, 0, head(j, 0), o.head());
+    }
+    void again(int64_t t, int64_t j, int64_t i) {
+        if (t >= length(i)) { // nothing changes
+            convert(c_before(j, i), c_before(j + 1, i), o.H);
+            return set_aside(j, memory_of(i), s.W * s.P, restarts_of(i), count * s.W * s.P);
+        }
+        cell_row(o.H, gates(t, i), c_before(j, i), c_before(j + 1, i));
+        const HeadRow<T> row(o, head(j, i));
+        activate_head(o, row);
+        const StepRecord<T> made = record(j, i);
+        StepForward<T> step{};
+        step.memory = memory_of(i), step.row_squares = made.row_squares, step.dots = made.dots;
+        step.read_weights = weights_before(j, i), step.new_read_weights = made.read_weights;
+        step.write_weights = write_weights, step.overwritten = made.overwritten;
+        step.key = row.key, step.add = row.add, step.gate = row.gate, step.beta = row.beta;
+        // read only: there is no usage
+        step.least_used = const_cast<int32_t *>(a.saved_least_used) + (t * o.B + first + i) * s.R;
+        step_forward(s, step);
+        set_aside(j, memory_of(i), s.W * s.P, restarts_of(i), count * s.W * s.P);
+    }
+
+    void undo_memory(int64_t t, int64_t j, int64_t i, T *dhead_row) {
         const int64_t at = t * o.B + first + i;
+        restart(j, memory_of(i), s.W * s.P, restarts_of(i), count * s.W * s.P);
         const S *doutput = static_cast<const S *>(a.doutput) + at * K;
-        for (int64_t j = 0; j < o.H; ++j) drecurrent[i * K + j] += to_arith(doutput[j]);
-        for (int64_t j = 0; j < words; ++j) dreads[j] = drecurrent[i * K + o.H + j] + to_arith(doutput[o.H + j]);
-        const HeadRow<const T> row(o, static_cast<const T *>(a.saved_head) + at * o.head());
+        for (int64_t n = 0; n < o.H; ++n) drecurrent[i * K + n] += to_arith(doutput[n]);
+        for (int64_t n = 0; n < words; ++n) dreads[n] = drecurrent[i * K + o.H + n] + to_arith(doutput[o.H + n]);
+        const HeadRow<const T> row(o, head(j, i));
         const HeadRow<T> drow(o, dhead_row);
-        const T *all_weights = static_cast<const T *>(a.saved_read_weights);
         StepBackward<T> step{};
-        step.memory = memory + i * s.W * s.P, step.dmemory = dmemory + i * s.W * s.P;
+        step.memory = memory_of(i), step.dmemory = dmemory + i * s.W * s.P;
         step.dread_weights = dweights + i * s.R * s.P, step.dreads = dreads;
-        step.read_weights = all_weights + at * s.R * s.P;
-        step.previous_weights = t == 0 ? weights0 + i * s.R * s.P : all_weights + (at - o.B) * s.R * s.P;
+        step.previous_weights = weights_before(j, i);
         step.key = row.key, step.add = row.add, step.gate = row.gate, step.beta = row.beta;
         step.least_used = a.saved_least_used + at * s.R;
-        step.erased = static_cast<const T *>(a.saved_erased) + at * s.erased() * s.W;
         step.dkey = drow.key, step.dadd = drow.add, step.dgate = drow.gate, step.dbeta = drow.beta;
         step.scratch = step_scratch;
-        step_backward(s, step);
+        step_backward(s, record(j, i), step);
         activate_head_backward(o, row, drow);
     }
 
-    void step(int64_t t) {
+    void undo(int64_t t, int64_t j) {
         const int64_t at = t * o.B + first, H = o.H, P = o.head();
-        if ((t + 1) % o.checkpoint_every == 0 || t + 1 == o.T)
-            std::memcpy(memory,
-                        static_cast<const T *>(a.saved_memory) + (t / o.checkpoint_every * o.B + first) * s.W * s.P,
-                        count * s.W * s.P * sizeof(T));
         T *dhead_rows = dhead, *dgate_rows = dgates;
         if constexpr (std::is_same_v<S, T>)
             dhead_rows = static_cast<T *>(a.dhead) + at * P, dgate_rows = static_cast<T *>(a.dgates) + at * 4 * H;
         for (int64_t i = 0; i < count; ++i) {
-            if (t < length(i)) remember(t, i, dhead_rows + i * P);
+            if (t < length(i)) undo_memory(t, j, i, dhead_rows + i * P);
             else std::memset(dhead_rows + i * P, 0, P * sizeof(T));
         }
         gemm(count, dhead_rows, P, Packed<T>{static_cast<const T *>(a.weight_head), P, H}, drecurrent, K, drecurrent,
              K);
-        const T *saved_c = static_cast<const T *>(a.saved_c);
         for (int64_t i = 0; i < count; ++i) {
             T *dgate_row = dgate_rows + i * 4 * H;
             if (t < length(i))
-                lstm_row_backward(H, static_cast<const T *>(a.saved_gates) + (at + i) * 4 * H,
-                                  t == 0 ? c0 + i * H : saved_c + (at + i - o.B) * H, saved_c + (at + i) * H,
-                                  drecurrent + i * K, dc + i * H, dgate_row);
+                lstm_row_backward(H, gates(t, i), c_before(j, i), c_before(j + 1, i), drecurrent + i * K, dc + i * H,
+                                  dgate_row);
             else std::memset(dgate_row, 0, 4 * H * sizeof(T));
         }
         gemm(count, dgate_rows, 4 * H, Packed<T>{static_cast<const T *>(a.weight_hh), 4 * H, K},
@@ -131,8 +189,16 @@ template <typename S> struct Backward {
 template <typename S>
 void mann_sequence_backward(const MannSequenceBackwardArgs &a, int64_t begin, int64_t end, void *scratch) {
     Backward<S> part(a, begin, end, scratch);
+    const int64_t T = a.options.T, every = a.options.checkpoint_every;
     part.begin();
-    for (int64_t t = a.options.T - 1; t >= 0; --t) part.step(t);
+    for (int64_t start = copies(T, every) * every; start >= 0; start -= every) {
+        const int64_t last = std::min(start + every, T);
+        part.start_from(start);
+        for (int64_t t = start; t < last; ++t) part.heads_again(t, t - start);
+        for (int64_t i = 0; i < part.count; ++i) // one example through all its steps: its memory stays in cache
+            for (int64_t t = start; t < last; ++t) part.again(t, t - start, i);
+        for (int64_t t = last - 1; t >= start; --t) part.undo(t, t - start);
+    }
     part.finish();
 }
 

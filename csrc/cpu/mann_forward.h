@@ -32,12 +32,8 @@ template <typename S> struct Forward {
         slots = reinterpret_cast<int32_t *>(bias + o.head());
     }
     int64_t length(int64_t i) const { return a.lengths ? a.lengths[first + i] : o.T; }
-    // Read weights before step t of example i.
-    T *previous(int64_t t, int64_t i) const {
-        if (a.saved_read_weights && t > 0)
-            return static_cast<T *>(a.saved_read_weights) + ((t - 1) * o.B + first + i) * s.R * s.P;
-        return weights + ((t % 2) * count + i) * s.R * s.P;
-    }
+    // Read weights before step t of example i: two buffers take turns.
+    T *previous(int64_t t, int64_t i) const { return weights + ((t % 2) * count + i) * s.R * s.P; }
 
     void begin() {
         for (int64_t i = 0; i < count; ++i) {
@@ -56,20 +52,19 @@ template <typename S> struct Forward {
         const int64_t at = t * o.B + first + i;
         StepForward<T> step{};
         step.memory = memory + i * s.W * s.P, step.usage = usage + i * s.P, step.row_squares = row_squares;
-        step.read_weights = previous(t, i), step.new_read_weights = previous(t + 1, i),
+        step.read_weights = previous(t, i), step.new_read_weights = step.dots = previous(t + 1, i);
         step.write_weights = write_weights;
         step.key = row.key, step.add = row.add, step.gate = row.gate, step.beta = row.beta;
         step.reads = recurrent + i * K + o.H;
         step.least_used = a.saved_least_used ? a.saved_least_used + at * s.R : slots;
-        step.erased = a.saved_erased ? static_cast<T *>(a.saved_erased) + at * s.erased() * s.W : nullptr;
         step_forward(s, step);
     }
 
     void step(int64_t t) {
         const int64_t at = t * o.B + first, H = o.H, P = o.head();
         T *gate_rows = a.saved_gates ? static_cast<T *>(a.saved_gates) + at * 4 * H : gates;
-        T *head_rows = a.saved_head ? static_cast<T *>(a.saved_head) + at * P : head;
         const S *gates_x = static_cast<const S *>(a.gates_x) + at * 4 * H;
+        S *output = static_cast<S *>(a.output) + at * K;
         const T *initial;
         if constexpr (std::is_same_v<S, T>) {
             initial = gates_x;
@@ -82,35 +77,36 @@ template <typename S> struct Forward {
         for (int64_t i = 0; i < count; ++i) {
             if (t >= length(i)) continue;
             lstm_row(H, gate_rows + i * 4 * H, c + i * H, recurrent + i * K);
-            if (a.saved_c) std::memcpy(static_cast<T *>(a.saved_c) + (at + i) * H, c + i * H, H * sizeof(T));
+            keep(recurrent + i * K, output + i * K, H);
         }
-        gemm(count, recurrent, K, Packed<T>{static_cast<const T *>(a.weight_head), H, P}, bias, 0, head_rows, P);
+        gemm(count, recurrent, K, Packed<T>{static_cast<const T *>(a.weight_head), H, P}, bias, 0, head, P);
         for (int64_t i = 0; i < count; ++i) {
-            S *out = static_cast<S *>(a.output) + (at + i) * K;
             if (t < length(i)) {
-                const HeadRow<T> row(o, head_rows + i * P);
+                const HeadRow<T> row(o, head + i * P);
                 activate_head(o, row);
                 remember(t, i, row);
-                convert(recurrent + i * K, out, K);
+                keep(recurrent + i * K + H, output + i * K + H, words);
             } else {
-                std::memset(static_cast<void *>(out), 0, K * sizeof(S));
+                std::memset(static_cast<void *>(output + i * K), 0, K * sizeof(S));
                 if (a.saved_least_used) std::memset(a.saved_least_used + (at + i) * s.R, 0, s.R * sizeof(int32_t));
-                if (!a.saved_read_weights) // the read weights stay; the two buffers take turns
-                    std::memcpy(previous(t + 1, i), previous(t, i), s.R * s.P * sizeof(T));
+                convert(previous(t, i), previous(t + 1, i), s.R * s.P); // the read weights stay
             }
         }
-        if (a.saved_memory && ((t + 1) % o.checkpoint_every == 0 || t + 1 == o.T))
-            std::memcpy(static_cast<T *>(a.saved_memory) + (t / o.checkpoint_every * o.B + first) * s.W * s.P, memory,
-                        count * s.W * s.P * sizeof(T));
+        if (a.saved_memory && (t + 1) % o.checkpoint_every == 0 && t + 1 < o.T) {
+            const int64_t copy = t / o.checkpoint_every * o.B + first;
+            convert(c, static_cast<T *>(a.saved_c) + copy * H, count * H);
+            convert(memory, static_cast<T *>(a.saved_memory) + copy * s.W * s.P, count * s.W * s.P);
+            convert(previous(t + 1, 0), static_cast<T *>(a.saved_read_weights) + copy * s.R * s.P,
+                    count * s.R * s.P);
+        }
     }
 
     void finish() {
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t b = first + i, last = length(i) < o.T ? (length(i) < 0 ? 0 : length(i)) : o.T;
+            const int64_t b = first + i;
             give_memory(s.N, s.P, s.W, memory + i * s.W * s.P, static_cast<S *>(a.memory1) + b * s.N * s.W);
             take_rows(usage + i * s.P, static_cast<S *>(a.usage1) + b * s.N, 1, s.N, s.P);
-            take_rows(previous(a.saved_read_weights ? last : o.T, i), static_cast<S *>(a.read_weights1) + b * s.R * s.N,
-                      s.R, s.N, s.P);
+            take_rows(previous(o.T, i), static_cast<S *>(a.read_weights1) + b * s.R * s.N, s.R, s.N, s.P);
             convert(recurrent + i * K, static_cast<S *>(a.h1) + b * o.H, o.H);
             convert(recurrent + i * K + o.H, static_cast<S *>(a.reads1) + b * words, words);
             convert(c + i * o.H, static_cast<S *>(a.c1) + b * o.H, o.H);

@@ -48,7 +48,7 @@ static Tensor packed(Call &call, const void *source, bool transposed, int64_t K,
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                           Tensor, Tensor, Tensor>;
+                           Tensor>;
 
 static Forward mann_sequence_cpu(Tensor gates_x, Tensor weight_hh, Tensor weight_head, Tensor bias_head, Tensor h,
                                  Tensor c, Tensor reads, Tensor memory, Tensor usage, Tensor read_weights,
@@ -64,15 +64,13 @@ static Forward mann_sequence_cpu(Tensor gates_x, Tensor weight_hh, Tensor weight
         return save ? call.empty(sizes, dtype) : call.empty({0}, dtype);
     };
     const ScalarType arith = call.arithmetic();
-    const int64_t copies = (T + checkpoint_every - 1) / checkpoint_every;
+    const int64_t kept = copies(T, checkpoint_every);
     const Tensor output = call.empty({T, B, K}), h1 = call.empty({B, H}), c1 = call.empty({B, H});
     const Tensor reads1 = call.empty({B, R, W}), memory1 = call.empty({B, N, W}), usage1 = call.empty({B, N});
     const Tensor read_weights1 = call.empty({B, R, N});
-    const Tensor saved_gates = saved({T, B, 4 * H}, arith), saved_c = saved({T, B, H}, arith);
-    const Tensor saved_head = saved({T, B, heads}, arith), saved_read_weights = saved({T, B, R, P}, arith);
-    const Tensor saved_least_used = saved({T, B, R}, ScalarType::Int);
-    const Tensor saved_erased = saved({T, B, erase_all ? R : 1, W}, arith),
-                 saved_memory = saved({copies, B, W, P}, arith);
+    const Tensor saved_gates = saved({T, B, 4 * H}, arith), saved_least_used = saved({T, B, R}, ScalarType::Int);
+    const Tensor saved_c = saved({kept, B, H}, arith), saved_memory = saved({kept, B, W, P}, arith);
+    const Tensor saved_read_weights = saved({kept, B, R, P}, arith);
 
     const Tensor packed_hh = packed(call, call.in(weight_hh, "weight_hh", {4 * H, K}), true, K, 4 * H);
     const Tensor packed_head = packed(call, call.in(weight_head, "weight_head", {heads, H}), true, H, heads);
@@ -91,12 +89,13 @@ static Forward mann_sequence_cpu(Tensor gates_x, Tensor weight_hh, Tensor weight
     args.output = out(output), args.h1 = out(h1), args.c1 = out(c1), args.reads1 = out(reads1);
     args.memory1 = out(memory1), args.usage1 = out(usage1), args.read_weights1 = out(read_weights1);
     if (save) {
-        args.saved_gates = out(saved_gates), args.saved_c = out(saved_c), args.saved_head = out(saved_head);
-        args.saved_read_weights = out(saved_read_weights), args.saved_erased = out(saved_erased);
-        args.saved_least_used = static_cast<int32_t *>(out(saved_least_used)), args.saved_memory = out(saved_memory);
+        args.saved_gates = out(saved_gates);
+        args.saved_least_used = static_cast<int32_t *>(out(saved_least_used));
+        args.saved_c = out(saved_c), args.saved_memory = out(saved_memory);
+        args.saved_read_weights = out(saved_read_weights);
     }
-    call.run(mann_sequence_pick(), &args, B, mann_sequence_scratch(o, P),
-             double(T) * B * (K * 4 * H + N * W * (3 * R + 1)), mann_sequence_scratch_per_example(o, P));
+    call.run(mann_sequence_pick(), &args, B, baseline::mann_sequence_scratch(o, P),
+             double(T) * B * (K * 4 * H + N * W * (3 * R + 1)), baseline::mann_sequence_scratch_per_example(o, P));
     return {output,
             h1,
             c1,
@@ -105,33 +104,33 @@ static Forward mann_sequence_cpu(Tensor gates_x, Tensor weight_hh, Tensor weight
             usage1,
             read_weights1,
             saved_gates,
-            saved_c,
-            saved_head,
-            saved_read_weights,
             saved_least_used,
-            saved_erased,
-            saved_memory};
+            saved_c,
+            saved_memory,
+            saved_read_weights};
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_sequence_backward_cpu(
     Tensor doutput, std::optional<Tensor> dh1, std::optional<Tensor> dc1, std::optional<Tensor> dreads1,
     std::optional<Tensor> dmemory1, std::optional<Tensor> dread_weights1, Tensor weight_hh, Tensor weight_head,
-    Tensor c, Tensor read_weights, std::optional<Tensor> lengths, Tensor saved_gates, Tensor saved_c, Tensor saved_head,
-    Tensor saved_read_weights, Tensor saved_least_used, Tensor saved_erased, Tensor saved_memory, bool write_add,
-    bool key_strength, bool squash, bool shared, bool erase_all, double eps, int64_t checkpoint_every) {
+    Tensor bias_head, Tensor c, Tensor memory, Tensor read_weights, std::optional<Tensor> lengths, Tensor output,
+    Tensor saved_gates, Tensor saved_least_used, Tensor saved_c, Tensor saved_memory, Tensor saved_read_weights,
+    bool write_add, bool key_strength, bool squash, bool shared, bool erase_all, double eps, int64_t checkpoint_every) {
     Call call(doutput);
     const MannOptions o = mann_options(weight_hh, c, read_weights, doutput, write_add, key_strength, squash, shared,
                                        erase_all, 0, eps, checkpoint_every);
     const int64_t T = o.T, B = o.B, H = o.H, N = o.step.N, W = o.step.W, R = o.step.R, P = baseline::padded_slots(N);
     const int64_t K = o.recurrent(), heads = o.head();
     const ScalarType arith = call.arithmetic();
-    const int64_t copies = (T + checkpoint_every - 1) / checkpoint_every;
+    const int64_t kept = copies(T, checkpoint_every);
     const Tensor dgates = call.empty({T, B, 4 * H}), dhead = call.empty({T, B, heads});
     const Tensor dh = call.empty({B, H}), dc = call.empty({B, H}), dreads = call.empty({B, R, W});
     const Tensor dmemory = call.empty({B, N, W}), dread_weights = call.empty({B, R, N});
 
     const Tensor packed_hh = packed(call, call.in(weight_hh, "weight_hh", {4 * H, K}), false, 4 * H, K);
-    const Tensor packed_head = packed(call, call.in(weight_head, "weight_head", {heads, H}), false, heads, H);
+    const void *head_rows = call.in(weight_head, "weight_head", {heads, H});
+    const Tensor packed_head = packed(call, head_rows, false, heads, H);
+    const Tensor packed_head_forward = packed(call, head_rows, true, H, heads);
     MannSequenceBackwardArgs args{};
     args.options = o;
     args.doutput = call.in(doutput, "doutput", {T, B, K});
@@ -141,20 +140,22 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     args.dmemory1 = call.in(dmemory1, "dmemory1", {B, N, W});
     args.dread_weights1 = call.in(dread_weights1, "dread_weights1", {B, R, N});
     args.weight_hh = out(packed_hh), args.weight_head = out(packed_head);
+    args.weight_head_forward = out(packed_head_forward);
+    args.bias_head = call.in(bias_head, "bias_head", {heads});
     args.c = call.in(c, "c", {B, H});
+    args.memory = call.in(memory, "memory", {B, N, W});
     args.read_weights = call.in(read_weights, "read_weights", {B, R, N});
     args.lengths = call.lengths(lengths, B);
+    args.output = call.in(output, "output", {T, B, K});
     args.saved_gates = call.in(saved_gates, arith, "saved_gates", {T, B, 4 * H});
-    args.saved_c = call.in(saved_c, arith, "saved_c", {T, B, H});
-    args.saved_head = call.in(saved_head, arith, "saved_head", {T, B, heads});
-    args.saved_read_weights = call.in(saved_read_weights, arith, "saved_read_weights", {T, B, R, P});
     args.saved_least_used = call.slots(saved_least_used, "saved_least_used", {T, B, R}, N);
-    args.saved_erased = call.in(saved_erased, arith, "saved_erased", {T, B, erase_all ? R : 1, W});
-    args.saved_memory = call.in(saved_memory, arith, "saved_memory", {copies, B, W, P});
+    args.saved_c = call.in(saved_c, arith, "saved_c", {kept, B, H});
+    args.saved_memory = call.in(saved_memory, arith, "saved_memory", {kept, B, W, P});
+    args.saved_read_weights = call.in(saved_read_weights, arith, "saved_read_weights", {kept, B, R, P});
     args.dgates = out(dgates), args.dhead = out(dhead), args.dh = out(dh), args.dc = out(dc), args.dreads = out(dreads);
     args.dmemory = out(dmemory), args.dread_weights = out(dread_weights);
-    call.run(mann_sequence_backward_pick(), &args, B, mann_sequence_backward_scratch(o, P),
-             double(T) * B * (K * 4 * H + N * W * (8 * R + 2)), mann_sequence_backward_scratch_per_example(o, P));
+    call.run(mann_sequence_backward_pick(), &args, B, baseline::mann_sequence_backward_scratch(o, P),
+             double(T) * B * (K * 4 * H + N * W * (9 * R + 2)), baseline::mann_sequence_backward_scratch_per_example(o, P));
     return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
 }
 

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "gemm.h"
-#include "memory_backward.h"
+#include "lrua_sequence.h"
 
 namespace mann {
 
@@ -42,14 +42,13 @@ struct MannSequenceArgs {
     const int64_t *lengths;   // [B] or null
     void *output;             // [T, B, H + R*W] out
     void *h1, *c1, *reads1, *memory1, *usage1, *read_weights1; // as the state above, out
-    // For backward, all out or all null; of arithmetic type. Real steps only.
-    void *saved_gates;         // [T, B, 4H], after their activations
-    void *saved_c;             // [T, B, H]
-    void *saved_head;          // [T, B, P], after the activations
-    void *saved_read_weights;  // [T, B, R, padded N]
+    // For backward, all out or all null; of arithmetic type. The copies of the state are taken after every
+    // checkpoint_every steps but the last ones, in the layout of the kernel.
+    void *saved_gates;         // [T, B, 4H], after their activations; real steps only
     int32_t *saved_least_used; // [T, B, R]
-    void *saved_erased;        // [T, B, erased, W]
-    void *saved_memory;        // [ceil(T / checkpoint_every), B, W, padded N]
+    void *saved_c;             // [copies(), B, H]
+    void *saved_memory;        // [copies(), B, W, padded N]
+    void *saved_read_weights;  // [copies(), B, R, padded N]
 };
 
 struct MannSequenceBackwardArgs {
@@ -58,29 +57,35 @@ struct MannSequenceBackwardArgs {
     const void *dh1, *dc1, *dreads1, *dmemory1, *dread_weights1; // each may be null (zero)
     const void *weight_hh;                                       // packed, [4H, H + R*W]
     const void *weight_head;                                     // packed, [P, H]
-    const void *c, *read_weights;                                // before the first step
+    const void *weight_head_forward, *bias_head;                 // as forward
+    const void *c, *memory, *read_weights;                       // before the first step
     const int64_t *lengths;
-    const void *saved_gates, *saved_c, *saved_head, *saved_read_weights;
+    const void *output; // as forward
+    const void *saved_gates;
     const int32_t *saved_least_used;
-    const void *saved_erased, *saved_memory;
+    const void *saved_c, *saved_memory, *saved_read_weights;
     void *dgates;                                     // [T, B, 4H] out, before the activations
     void *dhead;                                      // [T, B, P] out, before the activations
     void *dh, *dc, *dreads, *dmemory, *dread_weights; // of the state before the first step, out
 };
 
+namespace MANN_ISA {
+
 // Numbers of scratch for one thread: in all, and for each of its examples.
-inline int64_t mann_sequence_scratch(const MannOptions &o, int64_t P) { return o.step.R * P + P + o.head() + o.step.R; }
+inline int64_t mann_sequence_scratch(const MannOptions &o, int64_t P) {
+    return (o.step.R + 1) * P + o.head() + o.step.R;
+}
 inline int64_t mann_sequence_scratch_per_example(const MannOptions &o, int64_t P) {
-    return o.step.W * P + P + 2 * o.step.R * P + o.recurrent() + 5 * o.H + o.head();
+    return (o.step.W + 1 + 2 * o.step.R) * P + o.recurrent() + 5 * o.H + o.head();
 }
 inline int64_t mann_sequence_backward_scratch(const MannOptions &o, int64_t P) {
-    return P * (2 + 4 * o.step.R) + 2 * o.words() + o.words();
+    return o.step.R * P + step_backward_scratch(o.step, P) + o.head() + o.words();
 }
 inline int64_t mann_sequence_backward_scratch_per_example(const MannOptions &o, int64_t P) {
-    return 2 * o.step.W * P + 2 * o.step.R * P + 2 * o.recurrent() + 6 * o.H + o.head();
+    const int64_t segment = std::min(o.T, o.checkpoint_every);
+    return 2 * (o.step.W + o.step.R) * P + restarts_size(o.step, P, segment) + segment * (step_record_size(o.step, P) + o.head() + o.H) +
+           2 * o.recurrent() + 7 * o.H + o.head();
 }
-
-namespace MANN_ISA {
 
 // Where the parts of one example's head row stand.
 template <typename T> struct HeadRow {
@@ -111,6 +116,12 @@ inline void activate_head_backward(const MannOptions &o, const HeadRow<const T> 
     for (int64_t h = 0; head.beta && h < o.step.R; ++h) dhead.beta[h] *= -std::expm1(-head.beta[h]);
 }
 
+// What is kept in storage type counts as that from there on: a step can be taken again from what was kept.
+template <typename S> inline void keep(Arith<S> *row, S *kept, int64_t n) {
+    convert(row, kept, n);
+    if constexpr (!std::is_same_v<S, Arith<S>>) convert(kept, row, n);
+}
+
 template <typename T> inline void lstm_row(int64_t H, T *gates, T *c, T *h) {
     for (int64_t i = 0; i < H; i += kLanes<T>) {
         Vec<T> gate[4];
@@ -120,6 +131,10 @@ template <typename T> inline void lstm_row(int64_t H, T *gates, T *c, T *h) {
         store_some(c + i, cell.c, H - i);
         store_some(h + i, cell.h, H - i);
     }
+}
+// The cell state alone, from gates after their activations.
+template <typename T> inline void cell_row(int64_t H, const T *gates, const T *c, T *new_c) {
+    for (int64_t i = 0; i < H; ++i) new_c[i] = gates[H + i] * c[i] + gates[i] * gates[2 * H + i];
 }
 // dc [H] is of c after the step on entry, of c before it on return.
 template <typename T>

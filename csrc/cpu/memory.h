@@ -7,6 +7,7 @@
 // other array over slots is [P] or [R, P]. The padding of memory, weights and gradients is zero.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "kernel.h"
@@ -61,15 +62,23 @@ template <typename S> inline void give_memory(int64_t N, int64_t P, int64_t W, c
     });
 }
 
-// The row of one slot becomes row [W], or zero where that is null; what stood there goes to `old` [W], if given.
-template <typename T>
-inline void set_slot(const MemoryShape<T> &s, T *memory, int64_t slot, const T *row, T *old = nullptr) {
-    const int64_t n0 = slot / kTileSlots * kTileSlots, width = s.P - n0 < kTileSlots ? s.P - n0 : kTileSlots;
-    T *first = memory + n0 * s.W + slot - n0;
-    for (int64_t w = 0; w < s.W; ++w) {
-        if (old) old[w] = first[w * width];
-        first[w * width] = row ? row[w] : 0;
-    }
+// Where the row of a slot begins, and how far apart its numbers are.
+template <typename T> struct Slot {
+    T *first;
+    int64_t stride;
+};
+template <typename T> inline Slot<T> slot_of(const MemoryShape<T> &s, T *memory, int64_t slot) {
+    const int64_t n0 = slot / kTileSlots * kTileSlots;
+    return {memory + n0 * s.W + slot - n0, std::min(s.P - n0, kTileSlots)};
+}
+template <typename T> inline void get_slot(const MemoryShape<T> &s, T *memory, int64_t slot, T *row) {
+    const Slot<T> at = slot_of(s, memory, slot);
+    for (int64_t w = 0; w < s.W; ++w) row[w] = at.first[w * at.stride];
+}
+// The row [W] becomes that of the slot; null is zero.
+template <typename T> inline void set_slot(const MemoryShape<T> &s, T *memory, int64_t slot, const T *row) {
+    const Slot<T> at = slot_of(s, memory, slot);
+    for (int64_t w = 0; w < s.W; ++w) at.first[w * at.stride] = row ? row[w] : 0;
 }
 
 } // namespace mann::MANN_ISA

@@ -35,6 +35,7 @@ inline void backward_pass(int64_t P, int64_t W, const BackwardPass<T> &p) {
             Vec<T> m[count] = {}, dm[count];
             for (int j = 0; j < count; ++j) {
                 dm[j] = load(drows + j * width + n);
+                prefetch(drows + (j + count) * width + n);
                 if constexpr (parts & (kMatch | kRollBack)) m[j] = load(rows + j * width + n);
             }
             if constexpr (parts & kRead) {
@@ -127,49 +128,70 @@ inline void interpolate_backward(const MemoryShape<T> &s, const T *dwrite_weight
     }
 }
 
+// What backward needs of a step beside its inputs: kept for the steps of a segment only, which are taken again.
+template <typename T> struct StepRecord {
+    T *read_weights, *dots; // [R, P]
+    T *row_squares;         // [P]
+    T *overwritten;         // [R, W], of the least-used slots before the step: what is written there is not small
+
+    StepRecord(const MemoryShape<T> &s, T *base)
+        : read_weights(base), dots(base + s.R * s.P), row_squares(dots + s.R * s.P),
+          overwritten(row_squares + s.P) {}
+};
+
+inline int64_t step_record_size(const StepOptions &o, int64_t P) {
+    return (2 * o.R + 1) * P + padded_slots(o.R * o.W);
+}
+
+// Undoing writes rounds, and small rows would drown in what was written to them later: while the steps of a segment are
+// taken again, every so many of them the memory is set aside, to go on from there on the way back.
+constexpr int64_t kRestartEvery = 8;
+inline int64_t restarts_size(const StepOptions &o, int64_t P, int64_t steps) {
+    return steps / kRestartEvery * o.W * P;
+}
+// After step j of the segment was taken, and before it is undone. `restarts` holds one memory [W, P] of this example
+// every `stride` numbers.
+template <typename T> inline void set_aside(int64_t j, const T *memory, int64_t size, T *restarts, int64_t stride) {
+    if ((j + 1) % kRestartEvery == 0) convert(memory, restarts + j / kRestartEvery * stride, size);
+}
+template <typename T> inline void restart(int64_t j, T *memory, int64_t size, const T *restarts, int64_t stride) {
+    if ((j + 1) % kRestartEvery == 0) convert(restarts + j / kRestartEvery * stride, memory, size);
+}
+
 // One step backward; `memory` is the memory after the step, and becomes the one before it. `gate` is after its sigmoid.
 template <typename T> struct StepBackward {
     T *memory, *dmemory;       // [W, P] in and out
     T *dread_weights;          // [R, P] in: of the step's read weights; out: of the previous step's
     const T *dreads;           // [R, W]
-    const T *read_weights;     // [R, P] of the step
-    const T *previous_weights; // [R, P] of the previous step
+    const T *previous_weights; // [R, P], the read weights of the previous step
     const T *key, *add;        // [R, W]; add may be key
     const T *gate, *beta;      // [R]; beta may be null
     const int32_t *least_used; // [R]
-    const T *erased;           // [erased(), W], or null: the erased slots are not restored
     T *dkey, *dadd;            // [R, W] out; where add is key, dkey is the whole gradient and dadd is left alone
     T *dgate, *dbeta;          // [R] out; dgate before the sigmoid; dbeta may be null
     T *scratch;                // step_backward_scratch(shape)
 };
 
-template <typename T> inline int64_t step_backward_scratch(const MemoryShape<T> &s) {
-    return s.P * (2 + 4 * s.R) + 2 * s.R * s.W;
-}
+inline int64_t step_backward_scratch(const StepOptions &o, int64_t P) { return P * (1 + 3 * o.R) + o.R * (o.W + 1); }
 
-template <typename T> inline void step_backward(const MemoryShape<T> &s, const StepBackward<T> &p) {
+template <typename T>
+inline void step_backward(const MemoryShape<T> &s, const StepRecord<T> &record, const StepBackward<T> &p) {
     const int64_t P = s.P, W = s.W, R = s.R;
     constexpr int lanes = kLanes<T>;
-    T *row_squares = p.scratch, *row_factor = row_squares + P, *write_weights = row_factor + P;
-    T *dwrite_weights = write_weights + R * P, *dots = dwrite_weights + R * P, *vectors = dots + 2 * R * P;
+    T *row_factor = p.scratch, *write_weights = row_factor + P, *dwrite_weights = write_weights + R * P;
+    T *dweights = dwrite_weights + R * P, *dadd_of_key = dweights + R * P, *dkey_factor = dadd_of_key + R * W;
     const bool tied = p.add == p.key;
 
-    // dots of the rows with every key, and with dreads: the gradient of the read weights
-    std::memcpy(vectors, p.key, R * W * sizeof(T));
-    std::memcpy(vectors + R * W, p.dreads, R * W * sizeof(T));
-    match(P, W, p.memory, 2 * R, vectors, dots, row_squares);
-    pad_row_squares(s.N, P, row_squares);
-    T *dweights = dots + R * P;
+    match(P, W, p.memory, R, p.dreads, dweights, static_cast<T *>(nullptr)); // through the read
     for (int64_t n = 0; n < P; n += lanes) store(row_factor + n, Vec<T>{});
     for (int64_t n = 0; n < R * P; n += lanes) {
         store(dweights + n, load(dweights + n) + load(p.dread_weights + n));
         store(dwrite_weights + n, Vec<T>{});
     }
-    T *dkey_factor = vectors + R * W; // dreads is not needed there any more: it is read where it came from
     for (int64_t h = 0; h < R; ++h) {
-        const auto grad = softmax_of_cosine_backward(P, p.read_weights + h * P, dots + h * P, row_squares,
-                                                     square_sum(p.key + h * W, W), p.beta ? p.beta[h] : T(1), s.eps,
-                                                     dweights + h * P, row_factor);
+        const auto grad = softmax_of_cosine_backward(P, record.read_weights + h * P, record.dots + h * P,
+                                                     record.row_squares, square_sum(p.key + h * W, W),
+                                                     p.beta ? p.beta[h] : T(1), s.eps, dweights + h * P, row_factor);
         if (p.dbeta) p.dbeta[h] = grad.dbeta;
         dkey_factor[h] = grad.dkey_factor;
     }
@@ -178,7 +200,7 @@ template <typename T> inline void step_backward(const MemoryShape<T> &s, const S
     const auto pass_of = [&](int64_t h) {
         return BackwardPass<T>{p.memory,
                                p.dmemory,
-                               p.read_weights + h * P,
+                               record.read_weights + h * P,
                                p.dreads + h * W,
                                dweights + h * P,
                                p.key + h * W,
@@ -195,25 +217,23 @@ template <typename T> inline void step_backward(const MemoryShape<T> &s, const S
                               [&](auto heads, int64_t h) { backward_pass<T, heads, whole | kTied>(P, W, pass_of(h)); });
     } else if (R <= kHeadGroup) {
         in_groups<kHeadGroup>(R, [&](auto heads, int64_t h) { backward_pass<T, heads, whole>(P, W, pass_of(h)); });
-    } else {               // dM must hold every head's part before any head's write sees it
-        T *dadd = vectors; // [heads, W] where the caller has none: the keys there are used up
+    } else { // dM must hold every head's part before any head's write sees it
         in_groups<kHeadGroup>(R, [&](auto heads, int64_t h) {
             backward_pass<T, heads, kMatch | kRead>(P, W, pass_of(h));
             for (int64_t n = 0; n < P; n += lanes) store(row_factor + n, Vec<T>{}); // counted once
         });
         in_groups<kHeadGroup>(R, [&](auto heads, int64_t h) {
             BackwardPass<T> pass = pass_of(h);
-            if (tied) pass.dadd = dadd;
+            if (tied) pass.dadd = dadd_of_key;
             backward_pass<T, heads, kWrite | kRollBack>(P, W, pass);
-            for (int64_t i = 0; tied && i < heads * W; ++i) p.dkey[h * W + i] += dadd[i];
+            for (int64_t i = 0; tied && i < heads * W; ++i) p.dkey[h * W + i] += dadd_of_key[i];
         });
     }
     for (int64_t h = 0; h < R; ++h)
         for (int64_t w = 0; w < W; ++w) p.dkey[h * W + w] -= dkey_factor[h] * p.key[h * W + w];
-    for (int64_t i = 0; i < s.erased(); ++i) {
+    for (int64_t i = 0; i < s.erased(); ++i)
         set_slot(s, p.dmemory, p.least_used[i], static_cast<const T *>(nullptr));
-        if (p.erased) set_slot(s, p.memory, p.least_used[i], p.erased + i * W);
-    }
+    for (int64_t i = 0; i < R; ++i) set_slot(s, p.memory, p.least_used[i], record.overwritten + i * W);
     interpolate_backward(s, dwrite_weights, p.previous_weights, p.gate, p.least_used, p.dread_weights, p.dgate);
 }
 

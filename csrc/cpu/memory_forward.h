@@ -39,8 +39,8 @@ inline void interpolate(const MemoryShape<T> &s, const T *read_weights, const T 
 
 // Adds the outer products of `writers` heads (eq. 8) and, of the new rows, takes the dot products with `readers`
 // vectors and the square sums: one pass. write_weights [writers, P], add [writers, W], keys [readers, W], dots
-// [readers, P], row_squares [P] or null.
-template <typename T, int writers, int readers>
+// [readers, P], row_squares [P].
+template <typename T, int writers, int readers, bool squares>
 inline void write_and_match(int64_t P, int64_t W, T *memory, const T *write_weights, const T *add, const T *keys,
                             T *dots, T *row_squares) {
     constexpr int lanes = kLanes<T>, wide = MANN_VECTOR_REGISTERS == 32 ? 2 : 1;
@@ -51,7 +51,10 @@ inline void write_and_match(int64_t P, int64_t W, T *memory, const T *write_weig
             for (int v = 0; v < vectors; ++v) weight[h][v] = load(write_weights + h * P + n0 + v * lanes);
         for (int64_t w = 0; w < W; ++w, rows += stride) {
             Vec<T> m[vectors];
-            for (int v = 0; v < vectors; ++v) m[v] = load(rows + v * lanes);
+            for (int v = 0; v < vectors; ++v) {
+                m[v] = load(rows + v * lanes);
+                prefetch(rows + (v + vectors) * lanes); // the next strip: the hardware does not see the stride
+            }
             if constexpr (writers > 0) {
                 for (int h = 0; h < writers; ++h)
                     for (int v = 0; v < vectors; ++v) m[v] += weight[h][v] * broadcast(add[h * W + w]);
@@ -59,12 +62,11 @@ inline void write_and_match(int64_t P, int64_t W, T *memory, const T *write_weig
             }
             for (int h = 0; h < readers; ++h)
                 for (int v = 0; v < vectors; ++v) dot[h][v] += m[v] * broadcast(keys[h * W + w]);
-            for (int v = 0; v < vectors; ++v) square[v] += m[v] * m[v];
+            for (int v = 0; squares && v < vectors; ++v) square[v] += m[v] * m[v];
         }
         for (int h = 0; h < readers; ++h)
             for (int v = 0; v < vectors; ++v) store(dots + h * P + n0 + v * lanes, dot[h][v]);
-        if (row_squares)
-            for (int v = 0; v < vectors; ++v) store(row_squares + n0 + v * lanes, square[v]);
+        for (int v = 0; squares && v < vectors; ++v) store(row_squares + n0 + v * lanes, square[v]);
     };
     in_tiles(P, [=](int64_t n0, int64_t width) {
         T *tile = memory + n0 * W;
@@ -75,12 +77,15 @@ inline void write_and_match(int64_t P, int64_t W, T *memory, const T *write_weig
     });
 }
 
-// dots [vectors, P] = keys [vectors, W] . memory, and the square sums of the rows.
+// dots [vectors, P] = keys [vectors, W] . memory, and the square sums of the rows unless row_squares is null.
 template <typename T>
 inline void match(int64_t P, int64_t W, T *memory, int64_t vectors, const T *keys, T *dots, T *row_squares) {
-    in_groups<2 * kHeadGroup>(vectors, [&](auto group, int64_t first) {
-        write_and_match<T, 0, group>(P, W, memory, nullptr, nullptr, keys + first * W, dots + first * P,
-                                     first == 0 ? row_squares : nullptr);
+    in_groups<kHeadGroup>(vectors, [&](auto group, int64_t first) {
+        if (first == 0 && row_squares)
+            write_and_match<T, 0, group, true>(P, W, memory, nullptr, nullptr, keys, dots, row_squares);
+        else
+            write_and_match<T, 0, group, false>(P, W, memory, nullptr, nullptr, keys + first * W, dots + first * P,
+                                                nullptr);
     });
 }
 
@@ -98,14 +103,15 @@ template <typename T> inline T square_sum(const T *vector, int64_t W) {
     return sum_lanes<T>(sum);
 }
 
-// Eq. 2 and 3 for one head, from dot products [P] to read weights [P] in place. NaN anywhere makes every weight NaN, as
-// in softmax.
+// Eq. 2 and 3 for one head, from dot products [P] to read weights [P], which may take their place. NaN anywhere makes
+// every weight NaN, as in softmax.
 template <typename T>
-inline void softmax_of_cosine(int64_t N, int64_t P, const T *row_squares, T key_square, T beta, T eps, T *weights) {
+inline void softmax_of_cosine(int64_t N, int64_t P, const T *dots, const T *row_squares, T key_square, T beta, T eps,
+                              T *weights) {
     constexpr int lanes = kLanes<T>;
     Vec<T> highest = broadcast(-std::numeric_limits<T>::infinity());
     for (int64_t n = 0; n < P; n += lanes) {
-        Vec<T> x = cosine(load(weights + n), load(row_squares + n), key_square, eps).value * beta;
+        Vec<T> x = cosine(load(dots + n), load(row_squares + n), key_square, eps).value * beta;
         if (n + lanes > N) // the padding takes no part
             for (int i = 0; i < lanes; ++i)
                 if (n + i >= N) x[i] = -std::numeric_limits<T>::infinity();
@@ -161,43 +167,47 @@ template <typename T, int heads> inline void read(int64_t P, int64_t W, const T 
     });
 }
 
-// One step forward. All arrays are this example's; `gate` is after its sigmoid, `add` may be `key`.
+// One step forward. All arrays are this example's; `gate` is after its sigmoid, `add` may be `key`. Without usage and
+// reads the step is taken again: the slots it chose are given.
 template <typename T> struct StepForward {
     T *memory;             // [W, P] in and out
-    T *usage;              // [P] in and out
+    T *usage;              // [P] in and out, or null
     const T *read_weights; // [R, P] of the previous step
     const T *key, *add;    // [R, W]
     const T *gate, *beta;  // [R]; beta may be null (1)
     T *write_weights;      // [R, P] out
     T *new_read_weights;   // [R, P] out
-    T *reads;              // [R, W] out
-    int32_t *least_used;   // [R] out
-    T *erased;             // [erased(), W] out: what stood in the erased slots; or null
-    T *row_squares;        // [P] scratch
+    T *dots;               // [R, P] out, may be new_read_weights: of the rows and keys
+    T *row_squares;        // [P] out
+    T *reads;              // [R, W] out, or null
+    int32_t *least_used;   // [R] out; in where usage is null
+    T *overwritten;        // [R, W] out: what stood in the least-used slots; or null
 };
 
 template <typename T> inline void step_forward(const MemoryShape<T> &s, const StepForward<T> &p) {
     const int64_t P = s.P, W = s.W;
-    least_used_slots(p.usage, s.N, s.R, p.least_used);
+    if (p.usage) least_used_slots(p.usage, s.N, s.R, p.least_used);
     interpolate(s, p.read_weights, p.gate, p.least_used, p.write_weights);
+    for (int64_t i = 0; p.overwritten && i < s.R; ++i) get_slot(s, p.memory, p.least_used[i], p.overwritten + i * W);
     for (int64_t i = 0; i < s.erased(); ++i)
-        set_slot(s, p.memory, p.least_used[i], static_cast<const T *>(nullptr), p.erased ? p.erased + i * W : nullptr);
+        set_slot(s, p.memory, p.least_used[i], static_cast<const T *>(nullptr));
     if (s.R <= kHeadGroup) {
         in_groups<kHeadGroup>(s.R, [&](auto group, int64_t) {
-            write_and_match<T, group, group>(P, W, p.memory, p.write_weights, p.add, p.key, p.new_read_weights,
-                                             p.row_squares);
+            write_and_match<T, group, group, true>(P, W, p.memory, p.write_weights, p.add, p.key, p.dots,
+                                                   p.row_squares);
         });
     } else {
         in_groups<kHeadGroup>(s.R, [&](auto group, int64_t h) {
-            write_and_match<T, group, 0>(P, W, p.memory, p.write_weights + h * P, p.add + h * W, nullptr, nullptr,
-                                         nullptr);
+            write_and_match<T, group, 0, false>(P, W, p.memory, p.write_weights + h * P, p.add + h * W, nullptr,
+                                                nullptr, nullptr);
         });
-        match(P, W, p.memory, s.R, p.key, p.new_read_weights, p.row_squares);
+        match(P, W, p.memory, s.R, p.key, p.dots, p.row_squares);
     }
     pad_row_squares(s.N, P, p.row_squares);
     for (int64_t h = 0; h < s.R; ++h)
-        softmax_of_cosine(s.N, P, p.row_squares, square_sum(p.key + h * W, W), p.beta ? p.beta[h] : T(1), s.eps,
-                          p.new_read_weights + h * P);
+        softmax_of_cosine(s.N, P, p.dots + h * P, p.row_squares, square_sum(p.key + h * W, W),
+                          p.beta ? p.beta[h] : T(1), s.eps, p.new_read_weights + h * P);
+    if (!p.reads) return;
     in_groups<kHeadGroup>(s.R, [&](auto group, int64_t h) {
         read<T, group>(P, W, p.memory, p.new_read_weights + h * P, p.reads + h * W);
     });

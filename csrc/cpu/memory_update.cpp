@@ -40,7 +40,8 @@ template <typename S> void memory_update(const MemoryUpdateArgs &a, int64_t begi
         for (int64_t i = 0; i < s.erased(); ++i)
             set_slot(s, memory, a.least_used[b * R + i], static_cast<const T *>(nullptr));
         in_groups<kHeadGroup>(R, [&](auto heads, int64_t h) {
-            write_and_match<T, heads, 0>(P, W, memory, write_weights + h * P, add + h * W, nullptr, nullptr, nullptr);
+            write_and_match<T, heads, 0, false>(P, W, memory, write_weights + h * P, add + h * W, nullptr, nullptr,
+                                                nullptr);
         });
         give_memory(N, P, W, memory, static_cast<S *>(a.new_memory) + b * N * W);
     }

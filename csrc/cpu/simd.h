@@ -73,6 +73,9 @@ template <typename T> inline void store_some(T *target, Vec<T> value, int64_t co
     if (count >= kLanes<T>) return store(target, value);
     std::memcpy(target, &value, count * sizeof(T));
 }
+// Asks for the cache line of an address that will be read and written; it need not be a valid one.
+inline void prefetch(const void *address) { __builtin_prefetch(address, 1, 2); }
+
 // x - 0 is x for every x, -0 and NaN included, so this is one broadcast instruction.
 template <typename T> inline Vec<T> broadcast(T value) { return value - Vec<T>{}; }
 

@@ -9,27 +9,12 @@ from mann_kernels.ops import _check
 from mann_kernels.ops._vjp import reference_vjp
 from mann_kernels.ops.lrua_step import check_options, check_state
 
-#: Backward rolls the memory back step by step, which rounds; every so many steps forward keeps a whole copy to restart from.
-CHECKPOINT_EVERY = 256
+#: Backward goes by segments of so many steps. Forward keeps the state between two segments; backward takes the steps of a
+#: segment again from there, then undoes them one by one. The scratch memory of backward grows with it, what is kept shrinks.
+CHECKPOINT_EVERY = 128
 
 #: The kernels keep memory [W,N] with the slots, padded to this multiple, in vector lanes.
 SLOT_PADDING = 16
-
-
-def saved_shapes(time, batch, slots, width, heads, erase_all, checkpoint_every, save):
-    """Shapes of what a sequence keeps for its backward: read weights, least-used slots, erased rows, memory copies.
-
-    The copies are taken after every `checkpoint_every` steps and after the last one.
-    """
-    if not save:
-        return (0,), (0,), (0,), (0,)
-    padded = -(-slots // SLOT_PADDING) * SLOT_PADDING
-    return (
-        (time, batch, heads, padded),
-        (time, batch, heads),
-        (time, batch, heads if erase_all else 1, width),
-        (-(-time // checkpoint_every), batch, width, padded),
-    )
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,12 +22,23 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def empty_saved(memory, time, heads, erase_all, checkpoint_every, save):
-    """The saved tensors of a sequence, not initialised."""
+def empty_saved(memory, time, heads, checkpoint_every, save):
+    """What a sequence keeps for its backward, not initialised: least-used slots, and copies of memory and read weights.
+
+    The copies are taken after every `checkpoint_every` steps but the last ones, slots last and padded.
+    """
     batch, slots, width = memory.shape
-    dtype = arithmetic_dtype(memory.dtype)
-    shapes = saved_shapes(time, batch, slots, width, heads, erase_all, checkpoint_every, save)
-    return tuple(memory.new_empty(shape, dtype=torch.int32 if i == 1 else dtype) for i, shape in enumerate(shapes))
+    dtype, padded = arithmetic_dtype(memory.dtype), -(-slots // SLOT_PADDING) * SLOT_PADDING
+    copies = max(time - 1, 0) // checkpoint_every
+
+    def empty(dtype, *shape):
+        return memory.new_empty(shape if save else (0,), dtype=dtype)
+
+    return (
+        empty(torch.int32, time, batch, heads),
+        empty(dtype, copies, batch, width, padded),
+        empty(dtype, copies, batch, heads, padded),
+    )
 
 
 def _fake_forward(
@@ -53,16 +49,13 @@ def _fake_forward(
         memory.new_empty(memory.shape),
         usage.new_empty(usage.shape),
         read_weights.new_empty(read_weights.shape),
-        *empty_saved(memory, key.shape[0], key.shape[2], erase_all, checkpoint_every, save),
+        *empty_saved(memory, key.shape[0], key.shape[2], checkpoint_every, save),
     )
 
 
-def _fake_backward(
-    dreads, dmemory1, dread_weights1, read_weights, key, gate, beta, add, lengths, saved_read_weights, *_
-):
-    batch, slots = key.shape[1], read_weights.shape[2]
+def _fake_backward(dreads, dmemory1, dread_weights1, memory, read_weights, key, gate, beta, add, *_):
     return (
-        key.new_empty(batch, slots, key.shape[3]),
+        memory.new_empty(memory.shape),
         read_weights.new_empty(read_weights.shape),
         key.new_empty(key.shape),
         gate.new_empty(gate.shape),
@@ -75,13 +68,13 @@ _library.define(
     "lrua_sequence(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, Tensor gate, Tensor? beta, Tensor? add,"
     " Tensor? lengths, bool shared, bool erase_all, float decay, float eps, int checkpoint_every, bool save)"
     " -> (Tensor reads, Tensor memory1, Tensor usage1, Tensor read_weights1,"
-    " Tensor saved_read_weights, Tensor saved_least_used, Tensor saved_erased, Tensor saved_memory)",
+    " Tensor saved_least_used, Tensor saved_memory, Tensor saved_read_weights)",
     _fake_forward,
 )
 _library.define(
-    "lrua_sequence_backward(Tensor dreads, Tensor? dmemory1, Tensor? dread_weights1, Tensor read_weights, Tensor key,"
-    " Tensor gate, Tensor? beta, Tensor? add, Tensor? lengths, Tensor saved_read_weights, Tensor saved_least_used,"
-    " Tensor saved_erased, Tensor saved_memory, bool shared, bool erase_all, float eps, int checkpoint_every)"
+    "lrua_sequence_backward(Tensor dreads, Tensor? dmemory1, Tensor? dread_weights1, Tensor memory, Tensor read_weights,"
+    " Tensor key, Tensor gate, Tensor? beta, Tensor? add, Tensor? lengths, Tensor saved_least_used, Tensor saved_memory,"
+    " Tensor saved_read_weights, bool shared, bool erase_all, float eps, int checkpoint_every)"
     " -> (Tensor dmemory, Tensor dread_weights, Tensor dkey, Tensor dgate, Tensor dbeta, Tensor dadd)",
     _fake_backward,
 )
@@ -110,7 +103,7 @@ class _LruaSequence(torch.autograd.Function):
             return *reference_vjp(function, inputs, (dreads, dmemory1, None, dread_weights1)), *[None] * 6
         dmemory, dread_weights, dkey, dgate, dbeta, dadd = torch.ops.mann.lrua_sequence_backward(
             torch.zeros_like(key) if dreads is None else dreads,
-            *(dmemory1, dread_weights1, read_weights, key, gate, beta, add, lengths, *saved),
+            *(dmemory1, dread_weights1, memory, read_weights, key, gate, beta, add, lengths, *saved),
             *(options["lru"] == "shared", options["erase"] == "all", options["eps"], CHECKPOINT_EVERY),
         )
         dbeta, dadd = None if beta is None else dbeta, None if add is None else dadd
@@ -148,8 +141,8 @@ def lrua_sequence(
         TypeError: a tensor that is not floating point, or not of the dtype of the others; lengths not int64.
         ValueError: a shape, device or option that does not fit; more heads than slots.
 
-    Kept for the backward pass: R*N + W numbers per step and example, and a copy of the memory every CHECKPOINT_EVERY
-    steps, never one per step: the backward pass undoes the writes.
+    Kept for the backward pass, beside the inputs: R slot numbers per step and example, and a copy of memory and read
+    weights every CHECKPOINT_EVERY steps. The backward pass takes the steps between two copies again, then undoes the writes.
     """
     sizes: dict[str, int] = {}
     _check.same_kind(memory=memory, usage=usage, read_weights=read_weights, key=key, gate=gate, beta=beta, add=add)

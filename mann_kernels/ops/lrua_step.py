@@ -23,12 +23,11 @@ _library.define(
     ),
 )
 _library.define(
-    "lrua_step_backward(Tensor dreads, Tensor? dmemory1, Tensor? dread_weights1, Tensor memory1, Tensor read_weights,"
-    " Tensor read_weights1, Tensor key, Tensor gate, Tensor? beta, Tensor? add, Tensor least_used,"
-    " bool shared, bool erase_all, float eps)"
+    "lrua_step_backward(Tensor dreads, Tensor? dmemory1, Tensor? dread_weights1, Tensor memory, Tensor read_weights,"
+    " Tensor key, Tensor gate, Tensor? beta, Tensor? add, Tensor least_used, bool shared, bool erase_all, float eps)"
     " -> (Tensor dmemory, Tensor dread_weights, Tensor dkey, Tensor dgate, Tensor dbeta, Tensor dadd)",
-    lambda dreads, dmemory1, dread_weights1, memory1, read_weights, read_weights1, key, gate, beta, add, least_used, *_: (
-        memory1.new_empty(memory1.shape),
+    lambda dreads, dmemory1, dread_weights1, memory, read_weights, key, gate, beta, add, least_used, *_: (
+        memory.new_empty(memory.shape),
         read_weights.new_empty(read_weights.shape),
         key.new_empty(key.shape),
         gate.new_empty(gate.shape),
@@ -46,33 +45,22 @@ class _LruaStep(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(usage1)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(memory, usage, read_weights, key, gate, beta, add, memory1, read_weights1, least_used)
+        ctx.save_for_backward(memory, usage, read_weights, key, gate, beta, add, least_used)
         ctx.options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
         return reads, memory1, usage1, read_weights1
 
     @staticmethod
     def backward(ctx, dreads, dmemory1, _, dread_weights1):
-        *inputs, memory1, read_weights1, least_used = ctx.saved_tensors
-        read_weights, key, gate, beta, add = inputs[2:]
+        *inputs, least_used = ctx.saved_tensors
+        memory, _, read_weights, key, gate, beta, add = inputs
         options = ctx.options
         if torch.is_grad_enabled():
             function = functools.partial(reference.lrua_step, **options)
             return *reference_vjp(function, inputs, (dreads, dmemory1, None, dread_weights1)), None, None, None, None
         dmemory, dread_weights, dkey, dgate, dbeta, dadd = torch.ops.mann.lrua_step_backward(
             torch.zeros_like(key) if dreads is None else dreads,
-            dmemory1,
-            dread_weights1,
-            memory1,
-            read_weights,
-            read_weights1,
-            key,
-            gate,
-            beta,
-            add,
-            least_used,
-            options["lru"] == "shared",
-            options["erase"] == "all",
-            options["eps"],
+            *(dmemory1, dread_weights1, memory, read_weights, key, gate, beta, add, least_used),
+            *(options["lru"] == "shared", options["erase"] == "all", options["eps"]),
         )
         dbeta, dadd = None if beta is None else dbeta, None if add is None else dadd
         return dmemory, None, dread_weights, dkey, dgate, dbeta, dadd, None, None, None, None

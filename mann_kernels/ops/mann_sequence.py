@@ -26,31 +26,30 @@ def _fake_forward(
     (time, batch), hidden = gates_x.shape[:2], h.shape[1]
     dtype = arithmetic_dtype(gates_x.dtype)
 
-    def saved(width):
-        return gates_x.new_empty((time, batch, width) if save else (0,), dtype=dtype)
-
+    saved_gates = gates_x.new_empty((time, batch, 4 * hidden) if save else (0,), dtype=arithmetic_dtype(gates_x.dtype))
+    least_used, memory_copies, weight_copies = empty_saved(memory, time, reads.shape[1], checkpoint_every, save)
     return (
         gates_x.new_empty(time, batch, weight_hh.shape[1]),
         *(state.new_empty(state.shape) for state in (h, c, reads, memory, usage, read_weights)),
-        *(saved(width) for width in (4 * hidden, hidden, weight_head.shape[0])),
-        *empty_saved(memory, time, reads.shape[1], erase_all, checkpoint_every, save),
+        saved_gates,
+        least_used,
+        memory_copies.new_empty((memory_copies.shape[0], batch, hidden) if save else (0,)),
+        memory_copies,
+        weight_copies,
     )
 
 
 def _fake_backward(
-    doutput, dh1, dc1, dreads1, dmemory1, dread_weights1, weight_hh, weight_head, c, read_weights, lengths,
-    saved_gates, *_,
-):  # fmt: skip
+    doutput, dh1, dc1, dreads1, dmemory1, dread_weights1, weight_hh, weight_head, bias_head, c, memory, read_weights, *_
+):
     time, batch = doutput.shape[:2]
-    heads, slots = read_weights.shape[1:]
-    width = (weight_hh.shape[1] - c.shape[1]) // heads
     return (
         doutput.new_empty(time, batch, weight_hh.shape[0]),
         doutput.new_empty(time, batch, weight_head.shape[0]),
         c.new_empty(c.shape),
         c.new_empty(c.shape),
-        c.new_empty(batch, heads, width),
-        c.new_empty(batch, slots, width),
+        c.new_empty(batch, read_weights.shape[1], memory.shape[2]),
+        memory.new_empty(memory.shape),
         read_weights.new_empty(read_weights.shape),
     )
 
@@ -60,15 +59,14 @@ _library.define(
     " Tensor reads, Tensor memory, Tensor usage, Tensor read_weights, Tensor? lengths,"
     f" {_FLAGS}, float decay, float eps, int checkpoint_every, bool save)"
     " -> (Tensor output, Tensor h1, Tensor c1, Tensor reads1, Tensor memory1, Tensor usage1, Tensor read_weights1,"
-    " Tensor saved_gates, Tensor saved_c, Tensor saved_head,"
-    " Tensor saved_read_weights, Tensor saved_least_used, Tensor saved_erased, Tensor saved_memory)",
+    " Tensor saved_gates, Tensor saved_least_used, Tensor saved_c, Tensor saved_memory, Tensor saved_read_weights)",
     _fake_forward,
 )
 _library.define(
     "mann_sequence_backward(Tensor doutput, Tensor? dh1, Tensor? dc1, Tensor? dreads1, Tensor? dmemory1,"
-    " Tensor? dread_weights1, Tensor weight_hh, Tensor weight_head, Tensor c, Tensor read_weights, Tensor? lengths,"
-    " Tensor saved_gates, Tensor saved_c, Tensor saved_head,"
-    " Tensor saved_read_weights, Tensor saved_least_used, Tensor saved_erased, Tensor saved_memory,"
+    " Tensor? dread_weights1, Tensor weight_hh, Tensor weight_head, Tensor bias_head, Tensor c, Tensor memory,"
+    " Tensor read_weights, Tensor? lengths, Tensor output,"
+    " Tensor saved_gates, Tensor saved_least_used, Tensor saved_c, Tensor saved_memory, Tensor saved_read_weights,"
     f" {_FLAGS}, float eps, int checkpoint_every)"
     " -> (Tensor dgates, Tensor dhead, Tensor dh, Tensor dc, Tensor dreads, Tensor dmemory, Tensor dread_weights)",
     _fake_backward,
@@ -108,10 +106,10 @@ class _MannSequence(torch.autograd.Function):
             function = functools.partial(reference.mann_sequence, lengths=lengths, **ctx.options)
             grads = reference_vjp(function, inputs, (doutput, *state_grads[:4], None, dread_weights1))
             return *grads, *[None] * 9
-        x, h, c, reads, _, _, read_weights, weight_ih, weight_hh, _, weight_head, _ = inputs
+        x, h, c, reads, memory, _, read_weights, weight_ih, weight_hh, _, weight_head, bias_head = inputs
         dgates, dhead, dh, dc, dreads, dmemory, dread_weights = torch.ops.mann.mann_sequence_backward(
             torch.zeros_like(output) if doutput is None else doutput,
-            *(*state_grads, weight_hh, weight_head, c, read_weights, lengths, *saved),
+            *(*state_grads, weight_hh, weight_head, bias_head, c, memory, read_weights, lengths, output, *saved),
             *(*ctx.flags, ctx.options["eps"], CHECKPOINT_EVERY),
         )
         state = (dh, dc, dreads, dmemory, None, dread_weights)
@@ -187,8 +185,9 @@ def mann_sequence(
         TypeError: a tensor that is not floating point, or not of the dtype of the others; lengths not int64.
         ValueError: a shape, device or option that does not fit; more heads than slots.
 
-    Kept for the backward pass: 5H + P + R*N + W numbers per step and example beside x and the output, and a copy of the
-    memory every CHECKPOINT_EVERY steps.
+    Kept for the backward pass, beside the inputs and the output: 4H numbers and R slot numbers per step and example, and a
+    copy of c, memory and read weights every CHECKPOINT_EVERY steps. The backward pass takes the memory's steps between two
+    copies again, then undoes the writes.
     """
     sizes: dict[str, int] = {}
     inputs = (x, h, c, reads, memory, usage, read_weights, weight_ih, weight_hh, bias, weight_head, bias_head)
