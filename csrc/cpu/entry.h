@@ -2,10 +2,16 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,6 +26,54 @@ namespace mann {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::initializer_list<int64_t>;
+
+// Memory for one call, on cache lines. Up to kKept bytes stay with the calling thread for its next call: the pages of
+// fresh memory cost more than what a step does with them.
+class Scratch {
+  public:
+    static constexpr int64_t kKept = int64_t(64) << 20, kPage = int64_t(2) << 20;
+
+    explicit Scratch(int64_t bytes) : bytes_(bytes) {
+        Block &block = kept();
+        if (bytes <= kKept && block.bytes < bytes) {
+            std::free(std::exchange(block.memory, nullptr));
+            block.bytes = 0;
+            block.memory = allocate(bytes);
+            block.bytes = bytes;
+        }
+        memory_ = bytes <= kKept ? block.memory : allocate(bytes);
+    }
+    ~Scratch() {
+        if (bytes_ > kKept) std::free(memory_);
+    }
+    Scratch(const Scratch &) = delete;
+    char *data() const { return memory_; }
+
+  private:
+    struct Block {
+        char *memory = nullptr;
+        int64_t bytes = 0;
+    };
+    struct Owner : Block {
+        ~Owner() { std::free(memory); }
+    };
+    static Block &kept() {
+        thread_local Owner block;
+        return block;
+    }
+    static char *allocate(int64_t bytes) {
+        // Large blocks in large pages, where the system has them: a step touches memory far apart.
+        const int64_t alignment = bytes < kPage ? 64 : kPage, size = (bytes + alignment - 1) / alignment * alignment;
+        void *memory = std::aligned_alloc(alignment, size);
+        STD_TORCH_CHECK(memory != nullptr, "mann_kernels: no memory for ", bytes, " bytes of scratch");
+#if defined(MADV_HUGEPAGE)
+        if (alignment == kPage) madvise(memory, size, MADV_HUGEPAGE);
+#endif
+        return static_cast<char *>(memory);
+    }
+    int64_t bytes_;
+    char *memory_;
+};
 
 // The tensors of one call: their storage type, and the contiguous copies that must live until the kernel is done.
 class Call {
@@ -76,10 +130,9 @@ class Call {
         const int64_t parts = work < (1 << 17) ? 1 : std::min<int64_t>(threads, batch);
         const int64_t elements = fixed + per_example * ((batch + parts - 1) / parts);
         const int64_t stride = (elements + 31) / 32 * 32; // parts do not share a cache line
-        const Tensor scratch = empty({parts * stride + 16}, arithmetic());
         const int64_t size = arithmetic() == ScalarType::Double ? 8 : 4;
-        char *base = static_cast<char *>(scratch.mutable_data_ptr());
-        base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
+        Scratch scratch(parts * stride * size);
+        char *base = scratch.data();
         torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
             for (int64_t part = first; part < last; ++part)
                 kernel(storage(), args, batch * part / parts, batch * (part + 1) / parts, base + part * stride * size);

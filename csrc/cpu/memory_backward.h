@@ -25,8 +25,8 @@ template <typename T> struct BackwardPass {
 //   kRollBack  M -= write_weights (x) add
 template <typename T, int heads, unsigned parts>
 inline void backward_pass(int64_t P, int64_t W, const BackwardPass<T> &p) {
-    constexpr int lanes = kLanes<T>, block = MANN_VECTOR_REGISTERS == 32 ? 2 : 1;
     constexpr bool tied = parts & kTied;
+    constexpr int lanes = kLanes<T>, block = MANN_VECTOR_REGISTERS == 32 ? (tied ? 4 : 2) : 1;
     const auto columns = [=](auto columns_at_once, int64_t n0, int64_t width, int64_t w0) {
         constexpr int count = columns_at_once;
         T *rows = p.memory + n0 * W + w0 * width, *drows = p.dmemory + n0 * W + w0 * width;

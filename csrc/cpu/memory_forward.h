@@ -118,8 +118,7 @@ inline void softmax_of_cosine(int64_t N, int64_t P, const T *dots, const T *row_
         store(weights + n, x);
         highest = highest < x ? x : highest;
     }
-    T top = highest[0];
-    for (int i = 1; i < lanes; ++i) top = top < highest[i] ? highest[i] : top;
+    const T top = largest_lane<T>(highest);
     Vec<T> sum{};
     for (int64_t n = 0; n < P; n += lanes) {
         Vec<T> e = exponential(load(weights + n) - top);

@@ -82,6 +82,9 @@ template <typename T> inline Vec<T> broadcast(T value) { return value - Vec<T>{}
 template <typename V> inline V minimum(V a, V b) { return a < b ? a : b; } // b where a is NaN
 
 namespace detail {
+template <int by, typename V, int... lane> inline V rotate(V v, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(v, v, ((lane + by) % static_cast<int>(sizeof...(lane)))...);
+}
 // One of the two halves of every block of `block` lanes, from a and from b: (a0 b0 a1 b1 ...).
 template <int block, int half, int lanes> constexpr int half_index(int lane) {
     const int pair = lane / block, inside = lane % block;
@@ -117,10 +120,20 @@ template <int count, typename T> inline void sum_lanes(const Vec<T> *values, T *
         store_some(out + first, sum_each(group), count - first < lanes ? count - first : lanes);
     }
 }
+// f of all lanes, taken in halves; every lane of the result holds it.
+template <int width, typename V, typename F> inline V fold_lanes(V value, F &&f) {
+    if constexpr (width == 0) {
+        return value;
+    } else {
+        using Lanes = std::make_integer_sequence<int, sizeof(V) / sizeof(Lane<V>)>;
+        return fold_lanes<width / 2>(f(value, detail::rotate<width>(value, Lanes{})), f);
+    }
+}
 template <typename T> inline T sum_lanes(Vec<T> value) {
-    T sum = 0;
-    for (int i = 0; i < kLanes<T>; ++i) sum += value[i];
-    return sum;
+    return fold_lanes<kLanes<T> / 2>(value, [](Vec<T> a, Vec<T> b) { return a + b; })[0];
+}
+template <typename T> inline T largest_lane(Vec<T> value) {
+    return fold_lanes<kLanes<T> / 2>(value, [](Vec<T> a, Vec<T> b) { return a < b ? b : a; })[0];
 }
 
 namespace detail {
