@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,14 @@ def test_saved_bytes_of_a_known_graph():
     work = harness.Work("content_address", inputs("content_address", TINY), torch.float32)
     # of exp only its result [B, N, W] is kept
     assert harness.saved_mb(work, lambda memory, key: memory.exp()) == pytest.approx(2 * 9 * 6 * 4 / 2**20)
+
+
+@pytest.mark.parametrize(("shape", "less"), [("long", 6), ("wide", 15)])
+def test_less_is_saved_for_backward(shape, less):
+    work = harness.Work("mann_sequence", inputs("mann_sequence", replace(SHAPES[shape], B=2)), torch.float32)
+    kinds = (mann_kernels.mann_sequence, contestants.EAGER["mann_sequence"])
+    ours, eager = (harness.saved_mb(work, function) for function in kinds)
+    assert ours * less < eager
 
 
 def test_flops_grow_with_the_work():

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from stem import run
+from test_properties import class_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mann_kernels
 from mann_kernels import _backend
@@ -112,22 +115,27 @@ def test_the_command():
     assert facts["operators"]["mann_sequence"]["cpu"]["runs"] == "cpp"
 
 
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_opcheck(stem):
-    from bench.stems import Shape, inputs
+class _Calls(TorchDispatchMode):
+    """Notes every call of an operator of this package."""
 
-    drawn = inputs(stem, Shape(2, 2, 3, 4, 5, 3, 2))
-    args = {
-        "content_address": (None, 1e-6),
-        "lrua_write_weights": (False,),
-        "memory_update": (False,),
-        "lrua_step": (None, None, False, False, 0.99, 1e-6),
-        "lrua_sequence": (None, None, None, False, False, 0.99, 1e-6, 256, True),
-        "mann_sequence": (None, False, False, True, False, False, 0.99, 1e-6, 256, True),
-    }[stem]
-    tensors = list(drawn.values())
-    if stem == "mann_sequence":
-        x, *state, weight_ih, weight_hh, bias, weight_head, bias_head = tensors
-        tensors = [torch.nn.functional.linear(x, weight_ih, bias), weight_hh, weight_head, bias_head, *state]
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(getattr(torch.ops.mann, stem).default, (*tensors, *args), test_utils=tests)
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mann":
+            self.made.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stem", _backend.STEMS)
+def test_opcheck(stem, dtype):
+    """The operators that a training step calls, forward and backward, with every set of options."""
+    tests = class_of(stem)
+    for options in tests.options:
+        with _Calls() as calls:
+            run(getattr(mann_kernels, stem), tests.inputs(1, 3, 7, 5, 2, **options).to(dtype))
+        assert [func.name() for func, _ in calls.made] == [f"mann::{stem}", f"mann::{stem}_backward"]
+        for func, args in calls.made:
+            torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))

@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -27,52 +27,28 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::initializer_list<int64_t>;
 
-// Memory for one call, on cache lines. Up to kKept bytes stay with the calling thread for its next call: the pages of
-// fresh memory cost more than what a step does with them.
-class Scratch {
-  public:
-    static constexpr int64_t kKept = int64_t(64) << 20, kPage = int64_t(2) << 20;
-
-    explicit Scratch(int64_t bytes) : bytes_(bytes) {
-        Block &block = kept();
-        if (bytes <= kKept && block.bytes < bytes) {
-            std::free(std::exchange(block.memory, nullptr));
-            block.bytes = 0;
-            block.memory = allocate(bytes);
-            block.bytes = bytes;
-        }
-        memory_ = bytes <= kKept ? block.memory : allocate(bytes);
-    }
-    ~Scratch() {
-        if (bytes_ > kKept) std::free(memory_);
-    }
-    Scratch(const Scratch &) = delete;
-    char *data() const { return memory_; }
-
-  private:
-    struct Block {
-        char *memory = nullptr;
-        int64_t bytes = 0;
+// Memory that nothing is written to yet. Large blocks in large pages, where the system has them: a step touches memory
+// far apart.
+struct Block {
+    struct Free {
+        void operator()(char *memory) const { std::free(memory); }
     };
-    struct Owner : Block {
-        ~Owner() { std::free(memory); }
-    };
-    static Block &kept() {
-        thread_local Owner block;
-        return block;
-    }
-    static char *allocate(int64_t bytes) {
-        // Large blocks in large pages, where the system has them: a step touches memory far apart.
-        const int64_t alignment = bytes < kPage ? 64 : kPage, size = (bytes + alignment - 1) / alignment * alignment;
-        void *memory = std::aligned_alloc(alignment, size);
-        STD_TORCH_CHECK(memory != nullptr, "mann_kernels: no memory for ", bytes, " bytes of scratch");
+    std::unique_ptr<char, Free> memory;
+    int64_t bytes = 0;
+
+    void allocate(int64_t size) {
+        constexpr int64_t page = int64_t(2) << 20;
+        const int64_t alignment = size < page ? 64 : page;
+        memory.reset(); // first, so that there are never two
+        bytes = 0;
+        size = (size + alignment - 1) / alignment * alignment;
+        memory.reset(static_cast<char *>(std::aligned_alloc(alignment, size)));
+        STD_TORCH_CHECK(memory != nullptr, "mann_kernels: no memory for ", size, " bytes of scratch");
+        bytes = size;
 #if defined(MADV_HUGEPAGE)
-        if (alignment == kPage) madvise(memory, size, MADV_HUGEPAGE);
+        if (alignment == page) madvise(memory.get(), size, MADV_HUGEPAGE);
 #endif
-        return static_cast<char *>(memory);
     }
-    int64_t bytes_;
-    char *memory_;
 };
 
 // The tensors of one call: their storage type, and the contiguous copies that must live until the kernel is done.
@@ -121,18 +97,29 @@ class Call {
     Tensor empty(Sizes sizes, ScalarType dtype) const { return torch::stable::new_empty(model_, sizes, dtype); }
     Tensor empty(Sizes sizes) const { return empty(sizes, dtype_); }
 
-    // Runs the kernel over `batch` examples, in at most one part per thread. A part has `fixed` numbers of scratch and
-    // `per_example` more for each of its examples; `work` is roughly how many multiply-adds the whole call has: below
-    // 2^17 the threads would cost more than they give.
-    void run(Kernel kernel, const void *args, int64_t batch, int64_t fixed, double work, int64_t per_example = 0) {
+    // So many numbers of arithmetic type on a cache line, not initialised, until the call ends. The n-th block of a
+    // call stays with its thread for the n-th of the next, unless it is huge: the pages of fresh memory cost more than
+    // what a step does with them.
+    void *scratch(int64_t elements) {
+        constexpr int64_t huge = int64_t(64) << 20;
+        static thread_local std::vector<Block> kept;
+        const int64_t bytes = std::max<int64_t>(elements, 1) * (arithmetic() == ScalarType::Double ? 8 : 4);
+        if (kept.size() <= scratch_used_) kept.resize(scratch_used_ + 1);
+        Block &block = bytes > huge ? huge_.emplace_back() : kept[scratch_used_++];
+        if (block.bytes < bytes) block.allocate(bytes);
+        return block.memory.get();
+    }
+
+    // Runs the kernel over `batch` examples, in at most one part per thread. A part has `elements` numbers of scratch;
+    // `work` is roughly how many multiply-adds the whole call has: below 2^17 the threads would cost more than they
+    // give.
+    void run(Kernel kernel, const void *args, int64_t batch, int64_t elements, double work) {
         if (batch == 0) return;
         const int64_t threads = torch::stable::get_num_threads();
         const int64_t parts = work < (1 << 17) ? 1 : std::min<int64_t>(threads, batch);
-        const int64_t elements = fixed + per_example * ((batch + parts - 1) / parts);
         const int64_t stride = (elements + 31) / 32 * 32; // parts do not share a cache line
         const int64_t size = arithmetic() == ScalarType::Double ? 8 : 4;
-        Scratch scratch(parts * stride * size);
-        char *base = scratch.data();
+        char *base = static_cast<char *>(scratch(parts * stride));
         torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
             for (int64_t part = first; part < last; ++part)
                 kernel(storage(), args, batch * part / parts, batch * (part + 1) / parts, base + part * stride * size);
@@ -143,6 +130,8 @@ class Call {
     const Tensor &model_;
     ScalarType dtype_;
     std::vector<Tensor> kept_;
+    std::vector<Block> huge_;
+    size_t scratch_used_ = 0;
 };
 
 inline void *out(const Tensor &tensor) { return tensor.mutable_data_ptr(); }

@@ -77,7 +77,8 @@ template <typename S> struct SequenceBackward {
     const LruaSequenceBackwardArgs &a;
     const MemoryShape<T> s = memory_shape<T>(a.options);
     const int64_t b, N = s.N, P = s.P, W = s.W, R = s.R;
-    T *memory, *dmemory, *dweights, *weights0, *write_weights; // [W, P] twice, [R, P] each; weights0: before the segment
+    T *memory, *dmemory, *dweights, *weights0,
+        *write_weights; // [W, P] twice, [R, P] each; weights0: before the segment
     T *records, *restarts, *step_scratch, *dreads, *dkey, *dadd, *dgate, *dbeta; // [R, W] three times, [R] twice
     StepInput<T> input;
 
@@ -257,8 +258,7 @@ lrua_sequence_backward_cpu(Tensor dreads, std::optional<Tensor> dmemory1, std::o
     args.dgate = out(dgate);
     args.dbeta = out(dbeta), args.dadd = out(dadd);
     call.run(lrua_sequence_backward_pick(), &args, B,
-             baseline::lrua_sequence_backward_scratch(o, P, T, checkpoint_every),
-             double(T) * B * N * W * (9 * R + 2));
+             baseline::lrua_sequence_backward_scratch(o, P, T, checkpoint_every), double(T) * B * N * W * (9 * R + 2));
     return {dmemory, dread_weights, dkey, dgate, dbeta, dadd};
 }
 

@@ -33,16 +33,14 @@ lrua_step_cpu(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, Tens
     args.add = call.in(add, "add", {B, R, W});
     args.reads = out(reads), args.new_memory = out(memory1), args.new_usage = out(usage1);
     args.new_read_weights = out(read_weights1), args.saved_least_used = static_cast<int32_t *>(out(least_used));
-    call.run(lrua_sequence_pick(), &args, B, baseline::lrua_sequence_scratch(o, P),
-             double(B) * N * W * (3 * R + 3));
+    call.run(lrua_sequence_pick(), &args, B, baseline::lrua_sequence_scratch(o, P), double(B) * N * W * (3 * R + 3));
     return {reads, memory1, usage1, read_weights1, least_used};
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 lrua_step_backward_cpu(Tensor dreads, std::optional<Tensor> dmemory1, std::optional<Tensor> dread_weights1,
-                       Tensor memory, Tensor read_weights, Tensor key, Tensor gate,
-                       std::optional<Tensor> beta, std::optional<Tensor> add, Tensor least_used, bool shared,
-                       bool erase_all, double eps) {
+                       Tensor memory, Tensor read_weights, Tensor key, Tensor gate, std::optional<Tensor> beta,
+                       std::optional<Tensor> add, Tensor least_used, bool shared, bool erase_all, double eps) {
     Call call(memory);
     const StepOptions o = step_options(read_weights, key, shared, erase_all, 0, eps);
     const int64_t B = read_weights.size(0), N = o.N, W = o.W, R = o.R, P = baseline::padded_slots(N);

@@ -98,12 +98,9 @@ template <typename S> struct Backward {
     }
     void heads_again(int64_t t, int64_t j) {
         const S *output = static_cast<const S *>(a.output) + (t * o.B + first) * K;
-        const T *rows = h;
-        if constexpr (std::is_same_v<S, T>) rows = output;
-        else
-            for (int64_t i = 0; i < count; ++i) convert(output + i * K, h + i * o.H, o.H);
-        gemm(count, rows, rows == h ? o.H : K,
-             Packed<T>{static_cast<const T *>(a.weight_head_forward), o.H, o.head()}, bias, 0, head(j, 0), o.head());
+        for (int64_t i = 0; i < count; ++i) convert(output + i * K, h + i * o.H, o.H);
+        gemm(count, h, o.H, Packed<T>{static_cast<const T *>(a.weight_head_forward), o.H, o.head()}, bias, 0,
+             head(j, 0), o.head());
     }
     void again(int64_t t, int64_t j, int64_t i) {
         if (t >= length(i)) { // nothing changes
@@ -188,18 +185,20 @@ template <typename S> struct Backward {
 
 template <typename S>
 void mann_sequence_backward(const MannSequenceBackwardArgs &a, int64_t begin, int64_t end, void *scratch) {
-    Backward<S> part(a, begin, end, scratch);
     const int64_t T = a.options.T, every = a.options.checkpoint_every;
-    part.begin();
-    for (int64_t start = copies(T, every) * every; start >= 0; start -= every) {
-        const int64_t last = std::min(start + every, T);
-        part.start_from(start);
-        for (int64_t t = start; t < last; ++t) part.heads_again(t, t - start);
-        for (int64_t i = 0; i < part.count; ++i) // one example through all its steps: its memory stays in cache
-            for (int64_t t = start; t < last; ++t) part.again(t, t - start, i);
-        for (int64_t t = last - 1; t >= start; --t) part.undo(t, t - start);
-    }
-    part.finish();
+    together(begin, end, [&](int64_t first, int64_t last) {
+        Backward<S> part(a, first, last, scratch);
+        part.begin();
+        for (int64_t start = copies(T, every) * every; start >= 0; start -= every) {
+            const int64_t stop = std::min(start + every, T);
+            part.start_from(start);
+            for (int64_t t = start; t < stop; ++t) part.heads_again(t, t - start);
+            for (int64_t i = 0; i < part.count; ++i) // one example through all its steps: its memory stays in cache
+                for (int64_t t = start; t < stop; ++t) part.again(t, t - start, i);
+            for (int64_t t = stop - 1; t >= start; --t) part.undo(t, t - start);
+        }
+        part.finish();
+    });
 }
 
 } // namespace mann::MANN_ISA

@@ -96,8 +96,7 @@ template <typename S> struct Forward {
             const int64_t copy = t / o.checkpoint_every * o.B + first;
             convert(c, static_cast<T *>(a.saved_c) + copy * H, count * H);
             convert(memory, static_cast<T *>(a.saved_memory) + copy * s.W * s.P, count * s.W * s.P);
-            convert(previous(t + 1, 0), static_cast<T *>(a.saved_read_weights) + copy * s.R * s.P,
-                    count * s.R * s.P);
+            convert(previous(t + 1, 0), static_cast<T *>(a.saved_read_weights) + copy * s.R * s.P, count * s.R * s.P);
         }
     }
 
@@ -115,10 +114,12 @@ template <typename S> struct Forward {
 };
 
 template <typename S> void mann_sequence(const MannSequenceArgs &a, int64_t begin, int64_t end, void *scratch) {
-    Forward<S> part(a, begin, end, scratch);
-    part.begin();
-    for (int64_t t = 0; t < a.options.T; ++t) part.step(t);
-    part.finish();
+    together(begin, end, [&](int64_t first, int64_t last) {
+        Forward<S> part(a, first, last, scratch);
+        part.begin();
+        for (int64_t t = 0; t < a.options.T; ++t) part.step(t);
+        part.finish();
+    });
 }
 
 } // namespace mann::MANN_ISA

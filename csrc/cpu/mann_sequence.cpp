@@ -40,15 +40,15 @@ static MannOptions mann_options(const Tensor &weight_hh, const Tensor &c, const 
 }
 
 // Packs a matrix [K, N] (or its transpose) for the products inside the time loop.
-static Tensor packed(Call &call, const void *source, bool transposed, int64_t K, int64_t N) {
-    Tensor panels = call.empty({packed_bound(K, N)}, call.arithmetic());
-    const PackArgs args{source, transposed, K, N, out(panels)};
+static const void *packed(Call &call, const void *source, bool transposed, int64_t K, int64_t N) {
+    void *panels = call.scratch(packed_bound(K, N));
+    const PackArgs args{source, transposed, K, N, panels};
     pack_weights_pick()(call.storage(), &args, 0, 1, nullptr);
     return panels;
 }
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                           Tensor>;
+using Forward =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 static Forward mann_sequence_cpu(Tensor gates_x, Tensor weight_hh, Tensor weight_head, Tensor bias_head, Tensor h,
                                  Tensor c, Tensor reads, Tensor memory, Tensor usage, Tensor read_weights,
@@ -72,12 +72,11 @@ static Forward mann_sequence_cpu(Tensor gates_x, Tensor weight_hh, Tensor weight
     const Tensor saved_c = saved({kept, B, H}, arith), saved_memory = saved({kept, B, W, P}, arith);
     const Tensor saved_read_weights = saved({kept, B, R, P}, arith);
 
-    const Tensor packed_hh = packed(call, call.in(weight_hh, "weight_hh", {4 * H, K}), true, K, 4 * H);
-    const Tensor packed_head = packed(call, call.in(weight_head, "weight_head", {heads, H}), true, H, heads);
     MannSequenceArgs args{};
     args.options = o;
     args.gates_x = call.in(gates_x, "gates_x", {T, B, 4 * H});
-    args.weight_hh = out(packed_hh), args.weight_head = out(packed_head);
+    args.weight_hh = packed(call, call.in(weight_hh, "weight_hh", {4 * H, K}), true, K, 4 * H);
+    args.weight_head = packed(call, call.in(weight_head, "weight_head", {heads, H}), true, H, heads);
     args.bias_head = call.in(bias_head, "bias_head", {heads});
     args.h = call.in(h, "h", {B, H});
     args.c = call.in(c, "c", {B, H});
@@ -95,19 +94,11 @@ static Forward mann_sequence_cpu(Tensor gates_x, Tensor weight_hh, Tensor weight
         args.saved_read_weights = out(saved_read_weights);
     }
     call.run(mann_sequence_pick(), &args, B, baseline::mann_sequence_scratch(o, P),
-             double(T) * B * (K * 4 * H + N * W * (3 * R + 1)), baseline::mann_sequence_scratch_per_example(o, P));
-    return {output,
-            h1,
-            c1,
-            reads1,
-            memory1,
-            usage1,
-            read_weights1,
-            saved_gates,
-            saved_least_used,
-            saved_c,
-            saved_memory,
-            saved_read_weights};
+             double(T) * B * (K * 4 * H + N * W * (3 * R + 1)));
+    return {output,        h1,           c1,
+            reads1,        memory1,      usage1,
+            read_weights1, saved_gates,  saved_least_used,
+            saved_c,       saved_memory, saved_read_weights};
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_sequence_backward_cpu(
@@ -127,10 +118,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     const Tensor dh = call.empty({B, H}), dc = call.empty({B, H}), dreads = call.empty({B, R, W});
     const Tensor dmemory = call.empty({B, N, W}), dread_weights = call.empty({B, R, N});
 
-    const Tensor packed_hh = packed(call, call.in(weight_hh, "weight_hh", {4 * H, K}), false, 4 * H, K);
-    const void *head_rows = call.in(weight_head, "weight_head", {heads, H});
-    const Tensor packed_head = packed(call, head_rows, false, heads, H);
-    const Tensor packed_head_forward = packed(call, head_rows, true, H, heads);
     MannSequenceBackwardArgs args{};
     args.options = o;
     args.doutput = call.in(doutput, "doutput", {T, B, K});
@@ -139,8 +126,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     args.dreads1 = call.in(dreads1, "dreads1", {B, R, W});
     args.dmemory1 = call.in(dmemory1, "dmemory1", {B, N, W});
     args.dread_weights1 = call.in(dread_weights1, "dread_weights1", {B, R, N});
-    args.weight_hh = out(packed_hh), args.weight_head = out(packed_head);
-    args.weight_head_forward = out(packed_head_forward);
+    const void *head_rows = call.in(weight_head, "weight_head", {heads, H});
+    args.weight_hh = packed(call, call.in(weight_hh, "weight_hh", {4 * H, K}), false, 4 * H, K);
+    args.weight_head = packed(call, head_rows, false, heads, H);
+    args.weight_head_forward = packed(call, head_rows, true, H, heads);
     args.bias_head = call.in(bias_head, "bias_head", {heads});
     args.c = call.in(c, "c", {B, H});
     args.memory = call.in(memory, "memory", {B, N, W});
@@ -155,7 +144,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     args.dgates = out(dgates), args.dhead = out(dhead), args.dh = out(dh), args.dc = out(dc), args.dreads = out(dreads);
     args.dmemory = out(dmemory), args.dread_weights = out(dread_weights);
     call.run(mann_sequence_backward_pick(), &args, B, baseline::mann_sequence_backward_scratch(o, P),
-             double(T) * B * (K * 4 * H + N * W * (9 * R + 2)), baseline::mann_sequence_backward_scratch_per_example(o, P));
+             double(T) * B * (K * 4 * H + N * W * (9 * R + 2)));
     return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
 }
 

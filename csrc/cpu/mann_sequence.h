@@ -71,20 +71,25 @@ struct MannSequenceBackwardArgs {
 
 namespace MANN_ISA {
 
-// Numbers of scratch for one thread: in all, and for each of its examples.
-inline int64_t mann_sequence_scratch(const MannOptions &o, int64_t P) {
-    return (o.step.R + 1) * P + o.head() + o.step.R;
+// Examples that go through time together, so many at most: enough to fill a block of the matrix products, few enough
+// that what they work on stays in cache. Calls f(first, last) for each group of nearly equal size.
+constexpr int64_t kTogether = 8;
+template <typename F> inline void together(int64_t begin, int64_t end, F &&f) {
+    const int64_t count = end - begin, groups = (count + kTogether - 1) / kTogether;
+    for (int64_t g = 0; g < groups; ++g) f(begin + count * g / groups, begin + count * (g + 1) / groups);
 }
-inline int64_t mann_sequence_scratch_per_example(const MannOptions &o, int64_t P) {
-    return (o.step.W + 1 + 2 * o.step.R) * P + o.recurrent() + 5 * o.H + o.head();
+
+// Numbers of scratch for one thread.
+inline int64_t mann_sequence_scratch(const MannOptions &o, int64_t P) {
+    const int64_t example = (o.step.W + 1 + 2 * o.step.R) * P + o.recurrent() + 5 * o.H + o.head();
+    return std::min(o.B, kTogether) * example + (o.step.R + 1) * P + o.head() + o.step.R;
 }
 inline int64_t mann_sequence_backward_scratch(const MannOptions &o, int64_t P) {
-    return o.step.R * P + step_backward_scratch(o.step, P) + o.head() + o.words();
-}
-inline int64_t mann_sequence_backward_scratch_per_example(const MannOptions &o, int64_t P) {
     const int64_t segment = std::min(o.T, o.checkpoint_every);
-    return 2 * (o.step.W + o.step.R) * P + restarts_size(o.step, P, segment) + segment * (step_record_size(o.step, P) + o.head() + o.H) +
-           2 * o.recurrent() + 7 * o.H + o.head();
+    const int64_t example = 2 * (o.step.W + o.step.R) * P + restarts_size(o.step, P, segment) +
+                            segment * (step_record_size(o.step, P) + o.head() + o.H) + 2 * o.recurrent() + 7 * o.H +
+                            o.head();
+    return std::min(o.B, kTogether) * example + o.step.R * P + step_backward_scratch(o.step, P) + o.head() + o.words();
 }
 
 // Where the parts of one example's head row stand.

@@ -135,20 +135,15 @@ template <typename T> struct StepRecord {
     T *overwritten;         // [R, W], of the least-used slots before the step: what is written there is not small
 
     StepRecord(const MemoryShape<T> &s, T *base)
-        : read_weights(base), dots(base + s.R * s.P), row_squares(dots + s.R * s.P),
-          overwritten(row_squares + s.P) {}
+        : read_weights(base), dots(base + s.R * s.P), row_squares(dots + s.R * s.P), overwritten(row_squares + s.P) {}
 };
 
-inline int64_t step_record_size(const StepOptions &o, int64_t P) {
-    return (2 * o.R + 1) * P + padded_slots(o.R * o.W);
-}
+inline int64_t step_record_size(const StepOptions &o, int64_t P) { return (2 * o.R + 1) * P + padded_slots(o.R * o.W); }
 
 // Undoing writes rounds, and small rows would drown in what was written to them later: while the steps of a segment are
 // taken again, every so many of them the memory is set aside, to go on from there on the way back.
 constexpr int64_t kRestartEvery = 8;
-inline int64_t restarts_size(const StepOptions &o, int64_t P, int64_t steps) {
-    return steps / kRestartEvery * o.W * P;
-}
+inline int64_t restarts_size(const StepOptions &o, int64_t P, int64_t steps) { return steps / kRestartEvery * o.W * P; }
 // After step j of the segment was taken, and before it is undone. `restarts` holds one memory [W, P] of this example
 // every `stride` numbers.
 template <typename T> inline void set_aside(int64_t j, const T *memory, int64_t size, T *restarts, int64_t stride) {
@@ -231,8 +226,7 @@ inline void step_backward(const MemoryShape<T> &s, const StepRecord<T> &record, 
     }
     for (int64_t h = 0; h < R; ++h)
         for (int64_t w = 0; w < W; ++w) p.dkey[h * W + w] -= dkey_factor[h] * p.key[h * W + w];
-    for (int64_t i = 0; i < s.erased(); ++i)
-        set_slot(s, p.dmemory, p.least_used[i], static_cast<const T *>(nullptr));
+    for (int64_t i = 0; i < s.erased(); ++i) set_slot(s, p.dmemory, p.least_used[i], static_cast<const T *>(nullptr));
     for (int64_t i = 0; i < R; ++i) set_slot(s, p.memory, p.least_used[i], record.overwritten + i * W);
     interpolate_backward(s, dwrite_weights, p.previous_weights, p.gate, p.least_used, p.dread_weights, p.dgate);
 }

@@ -188,8 +188,7 @@ template <typename T> inline void step_forward(const MemoryShape<T> &s, const St
     if (p.usage) least_used_slots(p.usage, s.N, s.R, p.least_used);
     interpolate(s, p.read_weights, p.gate, p.least_used, p.write_weights);
     for (int64_t i = 0; p.overwritten && i < s.R; ++i) get_slot(s, p.memory, p.least_used[i], p.overwritten + i * W);
-    for (int64_t i = 0; i < s.erased(); ++i)
-        set_slot(s, p.memory, p.least_used[i], static_cast<const T *>(nullptr));
+    for (int64_t i = 0; i < s.erased(); ++i) set_slot(s, p.memory, p.least_used[i], static_cast<const T *>(nullptr));
     if (s.R <= kHeadGroup) {
         in_groups<kHeadGroup>(s.R, [&](auto group, int64_t) {
             write_and_match<T, group, group, true>(P, W, p.memory, p.write_weights, p.add, p.key, p.dots,

@@ -24,7 +24,6 @@ def _fake_forward(
     write_add, key_strength, squash, shared, erase_all, decay, eps, checkpoint_every, save,
 ):  # fmt: skip
     (time, batch), hidden = gates_x.shape[:2], h.shape[1]
-    dtype = arithmetic_dtype(gates_x.dtype)
 
     saved_gates = gates_x.new_empty((time, batch, 4 * hidden) if save else (0,), dtype=arithmetic_dtype(gates_x.dtype))
     least_used, memory_copies, weight_copies = empty_saved(memory, time, reads.shape[1], checkpoint_every, save)
@@ -125,12 +124,8 @@ def _weight_grads(needs, x, h, reads, output, weight_ih, dgates, dhead):
     dweight_ih = flat_dgates.t() @ x.flatten(0, 1) if needs[7] else None
     dweight_hh = None
     if needs[8]:  # the recurrent input of step t is (h, reads) of step t - 1
-        if x.shape[0]:
-            first = torch.cat([h, reads.flatten(1)], dim=1)
-            dweight_hh = dgates[0].t() @ first
-            dweight_hh = dweight_hh.addmm_(dgates[1:].flatten(0, 1).t(), output[:-1].flatten(0, 1))
-        else:
-            dweight_hh = output.new_zeros(dgates.shape[2], output.shape[2])
+        first = torch.cat([h, reads.flatten(1)], dim=1)
+        dweight_hh = flat_dgates.t() @ torch.cat([first[None], output])[:-1].flatten(0, 1)
     dbias = flat_dgates.sum(0) if needs[9] else None
     dweight_head = flat_dhead.t() @ output.flatten(0, 1)[:, :hidden] if needs[10] else None
     dbias_head = flat_dhead.sum(0) if needs[11] else None
