@@ -43,7 +43,7 @@ sanitize: setup
 	cd $(SANITIZED) && MANN_SANITIZE=address,undefined ../../$(RUN) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) \
-	    ../../$(RUN) -m pytest $(SANITIZED_TESTS) $(TEST)
+	    ../../$(RUN) -m pytest --capture=sys $(SANITIZED_TESTS) $(TEST)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -33,7 +33,7 @@ def ninja_file(output: Path, objects: Path) -> str:
 
     compiler = os.environ.get("CXX", "c++")
     sanitizers = os.environ.get("MANN_SANITIZE")  # e.g. "address,undefined"
-    extra = f" -fsanitize={sanitizers} -fno-omit-frame-pointer -O1 -g" if sanitizers else ""
+    extra = f" -fsanitize={sanitizers} -fno-omit-frame-pointer -O2 -g1" if sanitizers else ""
     includes = " ".join(f"-isystem {path}" for path in cpp.include_paths()) + f" -I{ROOT / 'csrc'}"
     libraries = " ".join(f"-L{path}" for path in cpp.library_paths()) + " -ltorch_cpu"
     lines = [

@@ -15,6 +15,9 @@ from bench.stems import SHAPES, VERIFIED, Shape, inputs
 from mann_kernels import _backend, _library, reference
 from mann_kernels.testing import accuracy
 
+# The profiler would write lines of its own between the bench's.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
 #: Inputs without a gradient in every contestant: data and the state an episode starts from.
 CONSTANT = {"x", "usage", "h", "c", "reads", "least_used"}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

@@ -41,12 +41,13 @@ struct Block {
         const int64_t alignment = size < page ? 64 : page;
         memory.reset(); // first, so that there are never two
         bytes = 0;
-        size = (size + alignment - 1) / alignment * alignment;
-        memory.reset(static_cast<char *>(std::aligned_alloc(alignment, size)));
-        STD_TORCH_CHECK(memory != nullptr, "mann_kernels: no memory for ", size, " bytes of scratch");
+        void *block = nullptr;
+        STD_TORCH_CHECK(posix_memalign(&block, alignment, size) == 0, "mann_kernels: no memory for ", size,
+                        " bytes of scratch");
+        memory.reset(static_cast<char *>(block));
         bytes = size;
 #if defined(MADV_HUGEPAGE)
-        if (alignment == page) madvise(memory.get(), size, MADV_HUGEPAGE);
+        if (alignment == page) madvise(block, size, MADV_HUGEPAGE);
 #endif
     }
 };
@@ -101,10 +102,14 @@ class Call {
     // call stays with its thread for the n-th of the next, unless it is huge: the pages of fresh memory cost more than
     // what a step does with them.
     void *scratch(int64_t elements) {
+#if defined(__SANITIZE_ADDRESS__)
+        constexpr int64_t huge = 0; // every block is exact and its own, so that the sanitizer sees where it ends
+#else
         constexpr int64_t huge = int64_t(64) << 20;
+#endif
         static thread_local std::vector<Block> kept;
         const int64_t bytes = std::max<int64_t>(elements, 1) * (arithmetic() == ScalarType::Double ? 8 : 4);
-        if (kept.size() <= scratch_used_) kept.resize(scratch_used_ + 1);
+        if (bytes <= huge && kept.size() <= scratch_used_) kept.resize(scratch_used_ + 1);
         Block &block = bytes > huge ? huge_.emplace_back() : kept[scratch_used_++];
         if (block.bytes < bytes) block.allocate(bytes);
         return block.memory.get();
@@ -117,7 +122,7 @@ class Call {
         if (batch == 0) return;
         const int64_t threads = torch::stable::get_num_threads();
         const int64_t parts = work < (1 << 17) ? 1 : std::min<int64_t>(threads, batch);
-        const int64_t stride = (elements + 31) / 32 * 32; // parts do not share a cache line
+        const int64_t stride = parts == 1 ? elements : (elements + 31) / 32 * 32; // parts do not share a cache line
         const int64_t size = arithmetic() == ScalarType::Double ? 8 : 4;
         char *base = static_cast<char *>(scratch(parts * stride));
         torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {

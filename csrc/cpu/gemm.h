@@ -77,10 +77,10 @@ inline void gemm_rows(int64_t M, const T *a, int64_t lda, const T *panel, int64_
 } // namespace detail
 
 // out [M, N] = initial [M, N] + a [M, K] b. Rows are lda, initial_stride, out_stride apart; initial may be null (zero),
-// equal to out, or one row for all (initial_stride 0).
+// equal to out, or one row for all (initial_stride 0). Out of line: it is large, and called in many places.
 template <typename T>
-inline void gemm(int64_t M, const T *a, int64_t lda, Packed<T> b, const T *initial, int64_t initial_stride, T *out,
-                 int64_t out_stride) {
+[[gnu::noinline]] void gemm(int64_t M, const T *a, int64_t lda, Packed<T> b, const T *initial, int64_t initial_stride,
+                            T *out, int64_t out_stride) {
     const int64_t blocks = (M + kBlockRows - 1) / kBlockRows;
     for (int64_t n0 = 0; n0 < b.N; n0 += kPanelColumns<T>) {
         const T *panel = b.panels + n0 * b.K;
