@@ -60,8 +60,8 @@ template <typename S> void lrua_sequence(const LruaSequenceArgs &a, int64_t begi
             }
             if (a.saved_memory && (t + 1) % a.checkpoint_every == 0 && t + 1 < a.T) {
                 const int64_t copy = t / a.checkpoint_every * a.B + b;
-                convert(memory, static_cast<T *>(a.saved_memory) + copy * W * P, W * P);
-                convert(previous, static_cast<T *>(a.saved_read_weights) + copy * R * P, R * P);
+                give_memory(N, P, W, memory, static_cast<T *>(a.saved_memory) + copy * N * W);
+                take_rows(previous, static_cast<T *>(a.saved_read_weights) + copy * R * N, R, N, P);
             }
         }
         give_memory(N, P, W, memory, static_cast<S *>(a.new_memory) + b * N * W);
@@ -103,8 +103,8 @@ template <typename S> struct SequenceBackward {
             convert_rows(static_cast<const S *>(a.read_weights) + b * R * N, weights0, R, N, P);
         } else {
             const int64_t copy = (t / a.checkpoint_every - 1) * a.B + b;
-            convert(static_cast<const T *>(a.saved_memory) + copy * W * P, memory, W * P);
-            convert(static_cast<const T *>(a.saved_read_weights) + copy * R * P, weights0, R * P);
+            take_memory(N, P, W, static_cast<const T *>(a.saved_memory) + copy * N * W, memory);
+            convert_rows(static_cast<const T *>(a.saved_read_weights) + copy * R * N, weights0, R, N, P);
         }
     }
     void again(int64_t t, int64_t step_of_segment) {
@@ -202,8 +202,8 @@ lrua_sequence_cpu(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, 
         return save ? call.empty(sizes, dtype) : call.empty({0}, dtype);
     };
     Tensor saved_least_used = saved({T, B, R}, ScalarType::Int);
-    Tensor saved_memory = saved({kept, B, W, P}, call.arithmetic());
-    Tensor saved_read_weights = saved({kept, B, R, P}, call.arithmetic());
+    Tensor saved_memory = saved({kept, B, N, W}, call.arithmetic());
+    Tensor saved_read_weights = saved({kept, B, R, N}, call.arithmetic());
     LruaSequenceArgs args{};
     args.options = o, args.T = T, args.B = B, args.checkpoint_every = checkpoint_every;
     args.memory = call.in(memory, "memory", {B, N, W});
@@ -252,8 +252,8 @@ lrua_sequence_backward_cpu(Tensor dreads, std::optional<Tensor> dmemory1, std::o
     args.lengths = call.lengths(lengths, B);
     args.saved_least_used = call.slots(saved_least_used, "saved_least_used", {T, B, R}, N);
     const int64_t kept = copies(T, checkpoint_every);
-    args.saved_memory = call.in(saved_memory, arith, "saved_memory", {kept, B, W, P});
-    args.saved_read_weights = call.in(saved_read_weights, arith, "saved_read_weights", {kept, B, R, P});
+    args.saved_memory = call.in(saved_memory, arith, "saved_memory", {kept, B, N, W});
+    args.saved_read_weights = call.in(saved_read_weights, arith, "saved_read_weights", {kept, B, R, N});
     args.dmemory = out(dmemory), args.dread_weights = out(dread_weights), args.dkey = out(dkey),
     args.dgate = out(dgate);
     args.dbeta = out(dbeta), args.dadd = out(dadd);

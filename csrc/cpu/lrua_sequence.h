@@ -20,11 +20,11 @@ struct LruaSequenceArgs {
     void *new_memory;         // [B, N, W] out
     void *new_usage;          // [B, N] out
     void *new_read_weights;   // [B, R, N] out
-    // For backward, each out or null. The copies of the state, padded and of arithmetic type, are taken after every
+    // For backward, each out or null. The copies of the state, of arithmetic type, are taken after every
     // checkpoint_every steps but the last ones.
     int32_t *saved_least_used; // [T, B, R], real steps only (others are zero)
-    void *saved_memory;        // [copies(), B, W, P]
-    void *saved_read_weights;  // [copies(), B, R, P]
+    void *saved_memory;        // [copies(), B, N, W]
+    void *saved_read_weights;  // [copies(), B, R, N]
 };
 
 struct LruaSequenceBackwardArgs {

@@ -84,8 +84,11 @@ template <typename S> struct Backward {
         if (t > 0) {
             const int64_t copy = (t / o.checkpoint_every - 1) * o.B + first;
             convert(static_cast<const T *>(a.saved_c) + copy * o.H, c, count * o.H);
-            convert(static_cast<const T *>(a.saved_memory) + copy * s.W * s.P, memory, count * s.W * s.P);
-            convert(static_cast<const T *>(a.saved_read_weights) + copy * s.R * s.P, weights0, count * s.R * s.P);
+            for (int64_t i = 0; i < count; ++i)
+                take_memory(s.N, s.P, s.W, static_cast<const T *>(a.saved_memory) + (copy + i) * s.N * s.W,
+                            memory_of(i));
+            convert_rows(static_cast<const T *>(a.saved_read_weights) + copy * s.R * s.N, weights0, count * s.R, s.N,
+                         s.P);
             return;
         }
         for (int64_t i = 0; i < count; ++i) {

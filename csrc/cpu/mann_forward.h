@@ -95,8 +95,11 @@ template <typename S> struct Forward {
         if (a.saved_memory && (t + 1) % o.checkpoint_every == 0 && t + 1 < o.T) {
             const int64_t copy = t / o.checkpoint_every * o.B + first;
             convert(c, static_cast<T *>(a.saved_c) + copy * H, count * H);
-            convert(memory, static_cast<T *>(a.saved_memory) + copy * s.W * s.P, count * s.W * s.P);
-            convert(previous(t + 1, 0), static_cast<T *>(a.saved_read_weights) + copy * s.R * s.P, count * s.R * s.P);
+            for (int64_t i = 0; i < count; ++i)
+                give_memory(s.N, s.P, s.W, memory + i * s.W * s.P,
+                            static_cast<T *>(a.saved_memory) + (copy + i) * s.N * s.W);
+            take_rows(previous(t + 1, 0), static_cast<T *>(a.saved_read_weights) + copy * s.R * s.N, count * s.R, s.N,
+                      s.P);
         }
     }
 

@@ -69,8 +69,8 @@ static Forward mann_sequence_cpu(Tensor gates_x, Tensor weight_hh, Tensor weight
     const Tensor reads1 = call.empty({B, R, W}), memory1 = call.empty({B, N, W}), usage1 = call.empty({B, N});
     const Tensor read_weights1 = call.empty({B, R, N});
     const Tensor saved_gates = saved({T, B, 4 * H}, arith), saved_least_used = saved({T, B, R}, ScalarType::Int);
-    const Tensor saved_c = saved({kept, B, H}, arith), saved_memory = saved({kept, B, W, P}, arith);
-    const Tensor saved_read_weights = saved({kept, B, R, P}, arith);
+    const Tensor saved_c = saved({kept, B, H}, arith), saved_memory = saved({kept, B, N, W}, arith);
+    const Tensor saved_read_weights = saved({kept, B, R, N}, arith);
 
     MannSequenceArgs args{};
     args.options = o;
@@ -139,8 +139,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     args.saved_gates = call.in(saved_gates, arith, "saved_gates", {T, B, 4 * H});
     args.saved_least_used = call.slots(saved_least_used, "saved_least_used", {T, B, R}, N);
     args.saved_c = call.in(saved_c, arith, "saved_c", {kept, B, H});
-    args.saved_memory = call.in(saved_memory, arith, "saved_memory", {kept, B, W, P});
-    args.saved_read_weights = call.in(saved_read_weights, arith, "saved_read_weights", {kept, B, R, P});
+    args.saved_memory = call.in(saved_memory, arith, "saved_memory", {kept, B, N, W});
+    args.saved_read_weights = call.in(saved_read_weights, arith, "saved_read_weights", {kept, B, R, N});
     args.dgates = out(dgates), args.dhead = out(dhead), args.dh = out(dh), args.dc = out(dc), args.dreads = out(dreads);
     args.dmemory = out(dmemory), args.dread_weights = out(dread_weights);
     call.run(mann_sequence_backward_pick(), &args, B, baseline::mann_sequence_backward_scratch(o, P),

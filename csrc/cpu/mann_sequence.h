@@ -43,12 +43,12 @@ struct MannSequenceArgs {
     void *output;             // [T, B, H + R*W] out
     void *h1, *c1, *reads1, *memory1, *usage1, *read_weights1; // as the state above, out
     // For backward, all out or all null; of arithmetic type. The copies of the state are taken after every
-    // checkpoint_every steps but the last ones, in the layout of the kernel.
+    // checkpoint_every steps but the last ones.
     void *saved_gates;         // [T, B, 4H], after their activations; real steps only
     int32_t *saved_least_used; // [T, B, R]
     void *saved_c;             // [copies(), B, H]
-    void *saved_memory;        // [copies(), B, W, padded N]
-    void *saved_read_weights;  // [copies(), B, R, padded N]
+    void *saved_memory;        // [copies(), B, N, W]
+    void *saved_read_weights;  // [copies(), B, R, N]
 };
 
 struct MannSequenceBackwardArgs {

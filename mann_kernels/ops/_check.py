@@ -28,15 +28,13 @@ def shape(sizes: dict[str, int], name: str, tensor: torch.Tensor | None, *want: 
     """
     if tensor is None:
         return
-    got = tuple(tensor.shape)
-    text = f"[{', '.join(want)}]"
+    got = tensor.shape
     if len(got) != len(want):
-        raise ValueError(f"{name}: got shape {list(got)}, want {text}")
+        raise ValueError(f"{name}: got shape {list(got)}, want [{', '.join(want)}]")
     for size, letter in zip(got, want, strict=True):
-        expected = sizes.setdefault(letter, size)
-        if size != expected:
+        if size != sizes.setdefault(letter, size):
             known = ", ".join(f"{letter}={sizes[letter]}" for letter in dict.fromkeys(want) if letter in sizes)
-            raise ValueError(f"{name}: got shape {list(got)}, want {text} with {known}")
+            raise ValueError(f"{name}: got shape {list(got)}, want [{', '.join(want)}] with {known}")
 
 
 def not_empty(sizes: dict[str, int], *letters: str) -> None:

@@ -13,9 +13,6 @@ from mann_kernels.ops.lrua_step import check_options, check_state
 #: segment again from there, then undoes them one by one. The scratch memory of backward grows with it, what is kept shrinks.
 CHECKPOINT_EVERY = 128
 
-#: The kernels keep memory [W,N] with the slots, padded to this multiple, in vector lanes.
-SLOT_PADDING = 16
-
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a kernel computes in, and saves in: float32 for the 16-bit types."""
@@ -25,10 +22,10 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 def empty_saved(memory, time, heads, checkpoint_every, save):
     """What a sequence keeps for its backward, not initialised: least-used slots, and copies of memory and read weights.
 
-    The copies are taken after every `checkpoint_every` steps but the last ones, slots last and padded.
+    The copies are taken after every `checkpoint_every` steps but the last ones.
     """
     batch, slots, width = memory.shape
-    dtype, padded = arithmetic_dtype(memory.dtype), -(-slots // SLOT_PADDING) * SLOT_PADDING
+    dtype = arithmetic_dtype(memory.dtype)
     copies = max(time - 1, 0) // checkpoint_every
 
     def empty(dtype, *shape):
@@ -36,8 +33,8 @@ def empty_saved(memory, time, heads, checkpoint_every, save):
 
     return (
         empty(torch.int32, time, batch, heads),
-        empty(dtype, copies, batch, width, padded),
-        empty(dtype, copies, batch, heads, padded),
+        empty(dtype, copies, batch, slots, width),
+        empty(dtype, copies, batch, heads, slots),
     )
 
 
