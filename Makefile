@@ -1,6 +1,6 @@
 # make bench   verify every kernel, then time it         (BENCH="--quick", "--data FILE", ... are passed on)
 # make test    run the tests                             (TEST="-k name" is passed on)
-# make sanitize, lint, format, wheel, clean
+# make sanitize, verify-gpu, lint, format, wheel, clean
 # Everything is set up first, in .venv; a second call finds it done.
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
 SANITIZED_TESTS := tests -m "not compiles"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test sanitize lint format wheel clean
+.PHONY: help setup bench test verify-gpu sanitize lint format wheel clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -34,6 +34,12 @@ bench: setup
 
 test: setup
 	$(RUN) -m pytest $(TEST)
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/gpu_on_cpu/test_interpreter.py $(TEST)
+
+# What can be known of the GPU kernels without a GPU: their numbers, and that they compile for every target.
+verify-gpu: setup
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/gpu_on_cpu/test_interpreter.py
+	$(RUN) -m pytest tests/gpu_on_cpu/test_compile.py --all-targets
 
 # A second copy of the package with an instrumented library; the first test there checks that it is the one loaded.
 sanitize: setup

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import importlib.util
+import os
 import warnings
 
 import torch
@@ -19,6 +21,7 @@ STEMS = (
 )
 NAMES = ("reference", "cpp", "triton", "cuda")
 CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+TRITON_DTYPES = (*CPP_DTYPES, torch.float16)
 
 _requested: str | None = None
 
@@ -60,13 +63,26 @@ def missing(name: str, stem: str, device: str, dtype: torch.dtype) -> str | None
         if dtype not in CPP_DTYPES:
             return f"the C++ kernels take {', '.join(map(str, CPP_DTYPES))}, not {dtype}"
         return None
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (pip install triton)"
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return (
+                "the Triton kernels run on CPU tensors under its interpreter only: start Python with TRITON_INTERPRET=1"
+            )
+        if device not in ("cpu", "cuda"):
+            return f"the Triton kernels run on GPUs, not on {device}"
+        if dtype not in TRITON_DTYPES:
+            return f"the Triton kernels take {', '.join(map(str, TRITON_DTYPES))}, not {dtype}"
+        return None
     return f"this version has no {name} kernels"
 
 
 def default(stem: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
     """The implementation that runs when none is asked for, and why it is not a kernel (None if it is one)."""
-    why = missing("cpp", stem, device, dtype)
-    return ("cpp", None) if why is None else ("reference", why)
+    name = "triton" if device == "cuda" else "cpp"
+    why = missing(name, stem, device, dtype)
+    return (name, None) if why is None else ("reference", why)
 
 
 @functools.cache

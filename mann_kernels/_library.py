@@ -1,11 +1,16 @@
-"""The `mann::` operator library: schemas exist with or without the compiled part, kernels attach themselves when it loads."""
+"""The operator library: schemas exist with or without the compiled part, kernels attach themselves when it loads.
+
+`mann::<name>` is compiled code, `mann_triton::<name>` the same operator in Triton, on any device.
+"""
 
 import ctypes
+import functools
+import importlib
 import importlib.util
 
 import torch
 
-_LIBRARY = torch.library.Library("mann", "DEF")
+_LIBRARIES = {name: torch.library.Library(name, "DEF") for name in ("mann", "mann_triton")}
 
 #: Why the compiled CPU kernels are missing, or None when they are loaded.
 cpp_missing: str | None = None
@@ -19,10 +24,23 @@ _cpu_isa = None
 
 
 def define(schema: str, fake) -> None:
-    """Declare `mann::<schema>` and the function that computes its output shapes."""
+    """Declare the operator `<schema>` and the function that computes its output shapes."""
     name = schema.split("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"mann::{name}", fake, lib=_LIBRARY)
+    for namespace, library in _LIBRARIES.items():
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    _LIBRARIES["mann_triton"].impl(name, functools.partial(_run_triton, name), "CompositeExplicitAutograd")
+
+
+def _run_triton(name: str, *args):
+    """The Triton kernels are imported here, at the first call."""
+    module = importlib.import_module(f"mann_kernels.triton.{name.removesuffix('_backward')}")
+    return (module.backward if name.endswith("_backward") else module.forward)(*args)
+
+
+def operators(backend: str):
+    """The operators of an implementation that is not the reference."""
+    return torch.ops.mann_triton if backend == "triton" else torch.ops.mann
 
 
 def load_cpp() -> None:

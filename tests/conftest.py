@@ -9,6 +9,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all-targets", action="store_true", help="compile the Triton kernels for every GPU, not for two")
+
+
 @pytest.fixture(autouse=True)
 def _fill_uninitialized():
     before = torch.are_deterministic_algorithms_enabled()

@@ -25,8 +25,9 @@ _library.define(
 
 class _ContentAddress(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, memory, key, beta, eps):
-        read_weights = torch.ops.mann.content_address(memory, key, beta, eps)
+    def forward(ctx, memory, key, beta, eps, backend):
+        ctx.backend = backend
+        read_weights = _library.operators(backend).content_address(memory, key, beta, eps)
         ctx.save_for_backward(memory, key, beta, read_weights)
         ctx.eps = eps
         return read_weights
@@ -36,11 +37,11 @@ class _ContentAddress(torch.autograd.Function):
         memory, key, beta, read_weights = ctx.saved_tensors
         if torch.is_grad_enabled():
             function = functools.partial(reference.content_address, eps=ctx.eps)
-            return *reference_vjp(function, (memory, key, beta), (dread_weights,)), None
-        dmemory, dkey, dbeta = torch.ops.mann.content_address_backward(
+            return *reference_vjp(function, (memory, key, beta), (dread_weights,)), None, None
+        dmemory, dkey, dbeta = _library.operators(ctx.backend).content_address_backward(
             dread_weights, memory, key, beta, read_weights, ctx.eps
         )
-        return dmemory, dkey, None if beta is None else dbeta, None
+        return dmemory, dkey, None if beta is None else dbeta, None, None
 
 
 def content_address(
@@ -69,6 +70,7 @@ def content_address(
     _check.shape(sizes, "key", key, "B", "R", "W")
     _check.shape(sizes, "beta", beta, "B", "R")
     _check.not_empty(sizes, "N", "W", "R")
-    if _backend.select("content_address", memory) == "reference":
+    backend = _backend.select("content_address", memory)
+    if backend == "reference":
         return reference.content_address(memory, key, beta, eps=eps)
-    return _ContentAddress.apply(memory, key, beta, eps)
+    return _ContentAddress.apply(memory, key, beta, eps, backend)

@@ -79,8 +79,9 @@ _library.define(
 
 class _LruaSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, memory, usage, read_weights, key, gate, beta, add, lengths, lru, erase, decay, eps, save):
-        reads, memory1, usage1, read_weights1, *saved = torch.ops.mann.lrua_sequence(
+    def forward(ctx, memory, usage, read_weights, key, gate, beta, add, lengths, lru, erase, decay, eps, save, backend):
+        ctx.backend = backend
+        reads, memory1, usage1, read_weights1, *saved = _library.operators(backend).lrua_sequence(
             *(memory, usage, read_weights, key, gate, beta, add, lengths),
             *(lru == "shared", erase == "all", decay, eps, CHECKPOINT_EVERY, save),
         )
@@ -97,14 +98,14 @@ class _LruaSequence(torch.autograd.Function):
         if torch.is_grad_enabled():
             function = functools.partial(reference.lrua_sequence, lengths=lengths, **options)
             inputs = (memory, usage, read_weights, key, gate, beta, add)
-            return *reference_vjp(function, inputs, (dreads, dmemory1, None, dread_weights1)), *[None] * 6
-        dmemory, dread_weights, dkey, dgate, dbeta, dadd = torch.ops.mann.lrua_sequence_backward(
+            return *reference_vjp(function, inputs, (dreads, dmemory1, None, dread_weights1)), *[None] * 7
+        dmemory, dread_weights, dkey, dgate, dbeta, dadd = _library.operators(ctx.backend).lrua_sequence_backward(
             torch.zeros_like(key) if dreads is None else dreads,
             *(dmemory1, dread_weights1, memory, read_weights, key, gate, beta, add, lengths, *saved),
             *(options["lru"] == "shared", options["erase"] == "all", options["eps"], CHECKPOINT_EVERY),
         )
         dbeta, dadd = None if beta is None else dbeta, None if add is None else dadd
-        return dmemory, None, dread_weights, dkey, dgate, dbeta, dadd, *[None] * 6
+        return dmemory, None, dread_weights, dkey, dgate, dbeta, dadd, *[None] * 7
 
 
 def lrua_sequence(
@@ -152,7 +153,8 @@ def lrua_sequence(
     check_options(lru, erase)
     options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
     inputs = (memory, usage, read_weights, key, gate, beta, add)
-    if _backend.select("lrua_sequence", memory) == "reference":
+    backend = _backend.select("lrua_sequence", memory)
+    if backend == "reference":
         return reference.lrua_sequence(*inputs, lengths, **options)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    return _LruaSequence.apply(*inputs, lengths, *options.values(), save)
+    return _LruaSequence.apply(*inputs, lengths, *options.values(), save, backend)

@@ -39,8 +39,9 @@ _library.define(
 
 class _LruaStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, memory, usage, read_weights, key, gate, beta, add, lru, erase, decay, eps):
-        reads, memory1, usage1, read_weights1, least_used = torch.ops.mann.lrua_step(
+    def forward(ctx, memory, usage, read_weights, key, gate, beta, add, lru, erase, decay, eps, backend):
+        ctx.backend = backend
+        reads, memory1, usage1, read_weights1, least_used = _library.operators(backend).lrua_step(
             memory, usage, read_weights, key, gate, beta, add, lru == "shared", erase == "all", decay, eps
         )
         ctx.mark_non_differentiable(usage1)
@@ -56,14 +57,14 @@ class _LruaStep(torch.autograd.Function):
         options = ctx.options
         if torch.is_grad_enabled():
             function = functools.partial(reference.lrua_step, **options)
-            return *reference_vjp(function, inputs, (dreads, dmemory1, None, dread_weights1)), None, None, None, None
-        dmemory, dread_weights, dkey, dgate, dbeta, dadd = torch.ops.mann.lrua_step_backward(
+            return *reference_vjp(function, inputs, (dreads, dmemory1, None, dread_weights1)), *[None] * 5
+        dmemory, dread_weights, dkey, dgate, dbeta, dadd = _library.operators(ctx.backend).lrua_step_backward(
             torch.zeros_like(key) if dreads is None else dreads,
             *(dmemory1, dread_weights1, memory, read_weights, key, gate, beta, add, least_used),
             *(options["lru"] == "shared", options["erase"] == "all", options["eps"]),
         )
         dbeta, dadd = None if beta is None else dbeta, None if add is None else dadd
-        return dmemory, None, dread_weights, dkey, dgate, dbeta, dadd, None, None, None, None
+        return dmemory, None, dread_weights, dkey, dgate, dbeta, dadd, *[None] * 5
 
 
 def lrua_step(
@@ -109,9 +110,10 @@ def lrua_step(
     _check.shape(sizes, "add", add, "B", "R", "W")
     check_options(lru, erase)
     options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
-    if _backend.select("lrua_step", memory) == "reference":
+    backend = _backend.select("lrua_step", memory)
+    if backend == "reference":
         return reference.lrua_step(memory, usage, read_weights, key, gate, beta, add, **options)
-    return _LruaStep.apply(memory, usage, read_weights, key, gate, beta, add, *options.values())
+    return _LruaStep.apply(memory, usage, read_weights, key, gate, beta, add, *options.values(), backend)
 
 
 def check_state(sizes: dict[str, int], memory, usage, read_weights) -> None:

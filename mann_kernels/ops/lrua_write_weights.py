@@ -30,8 +30,11 @@ _library.define(
 
 class _LruaWriteWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, usage, read_weights, gate, lru):
-        write_weights, least_used = torch.ops.mann.lrua_write_weights(usage, read_weights, gate, lru == "shared")
+    def forward(ctx, usage, read_weights, gate, lru, backend):
+        ctx.backend = backend
+        write_weights, least_used = _library.operators(backend).lrua_write_weights(
+            usage, read_weights, gate, lru == "shared"
+        )
         ctx.mark_non_differentiable(least_used)
         ctx.save_for_backward(usage, read_weights, gate, least_used)
         ctx.lru = lru
@@ -42,11 +45,11 @@ class _LruaWriteWeights(torch.autograd.Function):
         usage, read_weights, gate, least_used = ctx.saved_tensors
         if torch.is_grad_enabled():
             function = functools.partial(reference.lrua_write_weights, lru=ctx.lru)
-            return *reference_vjp(function, (usage, read_weights, gate), (dwrite_weights, None)), None
-        dread_weights, dgate = torch.ops.mann.lrua_write_weights_backward(
+            return *reference_vjp(function, (usage, read_weights, gate), (dwrite_weights, None)), None, None
+        dread_weights, dgate = _library.operators(ctx.backend).lrua_write_weights_backward(
             dwrite_weights, read_weights, gate, least_used, ctx.lru == "shared"
         )
-        return None, dread_weights, dgate, None
+        return None, dread_weights, dgate, None, None
 
 
 def lrua_write_weights(
@@ -76,6 +79,7 @@ def lrua_write_weights(
     _check.not_empty(sizes, "N", "R")
     _check.heads_fit(sizes)
     _check.choice("lru", lru, *LRU)
-    if _backend.select("lrua_write_weights", usage) == "reference":
+    backend = _backend.select("lrua_write_weights", usage)
+    if backend == "reference":
         return reference.lrua_write_weights(usage, read_weights, gate, lru=lru)
-    return _LruaWriteWeights.apply(usage, read_weights, gate, lru)
+    return _LruaWriteWeights.apply(usage, read_weights, gate, lru, backend)

@@ -76,10 +76,11 @@ class _MannSequence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, h, c, reads, memory, usage, read_weights, weight_ih, weight_hh, bias, weight_head, bias_head,
-        lengths, write, key_strength, squash, lru, erase, decay, eps, save,
+        lengths, write, key_strength, squash, lru, erase, decay, eps, save, backend,
     ):  # fmt: skip
         flags = (write == "add", key_strength, squash == "tanh", lru == "shared", erase == "all")
-        output, *state_and_saved = torch.ops.mann.mann_sequence(
+        ctx.backend = backend
+        output, *state_and_saved = _library.operators(backend).mann_sequence(
             *(F.linear(x, weight_ih, bias), weight_hh, weight_head, bias_head),
             *(h, c, reads, memory, usage, read_weights, lengths),
             *(*flags, decay, eps, CHECKPOINT_EVERY, save),
@@ -104,16 +105,16 @@ class _MannSequence(torch.autograd.Function):
         if torch.is_grad_enabled():
             function = functools.partial(reference.mann_sequence, lengths=lengths, **ctx.options)
             grads = reference_vjp(function, inputs, (doutput, *state_grads[:4], None, dread_weights1))
-            return *grads, *[None] * 9
+            return *grads, *[None] * 10
         x, h, c, reads, memory, _, read_weights, weight_ih, weight_hh, _, weight_head, bias_head = inputs
-        dgates, dhead, dh, dc, dreads, dmemory, dread_weights = torch.ops.mann.mann_sequence_backward(
+        dgates, dhead, dh, dc, dreads, dmemory, dread_weights = _library.operators(ctx.backend).mann_sequence_backward(
             torch.zeros_like(output) if doutput is None else doutput,
             *(*state_grads, weight_hh, weight_head, bias_head, c, memory, read_weights, lengths, output, *saved),
             *(*ctx.flags, ctx.options["eps"], CHECKPOINT_EVERY),
         )
         state = (dh, dc, dreads, dmemory, None, dread_weights)
         weights = _weight_grads(ctx.needs_input_grad, x, h, reads, output, weight_ih, dgates, dhead)
-        return weights[0], *state, *weights[1:], *[None] * 9
+        return weights[0], *state, *weights[1:], *[None] * 10
 
 
 def _weight_grads(needs, x, h, reads, output, weight_ih, dgates, dhead):
@@ -213,7 +214,8 @@ def mann_sequence(
         "write": write, "key_strength": key_strength, "squash": squash,
         "lru": lru, "erase": erase, "decay": decay, "eps": eps,
     }  # fmt: skip
-    if _backend.select("mann_sequence", x) == "reference":
+    backend = _backend.select("mann_sequence", x)
+    if backend == "reference":
         return reference.mann_sequence(*inputs, lengths, **options)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return _MannSequence.apply(*inputs, lengths, *options.values(), save)
+    return _MannSequence.apply(*inputs, lengths, *options.values(), save, backend)

@@ -27,19 +27,22 @@ _library.define(
 
 class _MemoryUpdate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, memory, write_weights, add, least_used, erase):
+    def forward(ctx, memory, write_weights, add, least_used, erase, backend):
+        ctx.backend = backend
         ctx.save_for_backward(memory, write_weights, add, least_used)
         ctx.erase = erase
-        return torch.ops.mann.memory_update(memory, write_weights, add, least_used, erase == "all")
+        return _library.operators(backend).memory_update(memory, write_weights, add, least_used, erase == "all")
 
     @staticmethod
     def backward(ctx, dmemory):
         memory, write_weights, add, least_used = ctx.saved_tensors
         if torch.is_grad_enabled():
             function = functools.partial(reference.memory_update, least_used=least_used, erase=ctx.erase)
-            return *reference_vjp(function, (memory, write_weights, add), (dmemory,)), None, None
-        grads = torch.ops.mann.memory_update_backward(dmemory, write_weights, add, least_used, ctx.erase == "all")
-        return *grads, None, None
+            return *reference_vjp(function, (memory, write_weights, add), (dmemory,)), None, None, None
+        grads = _library.operators(ctx.backend).memory_update_backward(
+            dmemory, write_weights, add, least_used, ctx.erase == "all"
+        )
+        return *grads, None, None, None
 
 
 def memory_update(
@@ -80,6 +83,7 @@ def memory_update(
     _check.shape(sizes, "least_used", least_used, "B", "R")
     _check.not_empty(sizes, "N", "W", "R")
     _check.choice("erase", erase, *ERASE)
-    if _backend.select("memory_update", memory) == "reference":
+    backend = _backend.select("memory_update", memory)
+    if backend == "reference":
         return reference.memory_update(memory, write_weights, add, least_used, erase=erase)
-    return _MemoryUpdate.apply(memory, write_weights, add, least_used.to(torch.int32), erase)
+    return _MemoryUpdate.apply(memory, write_weights, add, least_used.to(torch.int32), erase, backend)

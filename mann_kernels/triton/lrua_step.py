@@ -1,0 +1,64 @@
+"""Triton kernel of lrua_step: one pass over the memory. Its backward is that of a sequence of one step."""
+
+import torch
+import triton
+import triton.language as tl
+
+from mann_kernels.triton import lrua_sequence
+from mann_kernels.triton._launch import acc_of, contiguous, launch, pointer
+from mann_kernels.triton._step import step_forward, store_rows
+
+
+@triton.jit
+def lrua_step_fwd_kernel(
+    memory_ptr, usage_ptr, previous_ptr,  # [B,N,W], [B,N], [B,R,N]
+    key_ptr, gate_ptr, beta_ptr, add_ptr,  # [B,R,W], [B,R], [B,R], [B,R,W]
+    reads_ptr, new_memory_ptr, new_usage_ptr, new_weights_ptr, slots_ptr,  # out; slots int32 [B,R]
+    x_ptr,  # [B,R,N] of ACC
+    N, W, R, decay, eps,
+    HAS_BETA: tl.constexpr, HAS_ADD: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr, ACC: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    i_b = tl.program_id(0).to(tl.int64)
+    words, head, cells = i_b * R * W, i_b * R, i_b * N * W
+    reads = step_forward(
+        memory_ptr + cells, new_memory_ptr + cells, usage_ptr + i_b * N, new_usage_ptr + i_b * N,
+        previous_ptr + head * N, new_weights_ptr + head * N, x_ptr + head * N,
+        key_ptr + words, add_ptr + words if HAS_ADD else key_ptr + words, gate_ptr + head, beta_ptr + head,
+        slots_ptr + head, memory_ptr,
+        N, W, R, decay, eps, True, HAS_BETA, SHARED, ERASE_ALL, ACC, BN, BW, BR,
+    )  # fmt: skip
+    store_rows(reads_ptr + words, reads, R, W, BR, BW)
+
+
+def forward(memory, usage, read_weights, key, gate, beta, add, shared, erase_all, decay, eps):
+    """The operator lrua_step: same arguments and results as its schema."""
+    (batch, heads, width), slots = key.shape, memory.shape[1]
+    memory, usage, read_weights, key, gate, beta, add = contiguous(memory, usage, read_weights, key, gate, beta, add)
+    acc = acc_of(memory.dtype)
+    outputs = tuple(torch.empty_like(tensor) for tensor in (key, memory, usage, read_weights))
+    least_used = torch.empty(gate.shape, dtype=torch.int32, device=memory.device)
+    if batch:
+        lrua_step_fwd_kernel[(batch,)](
+            memory, usage, read_weights, key, gate, pointer(beta, key), pointer(add, key), *outputs, least_used,
+            torch.empty(read_weights.shape, dtype=acc.torch, device=memory.device),
+            slots, width, heads, decay, eps,
+            beta is not None, add is not None, shared, erase_all, acc.triton, **launch(slots, width, heads),
+        )  # fmt: skip
+    return *outputs, least_used
+
+
+def backward(
+    dreads, dmemory1, dread_weights1, memory, read_weights, key, gate, beta, add, least_used, shared, erase_all, eps
+):
+    """The operator lrua_step_backward: same arguments and results as its schema."""
+
+    def one_step(tensor):
+        return None if tensor is None else tensor.unsqueeze(0)
+
+    none = memory.new_empty(0)
+    dmemory, dread_weights, *grads = lrua_sequence.backward(
+        one_step(dreads), dmemory1, dread_weights1, memory, read_weights,
+        *map(one_step, (key, gate, beta, add)), None, least_used, none, none, shared, erase_all, eps, 1,
+    )  # fmt: skip
+    return dmemory, dread_weights, *(grad.squeeze(0) if grad.dim() > 1 else grad for grad in grads)

@@ -1,0 +1,81 @@
+"""The Triton kernels compiled for GPUs that are not here, at the paper's shape: they compile, and fit the chip."""
+
+import importlib
+import os
+
+import pytest
+
+from mann_kernels import _backend
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"),
+]
+
+#: Bytes of shared memory that one program may have (NVIDIA: the opt-in limit of the compute capability; AMD: LDS).
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
+IN_MAKE_TEST = ("sm_90", "gfx942")
+SLOTS, WIDTH, HEADS = 128, 40, 4
+
+
+def target_of(name):
+    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
+
+
+def kernels_of(stem):
+    module = importlib.import_module(f"mann_kernels.triton.{stem}")
+    return {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
+
+
+def source_of(kernel, dtype):
+    """The kernel with every option on, at the paper's shape, for storage type `dtype`."""
+    from mann_kernels.triton._launch import RESTART_EVERY, launch
+    from mann_kernels.triton.mann_sequence import TILES
+
+    sizes = {
+        **launch(SLOTS, WIDTH, HEADS),
+        **TILES,
+        "ACC": tl.float32,
+        "S": getattr(tl, dtype),
+        "RESTART": RESTART_EVERY,
+    }
+    working = ("x_ptr", "heads_ptr", "cells_ptr", "rows_ptr", "restarts_ptr", "gates_ptr", "head_ptr", "weights_ptr")
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", sizes.get(name, True)
+        elif name in ("eps", "decay"):
+            signature[name] = "fp32"
+        elif not name.endswith("_ptr"):
+            signature[name] = "i32"
+        elif name == "slots_ptr":
+            signature[name] = "*i32"
+        elif name == "lengths_ptr":
+            signature[name] = "*i64"
+        else:
+            short = {"float32": "*fp32", "bfloat16": "*bf16"}
+            of_acc = name in working or name.startswith("work") or name.endswith("copies_ptr")
+            signature[name] = "*fp32" if of_acc else short[dtype]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants)
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+@pytest.mark.parametrize("stem", _backend.STEMS)
+def test_compiles_and_fits(stem, target, request):
+    everything = request.config.getoption("--all-targets")
+    if not everything and target not in IN_MAKE_TEST:
+        pytest.skip("with --all-targets")
+    found = kernels_of(stem)
+    assert len(found) == (1 if stem == "lrua_step" else 2)  # the step's backward is that of a sequence
+    for name, kernel in found.items():
+        for dtype in ("float32", "bfloat16") if everything else ("float32",):
+            warps = {"num_warps": 8}
+            compiled = triton.compile(source_of(kernel, dtype), target=target_of(target), options=warps)
+            assert compiled.metadata.shared <= SHARED_MEMORY[target], name
