@@ -10,6 +10,7 @@ from mann_kernels import _backend
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from mutant import mutant  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -28,8 +29,8 @@ def target_of(name):
     return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
 
 
-def kernels_of(stem):
-    module = importlib.import_module(f"mann_kernels.triton.{stem}")
+def kernels_of(stem, package="mann_kernels.triton"):
+    module = importlib.import_module(f"{package}.{stem}")
     return {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
 
 
@@ -79,3 +80,13 @@ def test_compiles_and_fits(stem, target, request):
             warps = {"num_warps": 8}
             compiled = triton.compile(source_of(kernel, dtype), target=target_of(target), options=warps)
             assert compiled.metadata.shared <= SHARED_MEMORY[target], name
+            if dtype == "float32":  # is computed in float32, which the interpreter cannot tell from TF32
+                assert "tf32" not in compiled.asm.get("ptx", ""), name
+
+
+def test_tf32_would_be_seen(tmp_path, monkeypatch):
+    package = mutant(tmp_path, "_step.py", 'input_precision="ieee"', 'input_precision="tf32"')
+    monkeypatch.syspath_prepend(tmp_path)
+    kernel = kernels_of("memory_update", package)["memory_update_fwd_kernel"]
+    compiled = triton.compile(source_of(kernel, "float32"), target=target_of("sm_90"), options={"num_warps": 8})
+    assert "tf32" in compiled.asm["ptx"]

@@ -1,0 +1,88 @@
+"""The memory guard over the real kernels, and over kernels with one mistake planted in their source."""
+
+import importlib
+import os
+import sys
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
+
+from guard import GuardError, MemoryGuard
+from mutant import mutant
+from stem import run
+from test_interpreter import inputs_of
+from test_properties import class_of
+
+import mann_kernels
+from mann_kernels import _backend, reference
+
+SIZE = (2, 37, 5, 2)
+
+
+@pytest.mark.parametrize("stem", _backend.STEMS)
+def test_every_access_is_sound(stem):
+    for options in class_of(stem).options:
+        extra = {"T": 9} if stem.endswith("sequence") else {}  # once past a restart
+        with mann_kernels.backend("triton"), MemoryGuard() as guard:
+            run(getattr(mann_kernels, stem), inputs_of(stem, 1, SIZE, **options, **extra).to(torch.float32))
+        assert guard.launches == 2
+
+
+def test_a_step_reads_and_writes_memory_once():
+    inputs = inputs_of("lrua_step", 1, SIZE).to(torch.float32)
+    with mann_kernels.backend("triton"), torch.no_grad(), MemoryGuard() as guard:
+        mann_kernels.lrua_step(**inputs)
+    size = inputs["memory"].numel() * 4
+    assert guard.loaded["memory_ptr"] == guard.stored["new_memory_ptr"] == size
+
+
+def test_an_episode_is_one_launch_each_way():
+    inputs = inputs_of("mann_sequence", 1, (2, 9, 4, 2), T=50).to(torch.float32)
+    with mann_kernels.backend("triton"), MemoryGuard() as guard:
+        run(mann_kernels.mann_sequence, inputs)
+    assert guard.launches == 2
+
+
+MUTATIONS = {
+    "wrong mask": (
+        "_step.py",
+        "tl.store(target_ptr + tile, m, mask=m_nw)",
+        "tl.store(target_ptr + tile, m, mask=m_n[:, None])",
+    ),
+    "out-of-bounds row": (
+        "lrua_step.py",
+        "i_b = tl.program_id(0).to(tl.int64)",
+        "i_b = tl.program_id(0).to(tl.int64) + 1",
+    ),
+    "race between programs": ("lrua_step.py", "new_memory_ptr + cells, usage_ptr", "new_memory_ptr, usage_ptr"),
+    "missing barrier": ("_step.py", "        top = new_top\n    tl.debug_barrier()\n", "        top = new_top\n"),
+    "missing store": ("_step.py", "            tl.store(new_usage_ptr + o_n, usage, mask=m_n)\n", ""),
+}
+FOUND = {
+    "wrong mask": "two lanes write one element|out of bounds",
+    "out-of-bounds row": "out of bounds",
+    "race between programs": "race, write to what another program",
+    "missing barrier": "no barrier between a write and a read",
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_planted_mistake_is_named(name, tmp_path, monkeypatch):
+    package = mutant(tmp_path, *MUTATIONS[name])
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module(f"{package}.lrua_step")
+    monkeypatch.setitem(sys.modules, "mann_kernels.triton.lrua_step", module)
+
+    inputs = inputs_of("lrua_step", 1, SIZE).to(torch.float32)
+    want = reference.lrua_step(**inputs)
+    with mann_kernels.backend("triton"), torch.no_grad(), MemoryGuard():
+        if name in FOUND:
+            with pytest.raises(Exception, match=FOUND[name]) as caught:
+                mann_kernels.lrua_step(**inputs)
+            assert GuardError.__name__ in repr(caught.value)
+        else:  # what was never written is NaN, and differs from the reference
+            got = mann_kernels.lrua_step(**inputs)
+            assert not torch.allclose(got[2], want[2])
