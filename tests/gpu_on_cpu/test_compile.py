@@ -1,7 +1,11 @@
 """The Triton kernels compiled for GPUs that are not here, at the paper's shape: they compile, and fit the chip."""
 
 import importlib
+import json
 import os
+import re
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +22,10 @@ pytestmark = [
     pytest.mark.compiles,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"),
 ]
+
+#: Registers and spilled bytes of a thread, shared memory of a program, by target and kernel: none may grow unnoticed.
+#: `pytest tests/gpu_on_cpu/test_compile.py --all-targets --write-budgets` measures them anew.
+BUDGETS = Path(__file__).with_name("budgets.json")
 
 #: Bytes of shared memory that one program may have (NVIDIA: the opt-in limit of the compute capability; AMD: LDS).
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
@@ -67,9 +75,24 @@ def source_of(kernel, dtype):
     return ASTSource(fn=kernel, signature=signature, constexprs=constants)
 
 
+def resources_of(compiled, folder):
+    """What ptxas, or the AMD assembler, gave each thread of a kernel."""
+    if "cubin" in compiled.asm:
+        (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [tool, "--dump-resource-usage", folder / "kernel.cubin"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, spilled = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    else:
+        text = compiled.asm["amdgcn"]
+        registers = re.search(r"\.vgpr_count:\s+(\d+)", text)[1]
+        spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+    return {"registers": int(registers), "spilled": int(spilled), "shared": compiled.metadata.shared}
+
+
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 @pytest.mark.parametrize("stem", _backend.STEMS)
-def test_compiles_and_fits(stem, target, request):
+def test_compiles_and_fits(stem, target, request, tmp_path):
     everything = request.config.getoption("--all-targets")
     if not everything and target not in IN_MAKE_TEST:
         pytest.skip("with --all-targets")
@@ -80,6 +103,14 @@ def test_compiles_and_fits(stem, target, request):
             warps = {"num_warps": 8}
             compiled = triton.compile(source_of(kernel, dtype), target=target_of(target), options=warps)
             assert compiled.metadata.shared <= SHARED_MEMORY[target], name
+            label, found = f"{name}[{dtype}]", resources_of(compiled, tmp_path)
+            if request.config.getoption("--write-budgets"):
+                budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+                budgets.setdefault(target, {})[label] = found
+                BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
+            budget = json.loads(BUDGETS.read_text())[target][label]
+            grown = {what: (found[what], budget[what]) for what in found if found[what] > budget[what]}
+            assert not grown, f"{label} on {target}: (found, budget) {grown}"
             if dtype == "float32":  # is computed in float32, which the interpreter cannot tell from TF32
                 assert "tf32" not in compiled.asm.get("ptx", ""), name
 
