@@ -99,8 +99,8 @@ class _MannSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, doutput, dh1, dc1, dreads1, dmemory1, _, dread_weights1):
-        *inputs, lengths, output = ctx.saved_tensors[:14]
-        saved = ctx.saved_tensors[14:]
+        kept = ctx.saved_tensors  # once: every look unpacks them all
+        inputs, (lengths, output), saved = kept[:12], kept[12:14], kept[14:]
         state_grads = (dh1, dc1, dreads1, dmemory1, dread_weights1)
         if torch.is_grad_enabled():
             function = functools.partial(reference.mann_sequence, lengths=lengths, **ctx.options)

@@ -15,8 +15,12 @@ from mutant import mutant
 from stem import run
 from test_interpreter import inputs_of
 from test_properties import class_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mann_kernels
+from bench import contestants
+from bench.harness import Work
+from bench.stems import SHAPES, inputs
 from mann_kernels import _backend, reference
 
 SIZE = (2, 37, 5, 2)
@@ -32,18 +36,47 @@ def test_every_access_is_sound(stem):
 
 
 def test_a_step_reads_and_writes_memory_once():
-    inputs = inputs_of("lrua_step", 1, SIZE).to(torch.float32)
+    call = inputs_of("lrua_step", 1, SIZE).to(torch.float32)
     with mann_kernels.backend("triton"), torch.no_grad(), MemoryGuard() as guard:
-        mann_kernels.lrua_step(**inputs)
-    size = inputs["memory"].numel() * 4
+        mann_kernels.lrua_step(**call)
+    size = call["memory"].numel() * 4
     assert guard.loaded["memory_ptr"] == guard.stored["new_memory_ptr"] == size
 
 
-def test_an_episode_is_one_launch_each_way():
-    inputs = inputs_of("mann_sequence", 1, (2, 9, 4, 2), T=50).to(torch.float32)
+class Launches(TorchDispatchMode):
+    """Counts the operators that launch a kernel on a GPU: all but views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = any(result.alias_info is not None for result in func._schema.returns)
+        self.count += not is_view and "empty" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of(function, work):
+    """Forward and backward, of a training step."""
+    with Launches() as forward:
+        loss, _ = work.loss(function)
+    before_loss = forward.count - 2  # the loss itself is a product and a sum
+    with Launches() as backward:
+        loss.backward()
+    return before_loss, backward.count - 2  # and their gradients
+
+
+def test_launches_of_an_episode():
+    """At most 8 each way at the paper's sizes, whatever the length; the eager loop launches thousands."""
+    work = Work("mann_sequence", inputs("mann_sequence", SHAPES["single"]), torch.float32)
+    eager = launches_of(contestants.EAGER["mann_sequence"], work)
+    short = Work("mann_sequence", inputs("mann_sequence", SHAPES["single"].at(4)), torch.float32)
     with mann_kernels.backend("triton"), MemoryGuard() as guard:
-        run(mann_kernels.mann_sequence, inputs)
-    assert guard.launches == 2
+        ours = launches_of(mann_kernels.mann_sequence, short)
+    print(f"launches forward and backward: {ours}, eager {eager}")
+    assert guard.launches == 2  # one kernel of ours each way
+    assert max(ours) <= 8
+    assert sum(eager) > 5000
 
 
 MUTATIONS = {
@@ -76,13 +109,13 @@ def test_a_planted_mistake_is_named(name, tmp_path, monkeypatch):
     module = importlib.import_module(f"{package}.lrua_step")
     monkeypatch.setitem(sys.modules, "mann_kernels.triton.lrua_step", module)
 
-    inputs = inputs_of("lrua_step", 1, SIZE).to(torch.float32)
-    want = reference.lrua_step(**inputs)
+    call = inputs_of("lrua_step", 1, SIZE).to(torch.float32)
+    want = reference.lrua_step(**call)
     with mann_kernels.backend("triton"), torch.no_grad(), MemoryGuard():
         if name in FOUND:
             with pytest.raises(Exception, match=FOUND[name]) as caught:
-                mann_kernels.lrua_step(**inputs)
+                mann_kernels.lrua_step(**call)
             assert GuardError.__name__ in repr(caught.value)
         else:  # what was never written is NaN, and differs from the reference
-            got = mann_kernels.lrua_step(**inputs)
+            got = mann_kernels.lrua_step(**call)
             assert not torch.allclose(got[2], want[2])
