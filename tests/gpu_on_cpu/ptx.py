@@ -7,6 +7,8 @@ from typing import NamedTuple
 #: Bytes of the types that registers, memory and parameters may have.
 SIZES = {kind + bits: int(bits) // 8 for kind in "bsuf" for bits in ("8", "16", "32", "64")} | {"bf16": 2, "tf32": 4}
 
+SPACES = ("global", "shared", "local", "param", "const")
+
 
 class PTXError(Exception):
     """PTX that this machine does not know, or that does what a GPU would not forgive."""
@@ -43,6 +45,7 @@ class Instruction(NamedTuple):
     guard_negated: bool
     text: str
     source: str  # "file.py:12" of the kernel, or ""
+    family: str  # the opcode and, if it reaches memory, the space: "ld.global"
 
     def error(self, message):
         where = f" ({self.source})" if self.source else ""
@@ -160,8 +163,10 @@ class _Body:
         opcode, *modifiers = match["opcode"].split(".")
         operands = tuple(_operand(part, self.name_of) for part in _split(match["operands"]))
         guard = match["guard"] and self.name_of(match["guard"])
+        space = next((each for each in modifiers if each.split("::")[0] in SPACES), None)
+        family = f"{opcode}.{space.split('::')[0]}" if space and opcode != "cvta" else opcode
         self.instructions.append(
-            Instruction(opcode, tuple(modifiers), operands, guard, bool(match["negated"]), statement, self.source)
+            Instruction(opcode, tuple(modifiers), operands, guard, bool(match["negated"]), statement, self.source, family)
         )
 
 

@@ -4,12 +4,11 @@ from functools import partial
 
 import numpy as np
 import ptx_numbers as numbers
-from ptx import SIZES, Address, PTXError
+from ptx import SIZES, SPACES, Address, PTXError
 from ptx_memory import LOCAL_WINDOW, SHARED_WINDOW, UNSIGNED, Active
 from ptx_numbers import TYPES
 from ptx_ops import operation, put
 
-SPACES = ("global", "shared", "local", "param", "const")
 #: Say how long a value stays in which cache, or which order other threads see: nothing that this machine has.
 HINTS = {
     "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "relaxed", "acquire", "release", "weak", "volatile", "cta", "gpu", "sys",
@@ -26,7 +25,7 @@ def address_of(wave, address):
     if base in wave.registers:
         register, offset = wave.registers[base], address.offset
         return lambda: register.astype(np.int64) + offset
-    place = wave.symbol(base)
+    place = int(base) if base.isdigit() else wave.symbol(base)
     if place is None:
         raise PTXError(f"unknown symbol {base}")
     fixed = np.full(wave.lanes, place + address.offset, np.int64)

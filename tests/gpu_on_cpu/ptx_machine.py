@@ -35,6 +35,7 @@ class Stats:
     sectors: Counter = dataclasses.field(default_factory=Counter)  # of 32 bytes
     shared_wavefronts: int = 0
     shared_ideal: int = 0
+    unlike_stores: int = 0  # to shared memory, by several threads, of floats that differ in their last bits
     barriers: int = 0  # of all programs together
     warp_instructions: Counter = dataclasses.field(default_factory=Counter)  # by opcode and, for memory, space
 
@@ -229,7 +230,7 @@ class Wave:
             block.leave = self._go_to(number[end])
             for instruction in code[start:end]:
                 name = instruction.opcode
-                block.classes[instruction_class(instruction)] += 1
+                block.classes[instruction.family] += 1
                 if name in LEAVES and "warp" not in instruction.modifiers:
                     block.leave = self._leave(instruction, number, number[end])
                     continue
@@ -352,9 +353,3 @@ class Wave:
         for block in self.blocks:
             for name, count in block.classes.items():
                 self.stats.warp_instructions[name] += count * block.warps
-
-
-def instruction_class(instruction):
-    spaces = [each.split("::")[0] for each in instruction.modifiers]
-    space = next((each for each in spaces if each in ("global", "shared", "local", "param")), "")
-    return f"{instruction.opcode}.{space}" if space else instruction.opcode

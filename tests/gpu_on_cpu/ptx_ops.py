@@ -41,7 +41,7 @@ def flags_of(instruction, allowed, types, operands):
         unknown.append(kind)
     if unknown:
         raise instruction.error(f"unknown modifier .{unknown[0]}")
-    if len(instruction.operands) not in (operands if isinstance(operands, tuple) else (operands,)):
+    if len(instruction.operands) != operands:
         raise instruction.error(f"got {len(instruction.operands)} operands, want {operands}")
     return set(flags)
 
@@ -260,44 +260,44 @@ def multiply(wave, instruction):
 
 
 def float_function(opcode, flags, kind, worst):
-    """What computes `opcode` for floats of `kind`, and the number of its sources."""
+    """What computes `opcode` for floats of `kind`."""
     mode = next((flag for flag in flags if flag in ROUNDINGS), "rn")
     native = kind in ("f32", "f64") and mode == "rn"
     if opcode in ("add", "sub") and native:
-        return 2, np.add if opcode == "add" else np.subtract
+        return np.add if opcode == "add" else np.subtract
     if opcode in ("add", "sub") and kind != "f64":
         sign = 1.0 if opcode == "add" else -1.0
         wide = partial(numbers.widen, kind=kind)
-        return 2, lambda a, b: numbers.narrow(numbers.exact_sum(wide(a), sign * wide(b)), kind, mode)
+        return lambda a, b: numbers.narrow(numbers.exact_sum(wide(a), sign * wide(b)), kind, mode)
     if opcode == "mul" and native:
-        return 2, np.multiply
+        return np.multiply
     if opcode == "mul" and kind != "f64":
         wide = partial(numbers.widen, kind=kind)
-        return 2, lambda a, b: numbers.narrow(np.atleast_1d(wide(a) * wide(b)), kind, mode)
+        return lambda a, b: numbers.narrow(np.atleast_1d(wide(a) * wide(b)), kind, mode)
     if opcode in ("fma", "mad") and (kind != "f64" or mode == "rn"):
-        return 3, partial(numbers.fma, kind=kind, mode=mode)
+        return partial(numbers.fma, kind=kind, mode=mode)
     if opcode in ("min", "max"):
-        return 2, partial(numbers.minimum, kind=kind, largest=opcode == "max", keep_nan="NaN" in flags)
+        return partial(numbers.minimum, kind=kind, largest=opcode == "max", keep_nan="NaN" in flags)
     if opcode in ("neg", "abs"):
         bits = np.dtype(TYPES[kind]).itemsize * 8
         unsigned = np.dtype(f"u{bits // 8}").type
         if opcode == "neg":
-            return 1, lambda a: (np.asarray(a).view(unsigned) ^ unsigned(1 << (bits - 1))).view(TYPES[kind])
-        return 1, lambda a: (np.asarray(a).view(unsigned) & unsigned((1 << (bits - 1)) - 1)).view(TYPES[kind])
+            return lambda a: (np.asarray(a).view(unsigned) ^ unsigned(1 << (bits - 1))).view(TYPES[kind])
+        return lambda a: (np.asarray(a).view(unsigned) & unsigned((1 << (bits - 1)) - 1)).view(TYPES[kind])
     if opcode == "div" and kind == "f32" and flags & {"approx", "full"}:
-        return 2, partial(numbers.divide, worst=worst)
+        return partial(numbers.divide, worst=worst)
     if opcode == "div" and native:
-        return 2, np.divide
+        return np.divide
     if opcode == "sqrt" and native and "approx" not in flags:
-        return 1, np.sqrt
+        return np.sqrt
     if opcode == "rcp" and native and "approx" not in flags:
-        return 1, np.reciprocal
+        return np.reciprocal
     if opcode == "rcp" and kind == "f64" and flags == {"approx", "ftz"}:
-        return 1, numbers.reciprocal_of_upper_half
+        return numbers.reciprocal_of_upper_half
     if opcode in numbers.APPROXIMATE and kind == "f32" and ("approx" in flags or opcode == "tanh"):
-        return 1, lambda a: numbers.approximate(opcode, a, worst)
+        return lambda a: numbers.approximate(opcode, a, worst)
     if opcode == "copysign" and kind in ("f32", "f64"):
-        return 2, lambda sign, size: np.copysign(size, sign)
+        return lambda sign, size: np.copysign(size, sign)
     raise PTXError("unknown modifiers")
 
 
@@ -309,10 +309,9 @@ def floats(wave, instruction):
         opcode, ("rn", "approx") if opcode not in ("neg", "abs", "min", "max", "copysign", "div") else ()
     )
     known = {"div": ("rn", "approx", "full"), "min": ("NaN",), "max": ("NaN",)}.get(opcode, known)
-    flags = flags_of(instruction, (*known, "ftz", "sat"), FLOATS | set(PACKED), tuple(range(2, 5)))
-    count, function = float_function(opcode, flags, scalar, wave.worst)
-    if len(instruction.operands) != count + 1:
-        raise instruction.error(f"got {len(instruction.operands)} operands, want {count + 1}")
+    count = {"fma": 3, "mad": 3}.get(opcode, 2 if opcode in ("add", "sub", "mul", "div", "min", "max", "copysign") else 1)
+    flags = flags_of(instruction, (*known, "ftz", "sat"), FLOATS | set(PACKED), count + 1)
+    function = float_function(opcode, flags, scalar, wave.worst)
     flushed = "ftz" in flags and scalar == "f32"
 
     def compute(*sources):
@@ -337,8 +336,9 @@ def arithmetic(wave, instruction):
         return multiply(wave, instruction)
     count, function = SIMPLE[opcode]
     types = {kind for kind in INTEGERS if kind[0] != "b"}
-    flags_of(instruction, (), types, count + 1)
-    return bind(wave, instruction, function, instruction.type, *[instruction.type] * count)
+    relu = flags_of(instruction, ("relu",) if opcode in ("min", "max") else (), types, count + 1)
+    compute = (lambda a, b: np.maximum(function(a, b), 0)) if relu else function
+    return bind(wave, instruction, compute, instruction.type, *[instruction.type] * count)
 
 
 # Comparisons and choices
