@@ -166,14 +166,16 @@ class _Body:
         space = next((each for each in modifiers if each.split("::")[0] in SPACES), None)
         family = f"{opcode}.{space.split('::')[0]}" if space and opcode != "cvta" else opcode
         self.instructions.append(
-            Instruction(opcode, tuple(modifiers), operands, guard, bool(match["negated"]), statement, self.source, family)
+            Instruction(
+                opcode, tuple(modifiers), operands, guard, bool(match["negated"]), statement, self.source, family
+            )
         )
 
 
 @functools.lru_cache(maxsize=256)
 def parse(text: str) -> Kernel:
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
-    files = {number: name for number, name in re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text)}
+    files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text))
     entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", text))
     if len(entries) != 1 or ".func" in text:
         raise PTXError(f"got {len(entries)} entries{' and a .func' if '.func' in text else ''}, want one entry alone")

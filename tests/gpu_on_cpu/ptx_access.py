@@ -77,8 +77,7 @@ def local_elements(wave, instruction, addresses, item, count, active):
 @operation("ld")
 def load(wave, instruction):
     space, kind, count = parse_access(instruction)
-    hints = [operand for operand in instruction.operands[2:]]
-    if len(instruction.operands) != 2 + ("L2::cache_hint" in instruction.modifiers) or len(hints) > 1:
+    if len(instruction.operands) != 2 + ("L2::cache_hint" in instruction.modifiers):
         raise instruction.error(f"got {len(instruction.operands)} operands, want 2")
     names = instruction.operands[0] if isinstance(instruction.operands[0], tuple) else (instruction.operands[0],)
     if len(names) != count:

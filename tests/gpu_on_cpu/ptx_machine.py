@@ -13,6 +13,7 @@ from collections import Counter
 import numpy as np
 import ptx
 import ptx_access  # noqa: F401  (they name the opcodes they bind)
+import ptx_floats  # noqa: F401
 import ptx_warp  # noqa: F401
 import torch
 from ptx import Float, PTXError
@@ -60,9 +61,7 @@ class Machine:
         self.kernel, self.grid, self.threads, self.worst = kernel, tuple(grid), threads, worst
         self.stats, self.programs = Stats(kernel.name), int(np.prod(grid))
         tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        self.constants = {
-            name: torch.tensor(list(data), dtype=torch.uint8) for name, data in kernel.constants.items()
-        }
+        self.constants = {name: torch.tensor(list(data), dtype=torch.uint8) for name, data in kernel.constants.items()}
         self.memory = GlobalMemory({**tensors, **self.constants}, self.programs, self.stats)
         self.shared_bytes = max(shared, kernel.shared_bytes)
         self.parameters = self._pack(list(arguments.values()))
@@ -72,7 +71,9 @@ class Machine:
         if len(values) > len(self.kernel.parameters):
             raise PTXError(f"got {len(values)} arguments, want {len(self.kernel.parameters)}")
         packed = {}
-        for (name, kind), value in zip(self.kernel.parameters, values + [None] * len(self.kernel.parameters), strict=False):
+        for (name, kind), value in zip(
+            self.kernel.parameters, values + [None] * len(self.kernel.parameters), strict=False
+        ):
             value = 0 if value is None else value.data_ptr() if isinstance(value, torch.Tensor) else value
             dtype = TYPES[kind]
             if isinstance(value, float) and kind[0] != "f":
@@ -192,7 +193,7 @@ class Wave:
         """A register to write `kind` to, as an array that takes it; narrower than the register, it is extended."""
         if operand == "_":
             return np.empty((self.lanes, 2) if kind in PACKED else self.lanes, TYPES[PACKED.get(kind, kind)])
-        if not isinstance(operand, str) or operand[:1] == "%" and operand not in self.kernel.registers:
+        if not isinstance(operand, str) or (operand[:1] == "%" and operand not in self.kernel.registers):
             raise PTXError(f"{operand} is no register to write to")
         register, dtype = self.registers[operand], np.dtype(TYPES[PACKED.get(kind, kind)])
         size = dtype.itemsize * (2 if kind in PACKED else 1)

@@ -84,7 +84,11 @@ def vote(wave, instruction):
         named = check(mask)
         yes = np.broadcast_to(predicate(), wave.lanes)
         yes = bits_of_warps(wave, yes if mask is None else yes & mask)[wave.warp] & named
-        put(target, {"all": yes == named, "any": yes != 0, "uni": (yes == 0) | (yes == named), "ballot": yes}[mode], mask)
+        put(
+            target,
+            {"all": yes == named, "any": yes != 0, "uni": (yes == 0) | (yes == named), "ballot": yes}[mode],
+            mask,
+        )
 
     return step
 
@@ -252,7 +256,10 @@ def matrix_product(wave, instruction):
     wants = [len(places[2]), len(places[0]) // packed, len(places[1]) // packed, len(places[2])]
     if [len(each) for each in instruction.operands] != wants:
         raise instruction.error(f"want {wants} registers")
-    sources = [[wave.source(name, each) for name in names] for names, each in zip(operands, (register, register, c), strict=True)]
+    sources = [
+        [wave.source(name, each) for name in names]
+        for names, each in zip(operands, (register, register, c), strict=True)
+    ]
     targets = [wave.target(name, d) for name in out]
 
     def gather(registers, where, shape, kind, warps):
@@ -269,7 +276,9 @@ def matrix_product(wave, instruction):
         warps = whole_warps(wave, instruction, mask)
         a, b, total = (
             gather(registers, where, size, each, warps)
-            for registers, where, size, each in zip(sources, places, ((m, k), (k, n), (m, n)), (kind, kind, c), strict=True)
+            for registers, where, size, each in zip(
+                sources, places, ((m, k), (k, n), (m, n)), (kind, kind, c), strict=True
+            )
         )
         total = total + a @ b
         for target, (row, column) in zip(targets, places[2], strict=True):
@@ -280,4 +289,6 @@ def matrix_product(wave, instruction):
 
 @operation("wgmma")
 def warp_group_product(wave, instruction):
-    raise PTXError("warp group products are unknown to this machine: compile for sm_80, or give blocks of less than 64 rows")
+    raise PTXError(
+        "warp group products are unknown to this machine: compile for sm_80, or give blocks of less than 64 rows"
+    )
