@@ -45,7 +45,9 @@ class Instruction(NamedTuple):
     guard_negated: bool
     text: str
     source: str  # "file.py:12" of the kernel, or ""
-    family: str  # the opcode and, if it reaches memory, the space: "ld.global"
+    family: (
+        str  # the opcode and the space that it reaches ("ld.global") or the type of float that it computes ("fma.f32")
+    )
 
     def error(self, message):
         where = f" ({self.source})" if self.source else ""
@@ -164,7 +166,9 @@ class _Body:
         operands = tuple(_operand(part, self.name_of) for part in _split(match["operands"]))
         guard = match["guard"] and self.name_of(match["guard"])
         space = next((each for each in modifiers if each.split("::")[0] in SPACES), None)
-        family = f"{opcode}.{space.split('::')[0]}" if space and opcode != "cvta" else opcode
+        space = space.split("::")[0] if space and opcode != "cvta" else None
+        kind = modifiers[-1] if modifiers and opcode not in ("cvt", "mov", "selp", "setp") else ""
+        family = ".".join(filter(None, (opcode, space or (kind if "f" in kind else None))))
         self.instructions.append(
             Instruction(
                 opcode, tuple(modifiers), operands, guard, bool(match["negated"]), statement, self.source, family

@@ -38,7 +38,7 @@ class Stats:
     shared_ideal: int = 0
     unlike_stores: int = 0  # to shared memory, by several threads, of floats that differ in their last bits
     barriers: int = 0  # of all programs together
-    warp_instructions: Counter = dataclasses.field(default_factory=Counter)  # by opcode and, for memory, space
+    warp_instructions: Counter = dataclasses.field(default_factory=Counter)  # by family: "ld.global", "fma.f32", "shl"
 
     @property
     def global_bytes(self):
@@ -47,6 +47,16 @@ class Stats:
     @property
     def bank_conflicts(self):
         return self.shared_wavefronts - self.shared_ideal
+
+    @property
+    def flops(self):
+        """Operations on floats without tensor cores, by type; those of idle threads and of padding are in it."""
+        counts = Counter()
+        for family, warps in self.warp_instructions.items():
+            opcode, _, kind = family.partition(".")
+            if kind in ("f32", "f64") and opcode != "mma":
+                counts[kind] += warps * 32 * (2 if opcode == "fma" else 1)
+        return counts
 
 
 class Machine:
