@@ -1,6 +1,6 @@
 """The opcodes that compute with floats, compare, and convert between numbers."""
 
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 import ptx_numbers as numbers
@@ -11,74 +11,98 @@ from ptx_ops import INTEGERS, SIMPLE, bind, flags_of, multiply, operation, put
 ROUNDINGS = ("rn", "rz", "rm", "rp")
 
 
+#: opcode -> (sources, modifiers besides ftz and sat)
+FLOAT_OPERATIONS = {
+    **dict.fromkeys(("add", "sub", "mul"), (2, ROUNDINGS)),
+    **dict.fromkeys(("fma", "mad"), (3, ROUNDINGS)),
+    **dict.fromkeys(("min", "max"), (2, ("NaN",))),
+    **dict.fromkeys(("sqrt", "rcp"), (1, ("rn", "approx"))),
+    **dict.fromkeys(("rsqrt", "ex2", "lg2", "sin", "cos", "tanh"), (1, ("approx",))),
+    **dict.fromkeys(("neg", "abs"), (1, ())),
+    "div": (2, ("rn", "approx", "full")),
+    "copysign": (2, ()),
+}
+ROUNDED = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "sqrt": np.sqrt,
+    "rcp": np.reciprocal,
+}
+
+
+def of_sign(opcode, kind):
+    """neg or abs, which change nothing but the sign, of a NaN too."""
+    unsigned = np.dtype(f"u{np.dtype(TYPES[kind]).itemsize}").type
+    sign = unsigned(1 << (8 * unsigned().itemsize - 1))
+    if opcode == "neg":
+        return lambda a: (np.asarray(a).view(unsigned) ^ sign).view(TYPES[kind])
+    return lambda a: (np.asarray(a).view(unsigned) & ~sign).view(TYPES[kind])
+
+
 def float_function(opcode, flags, kind, worst):
     """What computes `opcode` for floats of `kind`."""
     mode = next((flag for flag in flags if flag in ROUNDINGS), "rn")
-    native = kind in ("f32", "f64") and mode == "rn"
-    if opcode in ("add", "sub") and native:
-        return np.add if opcode == "add" else np.subtract
-    if opcode in ("add", "sub") and kind != "f64":
-        sign = 1.0 if opcode == "add" else -1.0
-        wide = partial(numbers.widen, kind=kind)
-        return lambda a, b: numbers.narrow(numbers.exact_sum(wide(a), sign * wide(b)), kind, mode)
-    if opcode == "mul" and native:
-        return np.multiply
-    if opcode == "mul" and kind != "f64":
-        wide = partial(numbers.widen, kind=kind)
-        return lambda a, b: numbers.narrow(np.atleast_1d(wide(a) * wide(b)), kind, mode)
-    if opcode in ("fma", "mad") and (kind != "f64" or mode == "rn"):
-        return partial(numbers.fma, kind=kind, mode=mode)
-    if opcode in ("min", "max"):
-        return partial(numbers.minimum, kind=kind, largest=opcode == "max", keep_nan="NaN" in flags)
-    if opcode in ("neg", "abs"):
-        bits = np.dtype(TYPES[kind]).itemsize * 8
-        unsigned = np.dtype(f"u{bits // 8}").type
-        if opcode == "neg":
-            return lambda a: (np.asarray(a).view(unsigned) ^ unsigned(1 << (bits - 1))).view(TYPES[kind])
-        return lambda a: (np.asarray(a).view(unsigned) & unsigned((1 << (bits - 1)) - 1)).view(TYPES[kind])
-    if opcode == "div" and kind == "f32" and flags & {"approx", "full"}:
-        return partial(numbers.divide, worst=worst)
-    if opcode == "div" and native:
-        return np.divide
-    if opcode == "sqrt" and native and "approx" not in flags:
-        return np.sqrt
-    if opcode == "rcp" and native and "approx" not in flags:
-        return np.reciprocal
-    if opcode == "rcp" and kind == "f64" and flags == {"approx", "ftz"}:
-        return numbers.reciprocal_of_upper_half
-    if opcode in numbers.APPROXIMATE and kind == "f32" and ("approx" in flags or opcode == "tanh"):
-        return lambda a: numbers.approximate(opcode, a, worst)
-    if opcode == "copysign" and kind in ("f32", "f64"):
+    wide = partial(numbers.widen, kind=kind)
+    if flags & {"approx", "full"}:
+        if opcode == "rcp" and kind == "f64":
+            return numbers.reciprocal_of_upper_half
+        if kind == "f32":
+            return (
+                partial(numbers.divide, worst=worst)
+                if opcode == "div"
+                else partial(numbers.approximate, opcode, worst=worst)
+            )
+    elif opcode in ("neg", "abs"):
+        return of_sign(opcode, kind)
+    elif opcode in ("min", "max"):
+        choose = partial(numbers.minimum, kind=kind, largest=opcode == "max", keep_nan="NaN" in flags)
+        return lambda *sources: reduce(choose, sources)
+    elif opcode == "copysign":
         return lambda sign, size: np.copysign(size, sign)
-    raise PTXError("unknown modifiers")
+    elif opcode in ROUNDED and kind in ("f32", "f64") and mode == "rn":
+        return ROUNDED[opcode]
+    elif opcode in ("fma", "mad"):
+        return partial(numbers.fma, kind=kind, mode=mode)
+    elif opcode in ("add", "sub", "mul") and kind != "f64":
+        exact = {
+            "add": numbers.exact_sum,
+            "sub": lambda a, b: numbers.exact_sum(a, -b),
+            "mul": lambda a, b: np.atleast_1d(a * b),
+        }[opcode]
+        return lambda a, b: numbers.narrow(exact(wide(a), wide(b)), kind, mode)
+    raise PTXError(f"unknown modifiers for {opcode}.{kind}")
 
 
 @operation("fma", "sqrt", "rcp", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh", "copysign")
 def floats(wave, instruction):
     opcode, kind = instruction.opcode, instruction.type
+    count, known = FLOAT_OPERATIONS[opcode]
+    if opcode in ("min", "max") and len(instruction.operands) == 4:
+        count = 3
+    types = [kind] * count
+    if opcode in ("add", "sub", "fma") and instruction.modifiers[-2:] in (("f32", "bf16"), ("f32", "f16")):
+        instruction = instruction._replace(modifiers=instruction.modifiers[:-1])  # all but the last source are narrow
+        types, kind = [kind] * (count - 1) + ["f32"], "f32"
     scalar = PACKED.get(kind, kind)
-    known = {"add": ROUNDINGS, "sub": ROUNDINGS, "mul": ROUNDINGS, "fma": ROUNDINGS, "mad": ROUNDINGS}.get(
-        opcode, ("rn", "approx") if opcode not in ("neg", "abs", "min", "max", "copysign", "div") else ()
-    )
-    known = {"div": ("rn", "approx", "full"), "min": ("NaN",), "max": ("NaN",)}.get(opcode, known)
-    count = {"fma": 3, "mad": 3}.get(
-        opcode, 2 if opcode in ("add", "sub", "mul", "div", "min", "max", "copysign") else 1
-    )
     flags = flags_of(instruction, (*known, "ftz", "sat"), FLOATS | set(PACKED), count + 1)
     function = float_function(opcode, flags, scalar, wave.worst)
     flushed = "ftz" in flags and scalar == "f32"
 
     def compute(*sources):
+        if types[0] != kind:
+            sources = [*(numbers.widen(source, types[0]).astype(np.float32) for source in sources[:-1]), sources[-1]]
         if flushed:
             sources = [numbers.flush(source) for source in sources]
-        out = numbers.canonical(function(*sources), scalar)
+        out = function(*sources)
+        if opcode not in ("neg", "abs"):
+            out = numbers.canonical(out, scalar)
         if "sat" in flags:
             out = numbers.saturate(out)
         return numbers.flush(out) if flushed else out
 
-    if not flushed and "sat" not in flags and opcode in ("neg", "abs"):
-        compute = function  # a NaN keeps its bits
-    return bind(wave, instruction, compute, kind, *[kind] * count)
+    return bind(wave, instruction, compute, kind, *types)
 
 
 @operation("add", "sub", "neg", "abs", "min", "max", "mul", "mad", "div")
@@ -147,8 +171,11 @@ def set_predicate(wave, instruction):
     def step(mask):
         x, y = (numbers.flush(a), numbers.flush(b)) if "ftz" in rest and kind == "f32" else (a, b)
         found = function(x, y)
-        for target, value in zip(targets, (found, ~found), strict=False):
-            put(target, COMBINE[combine](value, other()) if combine else value, mask)
+        found = [found, ~found]
+        if combine:
+            found = [COMBINE[combine](value, other()) for value in found]
+        for target, value in zip(targets, found, strict=False):
+            put(target, value, mask)
 
     return step
 

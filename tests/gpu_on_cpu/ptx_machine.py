@@ -152,7 +152,7 @@ class Wave:
         """The narrowest access to shared memory: races are told apart by it."""
         sizes = [4]
         for instruction in self.kernel.instructions:
-            if instruction.opcode in ("ld", "st", "atom", "red") and "shared" in instruction.modifiers[0]:
+            if instruction.family in ("ld.shared", "st.shared", "atom.shared", "red.shared"):
                 sizes.append(ptx.SIZES.get(instruction.type, 4))
         return min(sizes)
 

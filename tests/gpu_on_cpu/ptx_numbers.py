@@ -189,7 +189,7 @@ APPROXIMATE = {
     "cos": (np.cos, 0.0, 2.0**-20.5),
     "tanh": (np.tanh, 2.0**-11, 0.0),
 }
-DIVISION_ERROR = 2 * 2.0**-24  # of div.approx and div.full: 2 units, each at least 2^-24 of the quotient
+DIVISION_ERROR = 2.0  # of div.approx and div.full, in units in the last place
 
 
 def _wrong(exact, key, error):
@@ -213,7 +213,7 @@ def divide(a, b, worst):
     a, b = np.broadcast_arrays(np.atleast_1d(a), b)
     exact = a.astype(np.float64) / b.astype(np.float64)
     if worst:
-        error = DIVISION_ERROR * np.abs(exact)
+        error = DIVISION_ERROR * np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
         exact = np.where(np.isfinite(exact), _wrong(exact, np.ascontiguousarray(b).view(np.uint32), error), exact)
     return exact.astype(np.float32)
 

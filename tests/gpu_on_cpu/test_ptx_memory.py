@@ -296,8 +296,9 @@ def test_threads_part_and_meet():
 
 def test_counts_of_instructions_and_barriers():
     out = np.zeros(256, np.uint32)
-    body = "bar.sync 0; mad.wide.u32 %d10, %r1, 4, %d1; barrier.sync 0; add.s32 %r2, %r1, 1; add.s32 %r2, %r2, 1; fma.rn.f32 %r3, %r1, %r1, %r1; mul.f32 %r3, %r3, %r3;"
-    stats = launch(body + "fence.acq_rel.gpu; nop;", {"out": out}, threads=128, grid=3)
+    body = "bar.sync 0; mad.wide.u32 %d10, %r1, 4, %d1; barrier.sync 0; add.s32 %r2, %r1, 1; add.s32 %r2, %r2, 1;"
+    body += "fma.rn.f32 %r3, %r1, %r1, %r1; mul.f32 %r3, %r3, %r3; fence.acq_rel.gpu; nop;"
+    stats = launch(body, {"out": out}, threads=128, grid=3)
     assert stats.barriers == 6
     assert stats.warp_instructions["add"] == 2 * 4 * 3
     assert stats.flops == {"f32": 3 * 128 * 3}

@@ -129,6 +129,8 @@ with np.errstate(all="ignore"):
          np.zeros(32)),
         ("setp.eq.s32 %p1, {0}, {0}; setp.gt.xor.s32 %p2, {0}, {1}, %p1; selp.b32 {d}, 1, 0, %p2", [S32, T32], "s32", "s32",
          S32 <= T32),
+        ("setp.lt.s32 %p1, {0}, {1}; setp.eq.or.s32 %p1|%p2, {0}, {1}, %p1; selp.b32 {d}, 1, 0, %p2", [S32, T32], "s32", "s32",
+         (S32 != T32) | (S32 < T32)),
         ("setp.lt.s32 %p1, {0}, {1}; not.pred %p2, %p1; and.pred %p3, %p1, %p2; or.pred %p4, %p3, %p2; selp.b32 {d}, 1, 0, %p4",
          [S32, T32], "s32", "s32", S32 >= T32),
         ("mov.pred %p1, 0; xor.pred %p1, %p1, 1; selp.b32 {d}, {0}, 3, %p1", [S32], "s32", "s32", S32),
@@ -194,6 +196,13 @@ with np.errstate(all="ignore"):
         ("neg.f32 {d}, {0}", [NANS], "f32", "f32", -NANS),
         ("abs.f64 {d}, {0}", [F64], "f64", "f64", abs(F64)),
         ("abs.ftz.f32 {d}, {0}", [TINY], "f32", "f32", [0.0, 0.0, 1.0, 2.0**-126, 3e38]),
+        ("mad.rn.f32 {d}, {0}, {1}, {1}", [F32[:22], H32], "f32", "f32",
+         (F32[:22].astype(np.float64) * H32 + H32).astype(np.float32)),
+        ("max.f32 {d}, {0}, {1}, 0f3F000000", [NANS, OTHER], "f32", "f32", [1.0, 1.0, 0.5, 0.5, 0.5, 3.0]),
+        ("add.rn.f32.bf16 {d}, {0}, 0f3DCCCCCD", [B16[:22]], "bf16", "f32", FB[:22] + np.float32(0.1)),
+        ("sub.f32.f16 {d}, {0}, 0f3DCCCCCD", [H16[:22]], "f16", "f32", H16[:22].astype(np.float32) - np.float32(0.1)),
+        ("fma.rn.f32.bf16 {d}, {0}, {1}, 0f3DCCCCCD", [B16[:22], C16[:22]], "bf16", "f32",
+         (FB[:22].astype(np.float64) * GB[:22] + np.float32(0.1)).astype(np.float32)),
         ("copysign.f32 {d}, {0}, {1}", [F32, G32], "f32", "f32", np.copysign(G32, F32)),
         ("fma.rn.bf16 {d}, {0}, {1}, {1}", [B16[:22], C16[:22]], "bf16", "bf16",
          bf16((FB[:22].astype(np.float64) * GB[:22] + GB[:22]).astype(np.float32))),
@@ -321,17 +330,30 @@ def test_worst_case_of_approximations():
     """With `worst`, an approximate function is off by about what the manual allows, and by no more."""
     for opcode, (function, relative, absolute) in ptx_numbers.APPROXIMATE.items():
         values = abs(F32[:22]) + np.float32(0.1)
-        ending = "" if opcode == "tanh" else ".approx"
-        got = run_one(f"{opcode}{ending or '.approx'}.f32 {{d}}, {{0}}", [values], ["f32"], "f32", worst=True).astype(
-            np.float64
-        )
+        got = run_one(f"{opcode}.approx.f32 {{d}}, {{0}}", [values], ["f32"], "f32", worst=True).astype(np.float64)
         exact = function(values.astype(np.float64))
         allowed = np.maximum(relative * abs(exact), absolute) + 2.0**-24 * abs(exact)
         off = abs(got - exact)
         assert (off <= allowed).all(), opcode
         assert (off > 0.3 * allowed).any(), opcode
-    one = np.float32([1.0] * 32)
-    assert (run_one("div.full.f32 {d}, {0}, {0}", [one], ["f32"], "f32", worst=True) != 1).any()
+    got = run_one("div.full.f32 {d}, {0}, {1}", [F32[:22], H32], ["f32"] * 2, "f32", worst=True)
+    units = np.abs(got.view(np.int32).astype(np.int64) - (F32[:22] / H32).view(np.int32))
+    assert 2 <= units.max() <= 3  # and what the rounding adds
+
+
+def test_two_float32_numbers_in_a_register():
+    a, b = (np.stack([x[:22], y[:22]], 1).ravel() for x, y in ((F32, G32), (G32, F32)))
+    for text, want in (
+        ("add.rn.f32x2 {d}, {0}, {1}", a + b),
+        ("fma.rn.f32x2 {d}, {0}, {1}, {1}", a.astype(np.float64) * b + b),
+    ):
+        check(
+            text,
+            [a.view(np.uint64), b.view(np.uint64)],
+            ["b64"] * 2,
+            "b64",
+            nan(want.astype(np.float32)).view(np.uint64),
+        )
 
 
 @pytest.mark.parametrize("kind", ["f16x2", "bf16x2"])
