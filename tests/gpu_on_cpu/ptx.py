@@ -60,6 +60,7 @@ class Instruction(NamedTuple):
 
 class Kernel(NamedTuple):
     name: str
+    text: str
     parameters: tuple[tuple[str, str], ...]  # (name, type)
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]  # -> index of the instruction that follows
@@ -177,8 +178,8 @@ class _Body:
 
 
 @functools.lru_cache(maxsize=256)
-def parse(text: str) -> Kernel:
-    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
+def parse(given: str) -> Kernel:
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", given, flags=re.S)
     files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text))
     entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", text))
     if len(entries) != 1 or ".func" in text:
@@ -199,6 +200,7 @@ def parse(text: str) -> Kernel:
     threads = re.search(r"\.reqntid\s+(\d+)", entry[3])
     return Kernel(
         entry[1],
+        given,
         tuple((name, kind) for kind, name in parameters),
         tuple(read.instructions),
         read.labels,

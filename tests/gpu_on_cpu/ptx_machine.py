@@ -30,12 +30,18 @@ ENDLESS = 5_000_000  # blocks
 class Stats:
     """What a launch did. Bytes are counted once for each warp and instruction, however many of its threads ask for them."""
 
-    kernel: str
+    kernel: ptx.Kernel = dataclasses.field(repr=False)
+    programs: int
+    threads: int  # of a program
+    shared_bytes: int  # of a program
     loaded: Counter = dataclasses.field(default_factory=Counter)  # bytes, by the name of the argument
     stored: Counter = dataclasses.field(default_factory=Counter)
     sectors: Counter = dataclasses.field(default_factory=Counter)  # of 32 bytes
+    distinct_loaded: Counter = dataclasses.field(default_factory=Counter)  # bytes that were loaded at least once
+    distinct_stored: Counter = dataclasses.field(default_factory=Counter)
     shared_wavefronts: int = 0
     shared_ideal: int = 0
+    conflicts_at: Counter = dataclasses.field(default_factory=Counter)  # bank conflicts by line of the source
     unlike_stores: int = 0  # to shared memory, by several threads, of floats that differ in their last bits
     barriers: int = 0  # of all programs together
     warp_instructions: Counter = dataclasses.field(default_factory=Counter)  # by family: "ld.global", "fma.f32", "shl"
@@ -69,11 +75,11 @@ class Machine:
         if threads % 32 or not 0 < threads <= 1024 or kernel.threads not in (None, threads):
             raise PTXError(f"got {threads} threads, want whole warps, {kernel.threads or 'at most 1024'}")
         self.kernel, self.grid, self.threads, self.worst = kernel, tuple(grid), threads, worst
-        self.stats, self.programs = Stats(kernel.name), int(np.prod(grid))
+        self.programs, self.shared_bytes = int(np.prod(grid)), max(shared, kernel.shared_bytes)
+        self.stats = Stats(kernel, self.programs, threads, self.shared_bytes)
         tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
         self.constants = {name: torch.tensor(list(data), dtype=torch.uint8) for name, data in kernel.constants.items()}
         self.memory = GlobalMemory({**tensors, **self.constants}, self.programs, self.stats)
-        self.shared_bytes = max(shared, kernel.shared_bytes)
         self.parameters = self._pack(list(arguments.values()))
 
     def _pack(self, values):
@@ -99,6 +105,9 @@ class Machine:
         with np.errstate(all="ignore"):
             for first in range(0, self.programs, at_once):
                 Wave(self, np.arange(first, min(first + at_once, self.programs))).run()
+        for buffer in self.memory.buffers:
+            self.stats.distinct_loaded[buffer.name] = buffer.item * buffer.shadow.count("load", "atomic")
+            self.stats.distinct_stored[buffer.name] = buffer.item * buffer.shadow.count("store", "atomic")
         return self.stats
 
 

@@ -77,6 +77,11 @@ class Shadow:
             if lost.any():
                 table[at[lost]] = -2
 
+    def count(self, *kinds):
+        """How many elements had an access of one of these kinds."""
+        seen = [self.last[kind] >= 0 for kind in kinds if kind in self.last]
+        return int(np.any(seen, axis=0).sum()) if seen else 0
+
 
 def distinct(values, active):
     """How many different values each warp has, summed over the warps."""
@@ -225,7 +230,7 @@ class SharedMemory:
         if addresses.min() < 0 or addresses.max() + size > self.size:
             bad = addresses[(addresses < 0) | (addresses + size > self.size)][0]
             raise instruction.error(f"out of bounds: shared {kind} at byte {int(bad)} of {self.size}")
-        self._count(addresses, size, active.lanes)
+        self._count(instruction, addresses, size, active.lanes)
         places = addresses + active.programs * self.pitch
         at = places // item
         at = at[:, None] + np.arange(count) if count > 1 else at[:, None]
@@ -271,7 +276,7 @@ class SharedMemory:
         self.views[item][at] = values
         self._judge(instruction, at, values)
 
-    def _count(self, addresses, size, lanes):
+    def _count(self, instruction, addresses, size, lanes):
         """Wavefronts: a warp's access takes one for every 128 bytes it asks for, and more where threads meet in a bank."""
         base = int(addresses.min()) & ~127
         key = (size, (addresses - base).tobytes(), None if lanes is None else lanes.tobytes())
@@ -280,6 +285,8 @@ class SharedMemory:
         most, ideal = self.patterns[key]
         self.stats.shared_wavefronts += most
         self.stats.shared_ideal += ideal
+        if most > ideal:
+            self.stats.conflicts_at[instruction.source] += most - ideal
 
 
 def alike(a, b):

@@ -23,6 +23,7 @@ def test_vector_loads_and_stores_with_hints():
     stats = launch(body, {"data": data, "out": out})
     assert np.array_equal(out.reshape(32, 4), data.reshape(32, 4)[:, [1, 0, 3, 2]])
     assert stats.loaded == {"data": 512}
+    assert (stats.distinct_loaded["data"], stats.distinct_stored["out"], stats.distinct_stored["data"]) == (512, 512, 0)
     assert stats.stored == {"out": 512}
     assert stats.sectors["data"] == 16
 
