@@ -19,6 +19,10 @@ TILE = 8192
 RESTART_EVERY = 8
 
 
+#: What `sizes` says to the compiler, not to the kernel. Left to itself ptxas halves the registers of some kernels, and spills.
+OPTIONS = ("num_warps", "maxnreg")
+
+
 class Acc(NamedTuple):
     """What a kernel computes in."""
 
@@ -50,13 +54,13 @@ def sizes(slots: int, width: int, heads: int, dtype: torch.dtype, lanes: int) ->
         "BW": wide,
         "BR": triton.next_power_of_2(heads),
         "num_warps": THREADS // lanes,
-    }
+    } | ({"maxnreg": 255} if lanes == 32 else {})
 
 
 def launch(kernel, slots: int, width: int, heads: int, dtype: torch.dtype) -> dict[str, int]:
     """Those of `sizes` that the kernel takes, on the GPU in use."""
     found = sizes(slots, width, heads, dtype, lanes())
-    return {name: size for name, size in found.items() if name in kernel.arg_names or name == "num_warps"}
+    return {name: size for name, size in found.items() if name in kernel.arg_names or name in OPTIONS}
 
 
 def aligned(numbers: int) -> int:

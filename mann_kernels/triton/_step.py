@@ -248,6 +248,7 @@ def step_forward(
             write = write_weights_of(gate, load_slots(previous_ptr, o_n, N, R, ACC, BR), slots, o_n, SHARED, ACC)
             tile = load_tile(source_ptr, o_n, N, W, ACC, BW)
             tile = erase_and_write(tile, write, slots, o_n, add_ptr, ERASE_ALL, W, R, ACC, BW, BR)
+            tl.debug_barrier()  # a tile smaller than the program is held by several warps: none may read what another replaced
             store_tile(target_ptr, tile, o_n, N, W, BW)
             cosine, _, _, _ = cosine_of(tile, key_ptr, eps, W, R, ACC, BN, BW, BR)
             x = beta[:, None] * cosine
@@ -259,11 +260,12 @@ def step_forward(
         for n0 in range(0, N, BN):
             o_n = n0 + tl.arange(0, BN)
             weights = tl.exp(load_slots(x_ptr, o_n, N, R, ACC, BR) - top[:, None]) / total[:, None]
+            old = tl.load(usage_ptr + o_n, mask=o_n < N, other=0.0).to(ACC) if CHOOSE else 0.0
+            tl.debug_barrier()
             store_slots(weights_ptr, weights, o_n, N, R, BR)
             if CHOOSE:
                 write = write_weights_of(gate, load_slots(previous_ptr, o_n, N, R, ACC, BR), slots, o_n, SHARED, ACC)
                 weights = tl.where((o_r < R)[:, None], weights, 0.0)
-                old = tl.load(usage_ptr + o_n, mask=o_n < N, other=0.0).to(ACC)
                 new = decay * old + tl.sum(weights, axis=0) + tl.sum(write, axis=0)
                 tl.store(new_usage_ptr + o_n, new, mask=o_n < N)
         tl.debug_barrier()
@@ -335,6 +337,7 @@ def step_backward(
             tile = load_tile(memory_ptr, o_n, N, W, ACC, BW)
             dslots = load_slots(dweights_ptr, o_n, N, R, ACC, BR)
             dslots += rows_by_tile(dreads_ptr, tile, W, R, ACC, BN, BW, BR)
+            tl.debug_barrier()
             store_slots(dweights_ptr, dslots, o_n, N, R, BR)
             mean += tl.sum(load_slots(weights_ptr, o_n, N, R, ACC, BR) * dslots, axis=1)
         tl.debug_barrier()
@@ -349,6 +352,7 @@ def step_backward(
                 load_slots(previous_ptr, o_n, N, R, ACC, BR), o_n, gate, beta, slots,
                 dreads_ptr, key_ptr, add_ptr, slots_ptr, rows_ptr, W, R, eps, SHARED, ERASE_ALL, ACC, BN, BW, BR,
             )  # fmt: skip
+            tl.debug_barrier()
             store_tile(memory_ptr, tile, o_n, N, W, BW)
             store_tile(dmemory_ptr, dtile, o_n, N, W, BW)
             store_slots(dprevious_ptr, dslots, o_n, N, R, BR)

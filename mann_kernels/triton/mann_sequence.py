@@ -85,18 +85,25 @@ def make_head(
     weight_ptr, bias_ptr, h_ptr, head_ptr, P: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     KEY_STRENGTH: tl.constexpr, SQUASH: tl.constexpr, ACC: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """head [P] = activations of weight [P,H] @ h [H] + bias: key, gate (still before its sigmoid), strength, add."""
+    """head [P] = activations of weight [P,H] @ h [H] + bias: key, gate (still before its sigmoid), strength, add.
+
+    The activations have a loop of their own: in the layout of the matrix each thread would hold eight numbers of them.
+    """
     for p0 in tl.range(0, P, BJ, disable_licm=True):
         o_p = p0 + tl.arange(0, BJ)
-        head = times_vector(weight_ptr, h_ptr, o_p, P, H, ACC, BJ, BK)
+        tl.store(head_ptr + o_p, times_vector(weight_ptr, h_ptr, o_p, P, H, ACC, BJ, BK), mask=o_p < P)
+    tl.debug_barrier()
+    after_gate: tl.constexpr = R * W + R * (2 if KEY_STRENGTH else 1)
+    for p0 in tl.range(0, P, BJ, disable_licm=True):
+        o_p = p0 + tl.arange(0, BJ)
+        head = tl.load(head_ptr + o_p, mask=o_p < P, other=0.0)
         head += tl.load(bias_ptr + o_p, mask=o_p < P, other=0.0).to(ACC)
-        after_gate = R * W + R
         if KEY_STRENGTH:
             strength = tl.maximum(head, 0.0) + log_of_one_plus(tl.exp(-tl.abs(head)))
-            head = tl.where((o_p >= after_gate) & (o_p < after_gate + R), strength, head)
-            after_gate += R
+            head = tl.where((o_p >= R * W + R) & (o_p < after_gate), strength, head)
         if SQUASH:
             head = tl.where((o_p < R * W) | (o_p >= after_gate), tanh(head), head)
+        tl.debug_barrier()  # a block smaller than the program is held by several warps: none may read what another replaced
         tl.store(head_ptr + o_p, head, mask=o_p < P)
     tl.debug_barrier()
 
@@ -119,6 +126,7 @@ def lstm_forward(
         gate_out = sigmoid(tl.load(gates_ptr + 3 * H + o_i, mask=m_i, other=0.0))
         c = gate_forget * tl.load(cell_ptr + o_i, mask=m_i, other=0.0) + gate_in * candidate
         h = (gate_out * tanh(c)).to(S)  # what is kept is what counts: backward starts from it
+        tl.debug_barrier()  # as in make_head
         tl.store(gates_ptr + o_i, gate_in, mask=m_i)
         tl.store(gates_ptr + H + o_i, gate_forget, mask=m_i)
         tl.store(gates_ptr + 2 * H + o_i, candidate, mask=m_i)
@@ -231,6 +239,7 @@ def head_backward(
             grad = tl.where(is_beta, -grad * exp_minus_one(-value), grad)
         if SQUASH:
             grad = tl.where((o_p < R * W) | (o_p >= after_gate), grad * (1.0 - value * value), grad)
+        tl.debug_barrier()  # as in make_head
         tl.store(work_ptr + o_p, grad, mask=o_p < P)
         tl.store(dhead_ptr + o_p, grad, mask=o_p < P)
     tl.debug_barrier()
@@ -242,15 +251,20 @@ def lstm_backward(
     weight_head_ptr, work_dhead_ptr,  # [P,H], [P] of ACC: and through the heads
     gates_ptr, cell_ptr, next_cell_ptr,  # [4H], [H], [H] of ACC, as forward left them
     dcell_ptr, new_dcell_ptr,  # [H] of ACC in, out
+    work_dh_ptr,  # [H] of ACC
     work_dgates_ptr, dgates_ptr,  # [4H] of ACC, [4H] out: the gradient before the activations
     P: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Backward of the heads' projection and of eq. 9 to 16, but for the recurrent product."""
     for i0 in tl.range(0, H, BK, disable_licm=True):
         o_i = i0 + tl.arange(0, BK)
-        m_i = o_i < H
         dh = vector_times(weight_head_ptr, work_dhead_ptr, o_i, P, H, ACC, BJ, BK)
-        dh += tl.load(drecurrent_ptr + o_i, mask=m_i, other=0.0)
+        tl.store(work_dh_ptr + o_i, dh, mask=o_i < H)
+    tl.debug_barrier()
+    for i0 in tl.range(0, H, BK, disable_licm=True):
+        o_i = i0 + tl.arange(0, BK)
+        m_i = o_i < H
+        dh = tl.load(work_dh_ptr + o_i, mask=m_i, other=0.0) + tl.load(drecurrent_ptr + o_i, mask=m_i, other=0.0)
         dh += tl.load(doutput_ptr + o_i, mask=m_i, other=0.0).to(ACC)
         gate_in = tl.load(gates_ptr + o_i, mask=m_i, other=0.0)
         gate_forget = tl.load(gates_ptr + H + o_i, mask=m_i, other=0.0)
@@ -281,7 +295,7 @@ def mann_sequence_bwd_kernel(
     output_ptr, gates_ptr, slots_ptr, c_copies_ptr, copies_ptr, weight_copies_ptr,  # as forward
     dgates_ptr, dhead_ptr,  # [T,B,4H], [T,B,P] out, before the activations
     dh_ptr, dc_ptr, dreads_ptr, dmemory_ptr, dprevious_ptr,  # of the state before, out
-    work_ptr,  # [B,2,SCRATCH] of ACC, gradients: of h and reads, c, gates, head; steps take turns
+    work_ptr,  # [B,2,SCRATCH] of ACC, gradients: of h and reads, c, gates, head, h; steps take turns
     work_memory_ptr, work_dmemory_ptr, work_dweights_ptr,  # of ACC, where not in registers: [B,N,W] twice, [2,B,R,N]
     records_ptr,  # [segment+1,B,RECORD] of ACC, of each step: c and read weights before it, head, overwritten rows
     restarts_ptr,  # [segment/RESTART,B,N,W] of ACC
@@ -303,6 +317,7 @@ def mann_sequence_bwd_kernel(
     dcell_at: tl.constexpr = K  # in the scratch of a step
     dgates_at: tl.constexpr = dcell_at + H
     dhead_at: tl.constexpr = dgates_at + 4 * H
+    dh_at: tl.constexpr = dhead_at + P
     weights_at: tl.constexpr = H  # in a record
     head_at: tl.constexpr = weights_at + R * N
     rows_at: tl.constexpr = head_at + P
@@ -381,6 +396,7 @@ def mann_sequence_bwd_kernel(
                 o_i = i0 + tl.arange(0, BK)
                 dreads = tl.load(here + H + o_i, mask=o_i < R * W, other=0.0)
                 dreads += tl.load(doutput_ptr + row * K + H + o_i, mask=o_i < R * W, other=0.0).to(ACC)
+                tl.debug_barrier()  # as in make_head
                 tl.store(here + H + o_i, dreads, mask=o_i < R * W)
             tl.debug_barrier()
             head = record + head_at
@@ -401,7 +417,7 @@ def mann_sequence_bwd_kernel(
             lstm_backward(
                 doutput_ptr + row * K, here, weight_head_ptr, dhead,
                 gates_ptr + row * 4 * H, record, after, here + dcell_at, there + dcell_at,
-                here + dgates_at, dgates_ptr + row * 4 * H, P, H, ACC, BJ, BK,
+                here + dh_at, here + dgates_at, dgates_ptr + row * 4 * H, P, H, ACC, BJ, BK,
             )  # fmt: skip
             for k0 in tl.range(0, K, BK, disable_licm=True):
                 o_k = k0 + tl.arange(0, BK)
@@ -467,7 +483,7 @@ def backward(
     dh, dc, dreads = torch.empty_like(c), torch.empty_like(c), c.new_empty(batch, heads, width)
     dmemory, dread_weights = torch.empty_like(inputs[4]), torch.empty_like(inputs[5])
     options = launch(mann_sequence_bwd_kernel, slots, width, heads, memory.dtype) | tiles(hidden, recurrent)
-    scratch, tiled = aligned(recurrent + 5 * hidden + size), int(slots > options["BN"])
+    scratch, tiled = aligned(recurrent + 6 * hidden + size), int(slots > options["BN"])
     record = aligned(hidden + heads * slots + size + heads * width)
     if batch:
         mann_sequence_bwd_kernel[(batch,)](

@@ -44,12 +44,12 @@ def kernels_of(stem, package="mann_kernels.triton"):
 
 
 def source_of(kernel, dtype, target):
-    """The kernel with every option on, at the paper's shape, for storage type `dtype`; and its number of warps."""
-    from mann_kernels.triton._launch import RESTART_EVERY, sizes
+    """The kernel with every option on, at the paper's shape, for storage type `dtype`; and options for the compiler."""
+    from mann_kernels.triton._launch import OPTIONS, RESTART_EVERY, sizes
     from mann_kernels.triton.mann_sequence import tiles
 
     found = sizes(SLOTS, WIDTH, HEADS, getattr(torch, dtype), target.warp_size)
-    warps = found.pop("num_warps")
+    options = {name: found.pop(name) for name in OPTIONS if name in found}
     words = HEADS * WIDTH
     values = {
         **found,
@@ -75,7 +75,7 @@ def source_of(kernel, dtype, target):
             of_acc = name in working or name.startswith("work") or name.endswith("copies_ptr")
             signature[name] = "*fp32" if of_acc else short[dtype]
     aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params) if p.name.endswith("_ptr")}
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned), {"num_warps": warps}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned), options
 
 
 def resources_of(compiled, folder):
