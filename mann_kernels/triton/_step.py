@@ -64,8 +64,8 @@ def memory_out(m, work_ptr, target_ptr, N: tl.constexpr, W: tl.constexpr, ACC: t
 
 
 @triton.jit
-def weights_in(source_ptr, work_ptr, N: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
-               BN: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+def weights_in(source_ptr, work_ptr, N: tl.constexpr, R, ACC: tl.constexpr,
+               BN: tl.constexpr, BR):  # fmt: skip
     """Read weights [R,N] into registers where one tile holds them, else into work_ptr."""
     if N <= BN:
         weights = load_slots(source_ptr, tl.arange(0, BN), N, R, ACC, BR)
@@ -76,7 +76,7 @@ def weights_in(source_ptr, work_ptr, N: tl.constexpr, R: tl.constexpr, ACC: tl.c
 
 
 @triton.jit
-def weights_zero(work_ptr, N: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+def weights_zero(work_ptr, N: tl.constexpr, R, ACC: tl.constexpr, BN: tl.constexpr, BR):
     if N <= BN:
         weights = tl.zeros([BR, BN], ACC)
     else:
@@ -86,8 +86,8 @@ def weights_zero(work_ptr, N: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr, 
 
 
 @triton.jit
-def weights_out(weights, work_ptr, target_ptr, N: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
-                BN: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+def weights_out(weights, work_ptr, target_ptr, N: tl.constexpr, R, ACC: tl.constexpr,
+                BN: tl.constexpr, BR):  # fmt: skip
     """The other way."""
     if N <= BN:
         store_slots(target_ptr, weights, tl.arange(0, BN), N, R, BR)
@@ -127,8 +127,8 @@ def least_after(order, o_n, last, last_slot, N: tl.constexpr):
 
 
 @triton.jit
-def choose_slots(usage, usage_ptr, slots_ptr, N: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
-                 BU: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+def choose_slots(usage, usage_ptr, slots_ptr, N: tl.constexpr, R, ACC: tl.constexpr,
+                 BU: tl.constexpr, BR):  # fmt: skip
     """The R slots of least usage, ascending, ties to the lowest index -> slots int32 [BR], -1 where there is no head; and to
     slots_ptr [R] (eq. 6). The first BU of the usages [N] are usage [BU], the others come from usage_ptr.
 
@@ -165,7 +165,7 @@ def own_slots(slots, o_n, SHARED: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def erased_slots(slots, o_n, ERASE_ALL: tl.constexpr, BR: tl.constexpr):
+def erased_slots(slots, o_n, ERASE_ALL: tl.constexpr, BR):
     """Whether a slot is erased before the write: bool [BN]."""
     hit = slots[:, None] == o_n[None, :]
     if not ERASE_ALL:
@@ -180,15 +180,15 @@ def write_weights_of(gate, previous, slots, o_n, SHARED: tl.constexpr, ACC: tl.c
 
 
 @triton.jit
-def erase_and_write(tile, write, slots, o_n, add_ptr, ERASE_ALL: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
-                    ACC: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+def erase_and_write(tile, write, slots, o_n, add_ptr, ERASE_ALL: tl.constexpr, W: tl.constexpr, R,
+                    ACC: tl.constexpr, BW: tl.constexpr, BR):  # fmt: skip
     """Eq. 8 for a tile, on the erased memory."""
     tile = tl.where(erased_slots(slots, o_n, ERASE_ALL, BR)[:, None], 0.0, tile)
     return add_slots_by_rows(tile, write, add_ptr, W, R, ACC, BW, BR)
 
 
 @triton.jit
-def keep_rows(m, source_ptr, rows_ptr, slots_ptr, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+def keep_rows(m, source_ptr, rows_ptr, slots_ptr, N: tl.constexpr, W: tl.constexpr, R,
               ACC: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):  # fmt: skip
     """The rows of the least-used slots to rows_ptr [R,W]."""
     o_w = tl.arange(0, BW)
@@ -212,10 +212,10 @@ def step_forward(
     key_ptr, add_ptr, gate_ptr, beta_ptr,  # [R,W], [R,W], [R] before the sigmoid, [R]
     slots_ptr,  # int32 [R], the least-used slots: out with CHOOSE, else in
     rows_ptr,  # [R,W] out without CHOOSE: what stood in those slots
-    N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, decay: tl.constexpr, eps: tl.constexpr,
+    N: tl.constexpr, W: tl.constexpr, R, decay: tl.constexpr, eps: tl.constexpr,
     CHOOSE: tl.constexpr,  # False: the step is taken again, for its weights, memory and overwritten rows
     HAS_BETA: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr, ACC: tl.constexpr,
-    BU: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+    BU: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR,
 ):  # fmt: skip
     """One step in one pass over the memory; returns memory, read weights and usage after it, and reads [BR,BW] (with CHOOSE)."""
     o_r, o_u = tl.arange(0, BR), tl.arange(0, BU)
@@ -279,8 +279,8 @@ def backward_of_tile(
     weights, dx, previous,  # [BR,BN] read weights, the gradient of the similarities, read weights before the step
     o_n, gate, beta, slots,  # [BN], [BR] after the sigmoid, [BR], int32 [BR]
     dreads_ptr, key_ptr, add_ptr, slots_ptr, rows_ptr,  # as in step_backward
-    W: tl.constexpr, R: tl.constexpr, eps: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr,
-    ACC: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+    W: tl.constexpr, R, eps: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr,
+    ACC: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR,
 ):  # fmt: skip
     """Memory, its gradient and that of the read weights before the step; this tile's share of dkey, dadd [BR,BW], dbeta and
     dgate [BR]."""
@@ -310,11 +310,11 @@ def step_backward(
     dreads_ptr, key_ptr, add_ptr, gate_ptr, beta_ptr, slots_ptr,  # [R,W], and as forward
     rows_ptr,  # [R,W], what stood in the least-used slots before the step
     dkey_ptr, dadd_ptr, dgate_ptr, dbeta_ptr,  # [R,W], [R,W], [R], [R] out
-    N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, eps: tl.constexpr,
+    N: tl.constexpr, W: tl.constexpr, R, eps: tl.constexpr,
     HAS_BETA: tl.constexpr,
     HAS_ADD: tl.constexpr,  # False: the key is what is written, and dkey takes the gradient of both
     SHARED: tl.constexpr, ERASE_ALL: tl.constexpr, ACC: tl.constexpr,
-    BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, BR,
 ):  # fmt: skip
     """Backward of step_forward; the writes are undone. Returns the memory before the step, its gradient, and that of the read
     weights before the step."""

@@ -53,13 +53,13 @@ def order_of(usage):
 
 
 @triton.jit
-def pick_row(values, h, BR: tl.constexpr):
+def pick_row(values, h, BR):
     """Row h of values [BR,BN]."""
     return tl.sum(tl.where((tl.arange(0, BR) == h)[:, None], values, 0.0), axis=0)
 
 
 @triton.jit
-def put_row(values, h, row, BR: tl.constexpr):
+def put_row(values, h, row, BR):
     """values [BR,BN] with row h replaced."""
     return tl.where((tl.arange(0, BR) == h)[:, None], row[None, :], values)
 
@@ -72,7 +72,7 @@ def load_row(ptr, h, W: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, R: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr):
+def load_rows(ptr, R, W: tl.constexpr, ACC: tl.constexpr, BR, BW: tl.constexpr):
     """[R,W] as [BR,BW], padded with zeros."""
     o_r, o_w = tl.arange(0, BR), tl.arange(0, BW)
     mask = (o_r < R)[:, None] & (o_w < W)[None, :]
@@ -95,14 +95,14 @@ def store_tile(ptr, tile, o_n, N: tl.constexpr, W: tl.constexpr, BW: tl.constexp
 
 
 @triton.jit
-def load_heads(ptr, R: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr):
+def load_heads(ptr, R, ACC: tl.constexpr, BR):
     """[R] as [BR], padded with zeros."""
     o_r = tl.arange(0, BR)
     return tl.load(ptr + o_r, mask=o_r < R, other=0.0).to(ACC)
 
 
 @triton.jit
-def load_strength(ptr, HAS_BETA: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr):
+def load_strength(ptr, HAS_BETA: tl.constexpr, R, ACC: tl.constexpr, BR):
     """beta [R] as [BR]; 1 without."""
     beta = tl.full([BR], 1.0, ACC)
     if HAS_BETA:
@@ -111,7 +111,7 @@ def load_strength(ptr, HAS_BETA: tl.constexpr, R: tl.constexpr, ACC: tl.constexp
 
 
 @triton.jit
-def load_slots(ptr, o_n, N: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr):
+def load_slots(ptr, o_n, N: tl.constexpr, R, ACC: tl.constexpr, BR):
     """Columns o_n [BN] of [R,N] as [BR,BN], padded with zeros."""
     o_r = tl.arange(0, BR)
     mask = (o_r < R)[:, None] & (o_n < N)[None, :]
@@ -119,22 +119,22 @@ def load_slots(ptr, o_n, N: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr, BR
 
 
 @triton.jit
-def store_slots(ptr, values, o_n, N: tl.constexpr, R: tl.constexpr, BR: tl.constexpr):
+def store_slots(ptr, values, o_n, N: tl.constexpr, R, BR):
     o_r = tl.arange(0, BR)
     mask = (o_r < R)[:, None] & (o_n < N)[None, :]
     tl.store(ptr + o_r[:, None] * N + o_n[None, :], values, mask=mask)
 
 
 @triton.jit
-def store_rows(ptr, rows, R: tl.constexpr, W: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr):
+def store_rows(ptr, rows, R, W: tl.constexpr, BR, BW: tl.constexpr):
     """rows [BR,BW] to [R,W]."""
     o_r, o_w = tl.arange(0, BR), tl.arange(0, BW)
     tl.store(ptr + o_r[:, None] * W + o_w[None, :], rows, mask=(o_r < R)[:, None] & (o_w < W)[None, :])
 
 
 @triton.jit
-def rows_by_tile(rows_ptr, tile, W: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
-                 BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+def rows_by_tile(rows_ptr, tile, W: tl.constexpr, R, ACC: tl.constexpr,
+                 BN: tl.constexpr, BW: tl.constexpr, BR):  # fmt: skip
     """rows [R,W] @ tile^T [BW,BN] -> [BR,BN]."""
     products = tl.zeros([BR, BN], ACC)
     for h in tl.range(0, R, disable_licm=True):
@@ -144,7 +144,7 @@ def rows_by_tile(rows_ptr, tile, W: tl.constexpr, R: tl.constexpr, ACC: tl.const
 
 
 @triton.jit
-def slots_by_tile(slots, tile, R: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr):
+def slots_by_tile(slots, tile, R, ACC: tl.constexpr, BW: tl.constexpr, BR):
     """slots [BR,BN] @ tile [BN,BW] -> [BR,BW]."""
     products = tl.zeros([BR, BW], ACC)
     for h in tl.range(0, R, disable_licm=True):
@@ -153,8 +153,8 @@ def slots_by_tile(slots, tile, R: tl.constexpr, ACC: tl.constexpr, BW: tl.conste
 
 
 @triton.jit
-def add_slots_by_rows(tile, slots, rows_ptr, W: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
-                      BW: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+def add_slots_by_rows(tile, slots, rows_ptr, W: tl.constexpr, R, ACC: tl.constexpr,
+                      BW: tl.constexpr, BR):  # fmt: skip
     """tile [BN,BW] + slots^T [BN,BR] @ rows [R,W]."""
     for h in tl.range(0, R, disable_licm=True):
         tile += pick_row(slots, h, BR)[:, None] * load_row(rows_ptr, h, W, ACC, BW)[None, :]
@@ -162,8 +162,8 @@ def add_slots_by_rows(tile, slots, rows_ptr, W: tl.constexpr, R: tl.constexpr, A
 
 
 @triton.jit
-def cosine_of(tile, key_ptr, eps: tl.constexpr, W: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
-              BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+def cosine_of(tile, key_ptr, eps: tl.constexpr, W: tl.constexpr, R, ACC: tl.constexpr,
+              BN: tl.constexpr, BW: tl.constexpr, BR):  # fmt: skip
     """Eq. 2 for a tile: cosine and 1 / denominator [BR,BN], square sums of the rows [BN] and of the keys [BR]."""
     key = load_rows(key_ptr, R, W, ACC, BR, BW)
     key_square, square = tl.sum(key * key, axis=1), tl.sum(tile * tile, axis=1)
@@ -172,8 +172,8 @@ def cosine_of(tile, key_ptr, eps: tl.constexpr, W: tl.constexpr, R: tl.constexpr
 
 
 @triton.jit
-def cosine_backward(dx, beta, tile, key_ptr, eps: tl.constexpr, W: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
-                    BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+def cosine_backward(dx, beta, tile, key_ptr, eps: tl.constexpr, W: tl.constexpr, R, ACC: tl.constexpr,
+                    BN: tl.constexpr, BW: tl.constexpr, BR):  # fmt: skip
     """For x = beta * cosine and its gradient dx [BR,BN]: the gradient of the dot products [BR,BN], those of key [BR,BW] and beta
     [BR], and [BN] what to take off the gradient of each row, in units of that row. The cosine passes a gradient through the
     dot product, and through both norms."""

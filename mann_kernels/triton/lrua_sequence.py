@@ -23,7 +23,7 @@ from mann_kernels.triton._step import (
 from mann_kernels.triton._tile import fill_zero, length_of, load_slots, store_rows, store_slots
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "checkpoint_every"])
 def lrua_sequence_fwd_kernel(
     memory_ptr, usage_ptr, previous_ptr,  # [B,N,W], [B,N], [B,R,N]: the state before
     key_ptr, gate_ptr, beta_ptr, add_ptr,  # [T,B,R,W], [T,B,R], [T,B,R], [T,B,R,W]
@@ -73,7 +73,7 @@ def lrua_sequence_fwd_kernel(
     usage_out(u, usage, new_usage_ptr + i_b * N, N, ACC, BU, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "checkpoint_every"])
 def lrua_sequence_bwd_kernel(
     dreads_ptr, dmemory1_ptr, dweights1_ptr,  # [T,B,R,W], [B,N,W], [B,R,N]
     memory_ptr, previous_ptr,  # [B,N,W], [B,R,N]: the state before
@@ -92,6 +92,7 @@ def lrua_sequence_bwd_kernel(
 ):  # fmt: skip
     """A segment of steps at a time, the last one first: its steps are taken again from the state before it, then undone."""
     i_b = tl.program_id(0).to(tl.int64)
+    heads = R + tl.minimum(B, 0)  # R, but no constant: ptxas would unroll the loops over heads, and spill
     length = length_of(lengths_ptr + i_b, T, HAS_LENGTHS)
     memory = work_memory_ptr + i_b * N * W
     dmemory = work_dmemory_ptr + i_b * N * W
@@ -137,7 +138,7 @@ def lrua_sequence_bwd_kernel(
                 m, weights, weights, memory, memory, record, after, after, gate_ptr, gate_ptr,
                 words, add_ptr + at * W if HAS_ADD else words, gate_ptr + at, beta_ptr + at, slots_ptr + at,
                 record + R * N,
-                N, W, R, 0.0, eps, False, HAS_BETA, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
+                N, W, heads, 0.0, eps, False, HAS_BETA, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
             )  # fmt: skip
             if (j + 1) % RESTART == 0:
                 memory_out(m, memory, restarts_ptr + (j // RESTART * B + i_b) * N * W, N, W, ACC, BN, BW)
@@ -161,7 +162,7 @@ def lrua_sequence_bwd_kernel(
                 work_dweights_ptr + (t % 2 * B + i_b) * R * N, work_dweights_ptr + ((t + 1) % 2 * B + i_b) * R * N,
                 dreads_ptr + at * W, words, add_ptr + at * W if HAS_ADD else words, gate_ptr + at, beta_ptr + at,
                 slots_ptr + at, record + R * N, dkey_ptr + at * W, dadd_ptr + at * W, dgate_ptr + at, dbeta_ptr + at,
-                N, W, R, eps, HAS_BETA, HAS_ADD, SHARED, ERASE_ALL, ACC, BN, BW, BR,
+                N, W, heads, eps, HAS_BETA, HAS_ADD, SHARED, ERASE_ALL, ACC, BN, BW, BR,
             )  # fmt: skip
             weights = previous
     tl.debug_barrier()

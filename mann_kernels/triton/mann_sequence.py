@@ -137,7 +137,7 @@ def lstm_forward(
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "checkpoint_every"])
 def mann_sequence_fwd_kernel(
     gates_x_ptr,  # [T,B,4H], the input's part of the gates
     weight_hh_ptr, weight_head_ptr, bias_head_ptr,  # [4H,H+R*W], [P,H], [P]
@@ -288,7 +288,7 @@ def lstm_backward(
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "checkpoint_every"])
 def mann_sequence_bwd_kernel(
     doutput_ptr, dh1_ptr, dc1_ptr, dreads1_ptr, dmemory1_ptr, dweights1_ptr,  # of output and the state after
     weight_hh_ptr, weight_head_ptr, bias_head_ptr, c_ptr, memory_ptr, previous_ptr, lengths_ptr,  # as forward
@@ -309,6 +309,7 @@ def mann_sequence_bwd_kernel(
 ):  # fmt: skip
     """A segment of steps at a time, the last one first: the memory's steps are taken again, then undone."""
     i_b = tl.program_id(0).to(tl.int64)
+    heads = R + tl.minimum(B, 0)  # R, but no constant: ptxas would unroll the loops over heads, and spill
     length = length_of(lengths_ptr + i_b, T, HAS_LENGTHS)
     K: tl.constexpr = H + R * W
     work = work_ptr + i_b * 2 * SCRATCH
@@ -377,7 +378,7 @@ def mann_sequence_bwd_kernel(
             m, weights, _, _ = step_forward(
                 m, weights, weights, memory, memory, record + weights_at, after + weights_at, after + weights_at,
                 head, head, head, head + add_at, head + gate_at, head + beta_at, slots_ptr + row * R, record + rows_at,
-                N, W, R, 0.0, eps, False, KEY_STRENGTH, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
+                N, W, heads, 0.0, eps, False, KEY_STRENGTH, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
             )  # fmt: skip
             if (j + 1) % RESTART == 0:
                 memory_out(m, memory, restarts_ptr + (j // RESTART * B + i_b) * N * W, N, W, ACC, BN, BW)
@@ -410,7 +411,7 @@ def mann_sequence_bwd_kernel(
                 work_dweights_ptr + (t % 2 * B + i_b) * R * N, work_dweights_ptr + ((t + 1) % 2 * B + i_b) * R * N,
                 here + H, head, head + add_at, head + gate_at, head + beta_at, slots_ptr + row * R, record + rows_at,
                 dhead, dhead + add_at, dhead + gate_at, dhead + beta_at,
-                N, W, R, eps, KEY_STRENGTH, HAS_ADD, SHARED, ERASE_ALL, ACC, BN, BW, BR,
+                N, W, heads, eps, KEY_STRENGTH, HAS_ADD, SHARED, ERASE_ALL, ACC, BN, BW, BR,
             )  # fmt: skip
             weights = previous
             head_backward(head, dhead, dhead_ptr + row * P, P, R, W, KEY_STRENGTH, SQUASH, BJ)

@@ -26,8 +26,10 @@ from mann_kernels import _backend, reference
 SIZE = (2, 37, 5, 2)
 
 
+@pytest.mark.parametrize("tile", [32, 8192])
 @pytest.mark.parametrize("stem", _backend.STEMS)
-def test_every_access_is_sound(stem):
+def test_every_access_is_sound(stem, tile, monkeypatch):
+    monkeypatch.setattr("mann_kernels.triton._launch.TILE", tile)
     for options in class_of(stem).options:
         extra = {"T": 9} if stem.endswith("sequence") else {}  # once past a restart
         with mann_kernels.backend("triton"), MemoryGuard() as guard:
@@ -81,19 +83,25 @@ def test_launches_of_an_episode():
 
 MUTATIONS = {
     "wrong mask": (
-        "_step.py",
-        "tl.store(target_ptr + tile, m, mask=m_nw)",
-        "tl.store(target_ptr + tile, m, mask=m_n[:, None])",
+        "_tile.py",
+        "mask = (o_n < N)[:, None] & (o_w < W)[None, :]\n    tl.store",
+        "mask = (o_n < N)[:, None]\n    tl.store",
     ),
     "out-of-bounds row": (
         "lrua_step.py",
         "i_b = tl.program_id(0).to(tl.int64)",
         "i_b = tl.program_id(0).to(tl.int64) + 1",
     ),
-    "race between programs": ("lrua_step.py", "new_memory_ptr + cells, usage_ptr", "new_memory_ptr, usage_ptr"),
-    "missing barrier": ("_step.py", "        top = new_top\n    tl.debug_barrier()\n", "        top = new_top\n"),
-    "missing store": ("_step.py", "            tl.store(new_usage_ptr + o_n, usage, mask=m_n)\n", ""),
+    "race between programs": ("lrua_step.py", "new_memory_ptr + cells, N, W, ACC", "new_memory_ptr, N, W, ACC"),
+    "missing barrier": (
+        "_step.py",
+        "        tl.debug_barrier()\n        for n0 in range(0, N, BN):\n            o_n = n0 + tl.arange(0, BN)\n            weights",
+        "        for n0 in range(0, N, BN):\n            o_n = n0 + tl.arange(0, BN)\n            weights",
+    ),
+    "missing store": ("lrua_step.py", "        usage_out(usage, x_ptr, new_usage_ptr + i_b * N, N, ACC, BU, BN)\n", ""),
 }
+#: Only a memory of several tiles goes through global memory.
+TILE_OF = {"missing barrier": 32}
 FOUND = {
     "wrong mask": "two lanes write one element|out of bounds",
     "out-of-bounds row": "out of bounds",
@@ -109,6 +117,7 @@ def test_a_planted_mistake_is_named(name, tmp_path, monkeypatch):
     module = importlib.import_module(f"{package}.lrua_step")
     monkeypatch.setitem(sys.modules, "mann_kernels.triton.lrua_step", module)
 
+    monkeypatch.setattr(f"{package}._launch.TILE", TILE_OF.get(name, 8192))
     call = inputs_of("lrua_step", 1, SIZE).to(torch.float32)
     want = reference.lrua_step(**call)
     with mann_kernels.backend("triton"), torch.no_grad(), MemoryGuard():

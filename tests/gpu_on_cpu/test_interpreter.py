@@ -64,3 +64,19 @@ def test_segments_and_restarts(stem, every, monkeypatch):
     monkeypatch.setattr(importlib.import_module(f"mann_kernels.ops.{stem}"), "CHECKPOINT_EVERY", every)
     compare(stem, inputs_of(stem, 2, (2, 12, 6, 2), T=10, lengths=True), torch.float32)
     compare(stem, inputs_of(stem, 2, (2, 12, 6, 2), T=0), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stem", _backend.STEMS)
+def test_memory_of_many_tiles(stem, dtype, monkeypatch):
+    """What does not fit one tile goes another way through the kernels."""
+    monkeypatch.setattr("mann_kernels.triton._launch.TILE", 32)
+    for options in class_of(stem).options:
+        matches(stem, inputs_of(stem, 1, (2, 37, 5, 3), **options), dtype)
+
+
+@pytest.mark.parametrize("size", [(1, 65_536, 3, 2), (1, 40, 512, 16)])
+@pytest.mark.parametrize("stem", ["content_address", "lrua_step"])
+def test_large(stem, size):
+    """As many slots and as wide as promised, on the tiles a GPU would use."""
+    compare(stem, inputs_of(stem, 1, size, **class_of(stem).options[-1]), torch.float32)
