@@ -137,9 +137,9 @@ def test_asynchronous_copies_arrive_with_their_group():
     launch(body, {"data": data, "out": out}, shared=1024)
     assert np.array_equal(out[:32], np.where(np.arange(32) < 16, data[3::4], 0))
     assert np.array_equal(out[32:], data[1::4])
-    early = body.replace("cp.async.wait_group 1;", "")
-    with pytest.raises(PTXError, match="uninitialised"):
-        launch(early, {"data": data, "out": out}, shared=1024)
+    for early in (body.replace("cp.async.wait_group 1;", ""), body.replace("cp.async.wait_group 0;", "")):
+        with pytest.raises(PTXError, match="uninitialised"):
+            launch(early, {"data": data, "out": out}, shared=1024)
 
 
 # Warps
