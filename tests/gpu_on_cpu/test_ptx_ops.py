@@ -199,6 +199,8 @@ with np.errstate(all="ignore"):
         ("mad.rn.f32 {d}, {0}, {1}, {1}", [F32[:22], H32], "f32", "f32",
          (F32[:22].astype(np.float64) * H32 + H32).astype(np.float32)),
         ("max.f32 {d}, {0}, {1}, 0f3F000000", [NANS, OTHER], "f32", "f32", [1.0, 1.0, 0.5, 0.5, 0.5, 3.0]),
+        ("min.xorsign.abs.f32 {d}, {0}, 0f3F000000", [np.float32([0.25, -0.25, 3.0, -3.0])], "f32", "f32",
+         [0.25, -0.25, 0.5, -0.5]),
         ("add.rn.f32.bf16 {d}, {0}, 0f3DCCCCCD", [B16[:22]], "bf16", "f32", FB[:22] + np.float32(0.1)),
         ("sub.f32.f16 {d}, {0}, 0f3DCCCCCD", [H16[:22]], "f16", "f32", H16[:22].astype(np.float32) - np.float32(0.1)),
         ("fma.rn.f32.bf16 {d}, {0}, {1}, 0f3DCCCCCD", [B16[:22], C16[:22]], "bf16", "f32",
