@@ -6,13 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
-#: Elements of a tile of memory [BN,BW]. A float32 product without TF32 keeps its operands in registers: with 2048 elements the
-#: backward kernels spill 1.4 KB a thread on sm_90 at 4 warps and 160 bytes at 8, with 1024 at 8 warps at most 64 bytes.
-TILE = 1024
+#: Threads of a program. A step waits for loads most of the time (the recurrent weights, 1.2 MB a step at the paper's shape, or
+#: tiles of memory), so as many bytes as possible must be on the way: 512 threads with 32 of them each are 16 KiB a load.
+#: With 1024, 64 registers are left for each, and the backward kernels spill.
+THREADS = 256
 
+#: Elements of a tile of memory [BN,BW]: 16 for each thread. Backward holds a tile of memory, one of its gradient and one of
+#: products; with 32 for each the backward kernels need more than the 128 registers that 512 threads leave.
+TILE = 8192
 
 #: Steps between two copies of the memory that backward restarts from inside a segment: undoing writes rounds.
 RESTART_EVERY = 8
+
+
+#: What `sizes` says to the compiler, not to the kernel. Left to itself ptxas halves the registers of some kernels, and spills.
+OPTIONS = ("num_warps", "maxnreg")
 
 
 class Acc(NamedTuple):
@@ -26,12 +34,38 @@ def acc_of(dtype: torch.dtype) -> Acc:
     return Acc(torch.float64, tl.float64) if dtype == torch.float64 else Acc(torch.float32, tl.float32)
 
 
-def launch(slots: int, width: int, heads: int) -> dict[str, int]:
-    """BN, BW and BR, each a power of two of at least 16, the least that a matrix product takes, and num_warps."""
-    wide = max(16, triton.next_power_of_2(width))
-    rows = max(16, triton.next_power_of_2(heads))
-    tile = max(16, min(triton.next_power_of_2(slots), TILE // max(wide, rows)))
-    return {"BN": tile, "BW": wide, "BR": rows, "num_warps": 8}
+def lanes() -> int:
+    """Threads of a warp of the GPU in use: 32, or 64 on AMD's data-centre GPUs."""
+    return torch.cuda.get_device_properties().warp_size if torch.version.hip else 32
+
+
+def sizes(slots: int, width: int, heads: int, dtype: torch.dtype, lanes: int) -> dict[str, int]:
+    """Tile sizes BN of slots, BU of vectors over slots, BW of the slot width and BR of heads, and num_warps.
+
+    Tile sizes are powers of two. A memory that fits one tile stays in registers for a whole episode.
+    """
+    if slots * width >= 2**31:
+        raise ValueError(f"memory: got N={slots} slots of width W={width}, want N*W < 2**31 on a GPU")
+    wide, padded = triton.next_power_of_2(width), triton.next_power_of_2(slots)
+    rows = max(1, (TILE // 2 if dtype == torch.float64 else TILE) // wide)
+    return {
+        "BN": min(padded, rows),
+        "BU": padded if padded <= rows else min(padded, 2 * THREADS),
+        "BW": wide,
+        "BR": triton.next_power_of_2(heads),
+        "num_warps": THREADS // lanes,
+    } | ({"maxnreg": 255} if lanes == 32 else {})
+
+
+def launch(kernel, slots: int, width: int, heads: int, dtype: torch.dtype) -> dict[str, int]:
+    """Those of `sizes` that the kernel takes, on the GPU in use."""
+    found = sizes(slots, width, heads, dtype, lanes())
+    return {name: size for name, size in found.items() if name in kernel.arg_names or name in OPTIONS}
+
+
+def aligned(numbers: int) -> int:
+    """Rounded up, so that the scratch of every example starts where vector loads may."""
+    return -(-numbers // 16) * 16
 
 
 def contiguous(*tensors):

@@ -1,82 +1,158 @@
-"""One time step of the memory of one example, forward and backward: what every kernel with a memory is made of.
+"""One time step of the memory of one example, forward and backward.
 
-A program works for one example. Slots come in tiles of BN; heads and slot width are padded to BR and BW, whose padding holds
-zeros. Everything is computed in ACC, float32 or float64, whatever the storage type. What one thread wrote to global memory
-another may read after tl.debug_barrier(), not before.
+Where one tile holds the whole memory (N <= BN), the memory, the read weights and the usage stay in registers from step to step,
+as tensors m [BN,BW], weights [BR,BN] and usage [BN]. Where it does not, they stand in global memory, in practice in the
+second-level cache, and come by in tiles at every step; those tensors are then placeholders of one element.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def exp_minus_one(x):
-    """Accurate near zero too: the rounding of e^x is divided out again (Kahan)."""
-    e = tl.exp(x)
-    log = tl.log(e)
-    return tl.where(e == 1.0, x, tl.where(e == 0.0, -1.0, (e - 1.0) * (x / tl.where(log == 0.0, 1.0, log))))
-
-
-@triton.jit
-def tanh(x):
-    e = exp_minus_one(-2.0 * tl.abs(x))
-    return tl.where(x < 0, 1.0, -1.0) * (e / (e + 2.0))
-
-
-@triton.jit
-def log_of_one_plus(x):
-    """For x >= 0, accurate near zero too."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+from mann_kernels.triton._tile import (
+    add_slots_by_rows,
+    copy,
+    cosine_backward,
+    cosine_of,
+    fill_zero,
+    load_heads,
+    load_row,
+    load_slots,
+    load_strength,
+    load_tile,
+    order_of,
+    rows_by_tile,
+    sigmoid,
+    slots_by_tile,
+    softmax,
+    softmax_so_far,
+    store_rows,
+    store_slots,
+    store_tile,
+)
 
 
 @triton.jit
-def exact_dot(a, b, ACC: tl.constexpr):
-    """a [M,K] @ b [K,N] without TF32."""
-    return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
-
-
-@triton.jit
-def order_of(usage):
-    """int64 numbers in the order of usage, NaN last; 0 and -0 are the same."""
-    usage = tl.where(usage == usage, usage + 0.0, float("nan"))
-    if usage.dtype == tl.float64:
-        bits = usage.to(tl.int64, bitcast=True)
-        return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFFFFFFFFFF)
+def memory_in(source_ptr, work_ptr, N: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
+              BN: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+    """A memory [N,W] into registers where one tile holds it, else into work_ptr."""
+    if N <= BN:
+        m = load_tile(source_ptr, tl.arange(0, BN), N, W, ACC, BW)
     else:
-        bits = usage.to(tl.int32, bitcast=True)
-        return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(tl.int64)
+        copy(source_ptr, work_ptr, N * W, ACC, BN * BW)
+        m = tl.zeros([1, 1], ACC)
+    return m
 
 
 @triton.jit
-def choose_slots(usage_ptr, slots_ptr, N, R, ACC: tl.constexpr, BN: tl.constexpr):
-    """The R slots of least usage [N], ascending, ties to the lowest index -> slots int32 [R] (eq. 6).
+def memory_zero(work_ptr, N: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    if N <= BN:
+        m = tl.zeros([BN, BW], ACC)
+    else:
+        fill_zero(work_ptr, N * W, ACC, BN * BW)
+        m = tl.zeros([1, 1], ACC)
+    return m
+
+
+@triton.jit
+def memory_out(m, work_ptr, target_ptr, N: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
+               BN: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+    """The other way."""
+    if N <= BN:
+        store_tile(target_ptr, m, tl.arange(0, BN), N, W, BW)
+    else:
+        copy(work_ptr, target_ptr, N * W, ACC, BN * BW)
+
+
+@triton.jit
+def weights_in(source_ptr, work_ptr, N: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
+               BN: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    """Read weights [R,N] into registers where one tile holds them, else into work_ptr."""
+    if N <= BN:
+        weights = load_slots(source_ptr, tl.arange(0, BN), N, R, ACC, BR)
+    else:
+        copy(source_ptr, work_ptr, R * N, ACC, BN * BR)
+        weights = tl.zeros([1, 1], ACC)
+    return weights
+
+
+@triton.jit
+def weights_zero(work_ptr, N: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+    if N <= BN:
+        weights = tl.zeros([BR, BN], ACC)
+    else:
+        fill_zero(work_ptr, R * N, ACC, BN * BR)
+        weights = tl.zeros([1, 1], ACC)
+    return weights
+
+
+@triton.jit
+def weights_out(weights, work_ptr, target_ptr, N: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
+                BN: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    """The other way."""
+    if N <= BN:
+        store_slots(target_ptr, weights, tl.arange(0, BN), N, R, BR)
+    else:
+        copy(work_ptr, target_ptr, R * N, ACC, BN * BR)
+
+
+@triton.jit
+def usage_in(source_ptr, work_ptr, N: tl.constexpr, ACC: tl.constexpr, BU: tl.constexpr, BN: tl.constexpr):
+    """Usage [N] into registers where one tile holds it, else into work_ptr."""
+    if N <= BN:
+        o_n = tl.arange(0, BN)
+        usage = tl.load(source_ptr + o_n, mask=o_n < N, other=0.0).to(ACC)
+    else:
+        copy(source_ptr, work_ptr, N, ACC, BU)
+        usage = tl.zeros([1], ACC)
+    return usage
+
+
+@triton.jit
+def usage_out(usage, work_ptr, target_ptr, N: tl.constexpr, ACC: tl.constexpr, BU: tl.constexpr, BN: tl.constexpr):
+    """The other way."""
+    if N <= BN:
+        o_n = tl.arange(0, BN)
+        tl.store(target_ptr + o_n, usage, mask=o_n < N)
+    else:
+        copy(work_ptr, target_ptr, N, ACC, BU)
+
+
+@triton.jit
+def least_after(order, o_n, last, last_slot, N: tl.constexpr):
+    """The least (order, slot) of a tile that comes after (last, last_slot)."""
+    left = (o_n < N) & ((order > last) | ((order == last) & (o_n > last_slot)))
+    order = tl.where(left, order, 0x7FFFFFFFFFFFFFFF)
+    lowest = tl.min(order, axis=0)
+    return lowest, tl.min(tl.where(left & (order == lowest), o_n, 0x7FFFFFFF), axis=0)
+
+
+@triton.jit
+def choose_slots(usage, usage_ptr, slots_ptr, N: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
+                 BU: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    """The R slots of least usage, ascending, ties to the lowest index -> slots int32 [BR], -1 where there is no head; and to
+    slots_ptr [R] (eq. 6). The first BU of the usages [N] are usage [BU], the others come from usage_ptr.
 
     Head after head: the least (usage, index) that comes after the one before. No write to usage, no sort.
     """
+    o_r, o_u = tl.arange(0, BR), tl.arange(0, BU)
+    slots = tl.full([BR], -1, tl.int32)
     last = tl.full((), -0x7FFFFFFFFFFFFFFF, tl.int64)
     last_slot = tl.full((), -1, tl.int32)
-    for h in range(0, R):
-        best = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
-        best_slot = tl.full((), 0x7FFFFFFF, tl.int32)
-        for n0 in range(0, N, BN):
-            o_n = n0 + tl.arange(0, BN)
-            order = order_of(tl.load(usage_ptr + o_n, mask=o_n < N, other=0.0).to(ACC))
-            left = (o_n < N) & ((order > last) | ((order == last) & (o_n > last_slot)))
-            order = tl.where(left, order, 0x7FFFFFFFFFFFFFFF)
-            lowest = tl.min(order, axis=0)
-            slot = tl.min(tl.where(left & (order == lowest), o_n, 0x7FFFFFFF), axis=0)
+    order = order_of(usage)
+    for h in tl.range(0, R, disable_licm=True):
+        best, best_slot = least_after(order, o_u, last, last_slot, N)
+        for n0 in range(BU, N, BU):
+            o_n = n0 + o_u
+            later = order_of(tl.load(usage_ptr + o_n, mask=o_n < N, other=0.0).to(ACC))
+            lowest, slot = least_after(later, o_n, last, last_slot, N)
             better = lowest < best  # a tie keeps the earlier tile
             best_slot = tl.where(better, slot, best_slot)
             best = tl.where(better, lowest, best)
-        tl.store(slots_ptr + h, best_slot)
+        slots = tl.where(o_r == h, best_slot, slots)
         last = best
         last_slot = best_slot
+    tl.store(slots_ptr + o_r, slots, mask=o_r < R)
+    return slots
 
 
 @triton.jit
@@ -98,240 +174,199 @@ def erased_slots(slots, o_n, ERASE_ALL: tl.constexpr, BR: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, rows, columns, ACC: tl.constexpr, BROWS: tl.constexpr, BCOLUMNS: tl.constexpr):
-    """[rows, columns] of contiguous memory as [BROWS,BCOLUMNS], padded with zeros."""
-    o_i, o_j = tl.arange(0, BROWS), tl.arange(0, BCOLUMNS)
-    mask = (o_i < rows)[:, None] & (o_j < columns)[None, :]
-    return tl.load(ptr + o_i[:, None] * columns + o_j[None, :], mask=mask, other=0.0).to(ACC)
+def write_weights_of(gate, previous, slots, o_n, SHARED: tl.constexpr, ACC: tl.constexpr):
+    """Eq. 7 for a tile: sigmoid(gate) [BR], previous read weights [BR,BN] -> [BR,BN]."""
+    return gate[:, None] * previous + (1.0 - gate[:, None]) * own_slots(slots, o_n, SHARED, ACC)
 
 
 @triton.jit
-def store_rows(ptr, value, rows, columns, BROWS: tl.constexpr, BCOLUMNS: tl.constexpr):
-    o_i, o_j = tl.arange(0, BROWS), tl.arange(0, BCOLUMNS)
-    mask = (o_i < rows)[:, None] & (o_j < columns)[None, :]
-    tl.store(ptr + o_i[:, None] * columns + o_j[None, :], value, mask=mask)
+def erase_and_write(tile, write, slots, o_n, add_ptr, ERASE_ALL: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+                    ACC: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    """Eq. 8 for a tile, on the erased memory."""
+    tile = tl.where(erased_slots(slots, o_n, ERASE_ALL, BR)[:, None], 0.0, tile)
+    return add_slots_by_rows(tile, write, add_ptr, W, R, ACC, BW, BR)
 
 
 @triton.jit
-def copy(source_ptr, target_ptr, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """`size` contiguous numbers; the types may differ."""
-    for i0 in range(0, size, BLOCK):
-        o_i = i0 + tl.arange(0, BLOCK)
-        tl.store(target_ptr + o_i, tl.load(source_ptr + o_i, mask=o_i < size, other=0.0).to(ACC), mask=o_i < size)
-
-
-@triton.jit
-def fill_zero(target_ptr, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    for i0 in range(0, size, BLOCK):
-        o_i = i0 + tl.arange(0, BLOCK)
-        tl.store(target_ptr + o_i, tl.zeros([BLOCK], ACC), mask=o_i < size)
-
-
-@triton.jit
-def similarity(key, key_square, m, beta, eps, ACC: tl.constexpr):
-    """Eq. 2 for a tile: key [BR,BW], m [BN,BW] -> beta * cosine, cosine, 1 / denominator [BR,BN], square sums [BN]."""
-    dots = exact_dot(key, tl.trans(m), ACC)
-    square = tl.sum(m * m, axis=1)
-    inverse = 1.0 / tl.sqrt(key_square[:, None] * square[None, :] + eps)
-    cosine = dots * inverse
-    return beta[:, None] * cosine, cosine, inverse, square
+def keep_rows(m, source_ptr, rows_ptr, slots_ptr, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+              ACC: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+    """The rows of the least-used slots to rows_ptr [R,W]."""
+    o_w = tl.arange(0, BW)
+    for h in tl.range(0, R, disable_licm=True):
+        slot = tl.load(slots_ptr + h)
+        if N <= BN:
+            row = tl.sum(tl.where((tl.arange(0, BN) == slot)[:, None], m, 0.0), axis=0)
+        else:
+            row = load_row(source_ptr, slot, W, ACC, BW)
+        tl.store(rows_ptr + h * W + o_w, row, mask=o_w < W)
+    tl.debug_barrier()
 
 
 @triton.jit
 def step_forward(
-    source_ptr,  # [N,W] memory before the step
-    target_ptr,  # [N,W] memory after it, out; may be source_ptr
-    usage_ptr,  # [N] before the step
-    new_usage_ptr,  # [N] out; may be usage_ptr
-    previous_ptr,  # [R,N] read weights of the previous step
-    weights_ptr,  # [R,N] read weights, out
-    x_ptr,  # [R,N] of ACC: the similarities; may be weights_ptr
-    key_ptr,  # [R,W]
-    add_ptr,  # [R,W]
-    gate_ptr,  # [R], before the sigmoid
-    beta_ptr,  # [R]
+    m, previous, usage,  # in registers: memory, read weights and usage before the step
+    source_ptr, target_ptr,  # [N,W] memory before the step and after it; may be one
+    previous_ptr, weights_ptr,  # [R,N] read weights before the step, and of it
+    x_ptr,  # [R,N] of ACC; may be weights_ptr
+    usage_ptr, new_usage_ptr,  # [N] before the step and after it
+    key_ptr, add_ptr, gate_ptr, beta_ptr,  # [R,W], [R,W], [R] before the sigmoid, [R]
     slots_ptr,  # int32 [R], the least-used slots: out with CHOOSE, else in
     rows_ptr,  # [R,W] out without CHOOSE: what stood in those slots
-    N,
-    W,
-    R,
-    decay,
-    eps,
+    N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, decay: tl.constexpr, eps: tl.constexpr,
     CHOOSE: tl.constexpr,  # False: the step is taken again, for its weights, memory and overwritten rows
-    HAS_BETA: tl.constexpr,
-    SHARED: tl.constexpr,
-    ERASE_ALL: tl.constexpr,
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BR: tl.constexpr,
-):
-    """One step in one pass over the memory; returns reads [BR,BW] (with CHOOSE)."""
-    o_r, o_w = tl.arange(0, BR), tl.arange(0, BW)
-    m_r, m_w = o_r < R, o_w < W
-    m_rw = m_r[:, None] & m_w[None, :]
+    HAS_BETA: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr, ACC: tl.constexpr,
+    BU: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """One step in one pass over the memory; returns memory, read weights and usage after it, and reads [BR,BW] (with CHOOSE)."""
+    o_r, o_u = tl.arange(0, BR), tl.arange(0, BU)
     if CHOOSE:
-        choose_slots(usage_ptr, slots_ptr, N, R, ACC, BN)
-        tl.debug_barrier()
-    slots = tl.load(slots_ptr + o_r, mask=m_r, other=-1)
-    if not CHOOSE:
-        rows = tl.load(source_ptr + slots[:, None].to(tl.int64) * W + o_w[None, :], mask=m_rw, other=0.0)
-        tl.store(rows_ptr + o_r[:, None] * W + o_w[None, :], rows, mask=m_rw)
-        tl.debug_barrier()
-    key = load_rows(key_ptr, R, W, ACC, BR, BW)
-    add = load_rows(add_ptr, R, W, ACC, BR, BW)
-    gate = sigmoid(tl.load(gate_ptr + o_r, mask=m_r, other=0.0).to(ACC))
-    beta = tl.full([BR], 1.0, ACC)
-    if HAS_BETA:
-        beta = tl.load(beta_ptr + o_r, mask=m_r, other=1.0).to(ACC)
-    key_square = tl.sum(key * key, axis=1)
-    top = tl.full([BR], float("-inf"), ACC)
-    total = tl.zeros([BR], ACC)
+        if N <= BN:
+            slots = choose_slots(usage, usage_ptr, slots_ptr, N, R, ACC, BU, BR)
+        else:
+            first = tl.load(usage_ptr + o_u, mask=o_u < N, other=0.0).to(ACC)
+            slots = choose_slots(first, usage_ptr, slots_ptr, N, R, ACC, BU, BR)
+    else:
+        keep_rows(m, source_ptr, rows_ptr, slots_ptr, N, W, R, ACC, BN, BW)
+        slots = tl.load(slots_ptr + o_r, mask=o_r < R, other=-1)
+    gate = sigmoid(load_heads(gate_ptr, R, ACC, BR))
+    beta = load_strength(beta_ptr, HAS_BETA, R, ACC, BR)
     reads = tl.zeros([BR, BW], ACC)
-    for n0 in range(0, N, BN):
-        o_n = n0 + tl.arange(0, BN)
-        m_n = o_n < N
-        at = o_r[:, None].to(tl.int64) * N + o_n[None, :]
-        m_rn = m_r[:, None] & m_n[None, :]
-        tile = o_n[:, None].to(tl.int64) * W + o_w[None, :]
-        m_nw = m_n[:, None] & m_w[None, :]
-        # eq. 7
-        previous = tl.load(previous_ptr + at, mask=m_rn, other=0.0).to(ACC)
-        write = gate[:, None] * previous + (1.0 - gate[:, None]) * own_slots(slots, o_n, SHARED, ACC)
-        # eq. 8, on the erased memory
-        m = tl.load(source_ptr + tile, mask=m_nw, other=0.0).to(ACC)
-        m = tl.where(erased_slots(slots, o_n, ERASE_ALL, BR)[:, None], 0.0, m) + exact_dot(tl.trans(write), add, ACC)
-        tl.store(target_ptr + tile, m, mask=m_nw)
-        # eq. 2 to 4; the softmax is corrected as larger similarities come
-        x, _, _, _ = similarity(key, key_square, m, beta, eps, ACC)
-        tl.store(x_ptr + at, x, mask=m_rn)
-        x = tl.where(m_n[None, :], x, float("-inf"))
-        new_top = tl.maximum(top, tl.max(x, axis=1))
-        e = tl.exp(x - new_top[:, None])
-        scale = tl.exp(top - new_top)
-        total = total * scale + tl.sum(e, axis=1)
+    if N <= BN:
+        o_n = tl.arange(0, BN)
+        write = write_weights_of(gate, previous, slots, o_n, SHARED, ACC)
+        m = erase_and_write(m, write, slots, o_n, add_ptr, ERASE_ALL, W, R, ACC, BW, BR)
+        cosine, _, _, _ = cosine_of(m, key_ptr, eps, W, R, ACC, BN, BW, BR)
+        previous = softmax(beta[:, None] * cosine, o_n, N)  # eq. 3
+        previous = tl.where((o_r < R)[:, None], previous, 0.0)
         if CHOOSE:
-            reads = reads * scale[:, None] + exact_dot(e, m, ACC)
-        top = new_top
-    tl.debug_barrier()
-    for n0 in range(0, N, BN):
-        o_n = n0 + tl.arange(0, BN)
-        m_n = o_n < N
-        at = o_r[:, None].to(tl.int64) * N + o_n[None, :]
-        m_rn = m_r[:, None] & m_n[None, :]
-        x = tl.load(x_ptr + at, mask=m_rn, other=float("-inf"))
-        weights = tl.where(m_r[:, None], tl.exp(x - top[:, None]) / total[:, None], 0.0)
-        tl.store(weights_ptr + at, weights, mask=m_rn)
-        if CHOOSE:  # eq. 5
-            previous = tl.load(previous_ptr + at, mask=m_rn, other=0.0).to(ACC)
-            write = gate[:, None] * previous + (1.0 - gate[:, None]) * own_slots(slots, o_n, SHARED, ACC)
-            usage = tl.load(usage_ptr + o_n, mask=m_n, other=0.0).to(ACC)
-            usage = decay * usage + tl.sum(weights, axis=0) + tl.sum(write, axis=0)
-            tl.store(new_usage_ptr + o_n, usage, mask=m_n)
-    tl.debug_barrier()
-    return reads / total[:, None]
+            reads = slots_by_tile(previous, m, R, ACC, BW, BR)  # eq. 4
+            usage = decay * usage + tl.sum(previous, axis=0) + tl.sum(write, axis=0)  # eq. 5
+    else:
+        top, total = tl.full([BR], float("-inf"), ACC), tl.zeros([BR], ACC)
+        for n0 in range(0, N, BN):
+            o_n = n0 + tl.arange(0, BN)
+            write = write_weights_of(gate, load_slots(previous_ptr, o_n, N, R, ACC, BR), slots, o_n, SHARED, ACC)
+            tile = load_tile(source_ptr, o_n, N, W, ACC, BW)
+            tile = erase_and_write(tile, write, slots, o_n, add_ptr, ERASE_ALL, W, R, ACC, BW, BR)
+            tl.debug_barrier()  # a tile smaller than the program is held by several warps: none may read what another replaced
+            store_tile(target_ptr, tile, o_n, N, W, BW)
+            cosine, _, _, _ = cosine_of(tile, key_ptr, eps, W, R, ACC, BN, BW, BR)
+            x = beta[:, None] * cosine
+            store_slots(x_ptr, x, o_n, N, R, BR)
+            e, top, total, scale = softmax_so_far(x, top, total, o_n, N)
+            if CHOOSE:
+                reads = reads * scale[:, None] + slots_by_tile(e, tile, R, ACC, BW, BR)
+        tl.debug_barrier()
+        for n0 in range(0, N, BN):
+            o_n = n0 + tl.arange(0, BN)
+            weights = tl.exp(load_slots(x_ptr, o_n, N, R, ACC, BR) - top[:, None]) / total[:, None]
+            old = tl.load(usage_ptr + o_n, mask=o_n < N, other=0.0).to(ACC) if CHOOSE else 0.0
+            tl.debug_barrier()
+            store_slots(weights_ptr, weights, o_n, N, R, BR)
+            if CHOOSE:
+                write = write_weights_of(gate, load_slots(previous_ptr, o_n, N, R, ACC, BR), slots, o_n, SHARED, ACC)
+                weights = tl.where((o_r < R)[:, None], weights, 0.0)
+                new = decay * old + tl.sum(weights, axis=0) + tl.sum(write, axis=0)
+                tl.store(new_usage_ptr + o_n, new, mask=o_n < N)
+        tl.debug_barrier()
+        reads = reads / total[:, None]
+    return m, previous, usage, reads
+
+
+@triton.jit
+def backward_of_tile(
+    m, dm,  # [BN,BW] after the step, and its gradient
+    weights, dx, previous,  # [BR,BN] read weights, the gradient of the similarities, read weights before the step
+    o_n, gate, beta, slots,  # [BN], [BR] after the sigmoid, [BR], int32 [BR]
+    dreads_ptr, key_ptr, add_ptr, slots_ptr, rows_ptr,  # as in step_backward
+    W: tl.constexpr, R: tl.constexpr, eps: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr,
+    ACC: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Memory, its gradient and that of the read weights before the step; this tile's share of dkey, dadd [BR,BW], dbeta and
+    dgate [BR]."""
+    ddot, dkey, dbeta, shrink = cosine_backward(dx, beta, m, key_ptr, eps, W, R, ACC, BN, BW, BR)
+    dm = add_slots_by_rows(dm - shrink[:, None] * m, weights, dreads_ptr, W, R, ACC, BW, BR)
+    dm = add_slots_by_rows(dm, ddot, key_ptr, W, R, ACC, BW, BR)
+    # the write, undone
+    write = write_weights_of(gate, previous, slots, o_n, SHARED, ACC)
+    dadd = slots_by_tile(write, dm, R, ACC, BW, BR)
+    dwrite = rows_by_tile(add_ptr, dm, W, R, ACC, BN, BW, BR)
+    dgate = tl.sum(dwrite * (previous - own_slots(slots, o_n, SHARED, ACC)), axis=1) * gate * (1.0 - gate)
+    m = add_slots_by_rows(m, -write, add_ptr, W, R, ACC, BW, BR)
+    for h in tl.range(0, R, disable_licm=True):  # exactly, where the most was overwritten
+        overwritten = o_n == tl.load(slots_ptr + h)
+        m = tl.where(overwritten[:, None], load_row(rows_ptr, h, W, ACC, BW)[None, :], m)
+    dm = tl.where(erased_slots(slots, o_n, ERASE_ALL, BR)[:, None], 0.0, dm)
+    return m, dm, gate[:, None] * dwrite, dkey, dadd, dbeta, dgate
 
 
 @triton.jit
 def step_backward(
-    memory_ptr,  # [N,W] in: after the step; out: before it
-    dmemory_ptr,  # [N,W] likewise, its gradient
-    dweights_ptr,  # [R,N] in: of this step's read weights; destroyed
-    dprevious_ptr,  # [R,N] out: of the previous step's read weights
-    dreads,  # [BR,BW]
-    weights_ptr,  # [R,N] read weights of the step
-    previous_ptr,  # [R,N] of the previous step
-    key_ptr,  # [R,W]
-    add_ptr,  # [R,W]
-    gate_ptr,  # [R], before the sigmoid
-    beta_ptr,  # [R]
-    slots_ptr,  # int32 [R]
+    m, dm, weights, dweights, previous,  # in registers: memory after the step and its gradient, read weights of the step and
+    # their gradient, read weights before it
+    memory_ptr, dmemory_ptr,  # [N,W] in: after the step; out: before it
+    weights_ptr, previous_ptr,  # [R,N] read weights of the step, and before it
+    dweights_ptr, dprevious_ptr,  # [R,N] of ACC: their gradients, in (destroyed) and out
+    dreads_ptr, key_ptr, add_ptr, gate_ptr, beta_ptr, slots_ptr,  # [R,W], and as forward
     rows_ptr,  # [R,W], what stood in the least-used slots before the step
-    dkey_ptr,  # [R,W] out
-    dadd_ptr,  # [R,W] out
-    dgate_ptr,  # [R] out
-    dbeta_ptr,  # [R] out
-    N,
-    W,
-    R,
-    eps,
+    dkey_ptr, dadd_ptr, dgate_ptr, dbeta_ptr,  # [R,W], [R,W], [R], [R] out
+    N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, eps: tl.constexpr,
     HAS_BETA: tl.constexpr,
     HAS_ADD: tl.constexpr,  # False: the key is what is written, and dkey takes the gradient of both
-    SHARED: tl.constexpr,
-    ERASE_ALL: tl.constexpr,
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BR: tl.constexpr,
-):
-    """Backward of step_forward; the writes are undone."""
-    o_r, o_w = tl.arange(0, BR), tl.arange(0, BW)
-    m_r, m_w = o_r < R, o_w < W
-    m_rw = m_r[:, None] & m_w[None, :]
-    slots = tl.load(slots_ptr + o_r, mask=m_r, other=-1)
-    key = load_rows(key_ptr, R, W, ACC, BR, BW)
-    add = load_rows(add_ptr, R, W, ACC, BR, BW)
-    gate = sigmoid(tl.load(gate_ptr + o_r, mask=m_r, other=0.0).to(ACC))
-    beta = tl.full([BR], 1.0, ACC)
-    if HAS_BETA:
-        beta = tl.load(beta_ptr + o_r, mask=m_r, other=1.0).to(ACC)
-    key_square = tl.sum(key * key, axis=1)
+    SHARED: tl.constexpr, ERASE_ALL: tl.constexpr, ACC: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Backward of step_forward; the writes are undone. Returns the memory before the step, its gradient, and that of the read
+    weights before the step."""
+    o_r = tl.arange(0, BR)
+    slots = tl.load(slots_ptr + o_r, mask=o_r < R, other=-1)
+    gate = sigmoid(load_heads(gate_ptr, R, ACC, BR))
+    beta = load_strength(beta_ptr, HAS_BETA, R, ACC, BR)
     # the read: dw = dr M^T, and its mean under the softmax
-    mean = tl.zeros([BR], ACC)
-    for n0 in range(0, N, BN):
-        o_n = n0 + tl.arange(0, BN)
-        m_n = o_n < N
-        at = o_r[:, None].to(tl.int64) * N + o_n[None, :]
-        m_rn = m_r[:, None] & m_n[None, :]
-        tile = o_n[:, None].to(tl.int64) * W + o_w[None, :]
-        m = tl.load(memory_ptr + tile, mask=m_n[:, None] & m_w[None, :], other=0.0).to(ACC)
-        dweights = tl.load(dweights_ptr + at, mask=m_rn, other=0.0) + exact_dot(dreads, tl.trans(m), ACC)
-        tl.store(dweights_ptr + at, dweights, mask=m_rn)
-        mean += tl.sum(tl.load(weights_ptr + at, mask=m_rn, other=0.0).to(ACC) * dweights, axis=1)
-    tl.debug_barrier()
-    dkey, dadd = tl.zeros([BR, BW], ACC), tl.zeros([BR, BW], ACC)
-    dbeta, dkey_factor, dgate = tl.zeros([BR], ACC), tl.zeros([BR], ACC), tl.zeros([BR], ACC)
-    for n0 in range(0, N, BN):
-        o_n = n0 + tl.arange(0, BN)
-        m_n = o_n < N
-        at = o_r[:, None].to(tl.int64) * N + o_n[None, :]
-        m_rn = m_r[:, None] & m_n[None, :]
-        tile = o_n[:, None].to(tl.int64) * W + o_w[None, :]
-        m_nw = m_n[:, None] & m_w[None, :]
-        m = tl.load(memory_ptr + tile, mask=m_nw, other=0.0).to(ACC)
-        dm = tl.load(dmemory_ptr + tile, mask=m_nw, other=0.0).to(ACC)
-        weights = tl.load(weights_ptr + at, mask=m_rn, other=0.0).to(ACC)
-        dx = weights * (tl.load(dweights_ptr + at, mask=m_rn, other=0.0) - mean[:, None])
-        # the cosine: through the dot product, and through both norms
-        _, cosine, inverse, square = similarity(key, key_square, m, beta, eps, ACC)
-        ddot = beta[:, None] * dx * inverse
-        through_norm = ddot * cosine * inverse
-        dbeta += tl.sum(dx * cosine, axis=1)
-        dkey += exact_dot(ddot, m, ACC)
-        dkey_factor += tl.sum(through_norm * square[None, :], axis=1)
-        dm += exact_dot(tl.trans(weights), dreads, ACC) + exact_dot(tl.trans(ddot), key, ACC)
-        dm -= tl.sum(through_norm * key_square[:, None], axis=0)[:, None] * m
-        # the write
-        own = own_slots(slots, o_n, SHARED, ACC)
-        previous = tl.load(previous_ptr + at, mask=m_rn, other=0.0).to(ACC)
-        write = gate[:, None] * previous + (1.0 - gate[:, None]) * own
-        dadd += exact_dot(write, dm, ACC)
-        dwrite = exact_dot(add, tl.trans(dm), ACC)
-        dgate += tl.sum(dwrite * (previous - own), axis=1)
-        tl.store(dprevious_ptr + at, gate[:, None] * dwrite, mask=m_rn)
-        tl.store(memory_ptr + tile, m - exact_dot(tl.trans(write), add, ACC), mask=m_nw)
-        dm = tl.where(erased_slots(slots, o_n, ERASE_ALL, BR)[:, None], 0.0, dm)
-        tl.store(dmemory_ptr + tile, dm, mask=m_nw)
-    dkey -= dkey_factor[:, None] * key
+    if N <= BN:
+        dweights += rows_by_tile(dreads_ptr, m, W, R, ACC, BN, BW, BR)
+        dx = weights * (dweights - tl.sum(weights * dweights, axis=1)[:, None])
+        m, dm, dweights, dkey, dadd, dbeta, dgate = backward_of_tile(
+            m, dm, weights, dx, previous, tl.arange(0, BN), gate, beta, slots,
+            dreads_ptr, key_ptr, add_ptr, slots_ptr, rows_ptr, W, R, eps, SHARED, ERASE_ALL, ACC, BN, BW, BR,
+        )  # fmt: skip
+    else:
+        mean = tl.zeros([BR], ACC)
+        for n0 in range(0, N, BN):
+            o_n = n0 + tl.arange(0, BN)
+            tile = load_tile(memory_ptr, o_n, N, W, ACC, BW)
+            dslots = load_slots(dweights_ptr, o_n, N, R, ACC, BR)
+            dslots += rows_by_tile(dreads_ptr, tile, W, R, ACC, BN, BW, BR)
+            tl.debug_barrier()
+            store_slots(dweights_ptr, dslots, o_n, N, R, BR)
+            mean += tl.sum(load_slots(weights_ptr, o_n, N, R, ACC, BR) * dslots, axis=1)
+        tl.debug_barrier()
+        dkey, dadd = tl.zeros([BR, BW], ACC), tl.zeros([BR, BW], ACC)
+        dbeta, dgate = tl.zeros([BR], ACC), tl.zeros([BR], ACC)
+        for n0 in range(0, N, BN):
+            o_n = n0 + tl.arange(0, BN)
+            read = load_slots(weights_ptr, o_n, N, R, ACC, BR)
+            tile, dtile, dslots, dkey_tile, dadd_tile, dbeta_tile, dgate_tile = backward_of_tile(
+                load_tile(memory_ptr, o_n, N, W, ACC, BW), load_tile(dmemory_ptr, o_n, N, W, ACC, BW),
+                read, read * (load_slots(dweights_ptr, o_n, N, R, ACC, BR) - mean[:, None]),
+                load_slots(previous_ptr, o_n, N, R, ACC, BR), o_n, gate, beta, slots,
+                dreads_ptr, key_ptr, add_ptr, slots_ptr, rows_ptr, W, R, eps, SHARED, ERASE_ALL, ACC, BN, BW, BR,
+            )  # fmt: skip
+            tl.debug_barrier()
+            store_tile(memory_ptr, tile, o_n, N, W, BW)
+            store_tile(dmemory_ptr, dtile, o_n, N, W, BW)
+            store_slots(dprevious_ptr, dslots, o_n, N, R, BR)
+            dkey += dkey_tile
+            dadd += dadd_tile
+            dbeta += dbeta_tile
+            dgate += dgate_tile
     if HAS_ADD:
         store_rows(dadd_ptr, dadd, R, W, BR, BW)
     else:
         dkey += dadd
     store_rows(dkey_ptr, dkey, R, W, BR, BW)
-    tl.store(dgate_ptr + o_r, dgate * gate * (1.0 - gate), mask=m_r)
+    tl.store(dgate_ptr + o_r, dgate, mask=o_r < R)
     if HAS_BETA:
-        tl.store(dbeta_ptr + o_r, dbeta, mask=m_r)
+        tl.store(dbeta_ptr + o_r, dbeta, mask=o_r < R)
     tl.debug_barrier()
-    rows = tl.load(rows_ptr + o_r[:, None] * W + o_w[None, :], mask=m_rw, other=0.0)
-    tl.store(memory_ptr + slots[:, None].to(tl.int64) * W + o_w[None, :], rows, mask=m_rw)
-    tl.debug_barrier()
+    return m, dm, dweights

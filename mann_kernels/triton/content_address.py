@@ -5,89 +5,79 @@ import triton
 import triton.language as tl
 
 from mann_kernels.triton._launch import acc_of, contiguous, launch, pointer
-from mann_kernels.triton._step import exact_dot, load_rows, similarity, store_rows
+from mann_kernels.triton._tile import (
+    add_slots_by_rows,
+    cosine_backward,
+    cosine_of,
+    load_slots,
+    load_strength,
+    load_tile,
+    softmax,
+    softmax_so_far,
+    store_rows,
+    store_slots,
+    store_tile,
+)
 
 
 @triton.jit
 def content_address_fwd_kernel(
     memory_ptr, key_ptr, beta_ptr,  # [B,N,W], [B,R,W], [B,R]
     weights_ptr, x_ptr,  # [B,R,N] out, [B,R,N] of ACC
-    N, W, R, eps,
+    N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, eps: tl.constexpr,
     HAS_BETA: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    o_r, o_w = tl.arange(0, BR), tl.arange(0, BW)
-    m_r = o_r < R
-    key = load_rows(key_ptr + i_b * R * W, R, W, ACC, BR, BW)
-    beta = tl.full([BR], 1.0, ACC)
-    if HAS_BETA:
-        beta = tl.load(beta_ptr + i_b * R + o_r, mask=m_r, other=1.0).to(ACC)
-    key_square = tl.sum(key * key, axis=1)
-    top = tl.full([BR], float("-inf"), ACC)
-    total = tl.zeros([BR], ACC)
-    for n0 in range(0, N, BN):
-        o_n = n0 + tl.arange(0, BN)
-        tile = i_b * N * W + o_n[:, None].to(tl.int64) * W + o_w[None, :]
-        m = tl.load(memory_ptr + tile, mask=(o_n < N)[:, None] & (o_w < W)[None, :], other=0.0).to(ACC)
-        x, _, _, _ = similarity(key, key_square, m, beta, eps, ACC)
-        at = i_b * R * N + o_r[:, None].to(tl.int64) * N + o_n[None, :]
-        tl.store(x_ptr + at, x, mask=m_r[:, None] & (o_n < N)[None, :])
-        x = tl.where((o_n < N)[None, :], x, float("-inf"))
-        new_top = tl.maximum(top, tl.max(x, axis=1))
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top[:, None]), axis=1)
-        top = new_top
-    tl.debug_barrier()
-    for n0 in range(0, N, BN):
-        o_n = n0 + tl.arange(0, BN)
-        at = i_b * R * N + o_r[:, None].to(tl.int64) * N + o_n[None, :]
-        m_rn = m_r[:, None] & (o_n < N)[None, :]
-        x = tl.load(x_ptr + at, mask=m_rn, other=0.0)
-        tl.store(weights_ptr + at, tl.exp(x - top[:, None]) / total[:, None], mask=m_rn)
+    memory, key, at = memory_ptr + i_b * N * W, key_ptr + i_b * R * W, i_b * R * N
+    beta = load_strength(beta_ptr + i_b * R, HAS_BETA, R, ACC, BR)
+    if N <= BN:
+        o_n = tl.arange(0, BN)
+        tile = load_tile(memory, o_n, N, W, ACC, BW)
+        cosine, _, _, _ = cosine_of(tile, key, eps, W, R, ACC, BN, BW, BR)
+        store_slots(weights_ptr + at, softmax(beta[:, None] * cosine, o_n, N), o_n, N, R, BR)
+    else:
+        top, total = tl.full([BR], float("-inf"), ACC), tl.zeros([BR], ACC)
+        for n0 in range(0, N, BN):
+            o_n = n0 + tl.arange(0, BN)
+            tile = load_tile(memory, o_n, N, W, ACC, BW)
+            cosine, _, _, _ = cosine_of(tile, key, eps, W, R, ACC, BN, BW, BR)
+            store_slots(x_ptr + at, beta[:, None] * cosine, o_n, N, R, BR)
+            _, top, total, _ = softmax_so_far(beta[:, None] * cosine, top, total, o_n, N)
+        tl.debug_barrier()
+        for n0 in range(0, N, BN):
+            o_n = n0 + tl.arange(0, BN)
+            x = load_slots(x_ptr + at, o_n, N, R, ACC, BR)
+            store_slots(weights_ptr + at, tl.exp(x - top[:, None]) / total[:, None], o_n, N, R, BR)
 
 
 @triton.jit
 def content_address_bwd_kernel(
     dweights_ptr, memory_ptr, key_ptr, beta_ptr, weights_ptr,  # [B,R,N], [B,N,W], [B,R,W], [B,R], [B,R,N]
     dmemory_ptr, dkey_ptr, dbeta_ptr,  # out
-    N, W, R, eps,
+    N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, eps: tl.constexpr,
     HAS_BETA: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    o_r, o_w = tl.arange(0, BR), tl.arange(0, BW)
-    m_r = o_r < R
-    key = load_rows(key_ptr + i_b * R * W, R, W, ACC, BR, BW)
-    beta = tl.full([BR], 1.0, ACC)
-    if HAS_BETA:
-        beta = tl.load(beta_ptr + i_b * R + o_r, mask=m_r, other=1.0).to(ACC)
-    key_square = tl.sum(key * key, axis=1)
+    key, at, o_r = key_ptr + i_b * R * W, i_b * R * N, tl.arange(0, BR)
+    beta = load_strength(beta_ptr + i_b * R, HAS_BETA, R, ACC, BR)
     mean = tl.zeros([BR], ACC)
     for n0 in range(0, N, BN):
         o_n = n0 + tl.arange(0, BN)
-        at = i_b * R * N + o_r[:, None].to(tl.int64) * N + o_n[None, :]
-        m_rn = m_r[:, None] & (o_n < N)[None, :]
-        weights = tl.load(weights_ptr + at, mask=m_rn, other=0.0).to(ACC)
-        mean += tl.sum(weights * tl.load(dweights_ptr + at, mask=m_rn, other=0.0).to(ACC), axis=1)
-    dkey = tl.zeros([BR, BW], ACC)
-    dbeta, dkey_factor = tl.zeros([BR], ACC), tl.zeros([BR], ACC)
+        weights = load_slots(weights_ptr + at, o_n, N, R, ACC, BR)
+        mean += tl.sum(weights * load_slots(dweights_ptr + at, o_n, N, R, ACC, BR), axis=1)
+    dkey, dbeta = tl.zeros([BR, BW], ACC), tl.zeros([BR], ACC)
     for n0 in range(0, N, BN):
         o_n = n0 + tl.arange(0, BN)
-        at = i_b * R * N + o_r[:, None].to(tl.int64) * N + o_n[None, :]
-        m_rn = m_r[:, None] & (o_n < N)[None, :]
-        tile = i_b * N * W + o_n[:, None].to(tl.int64) * W + o_w[None, :]
-        m_nw = (o_n < N)[:, None] & (o_w < W)[None, :]
-        m = tl.load(memory_ptr + tile, mask=m_nw, other=0.0).to(ACC)
-        weights = tl.load(weights_ptr + at, mask=m_rn, other=0.0).to(ACC)
-        dx = weights * (tl.load(dweights_ptr + at, mask=m_rn, other=0.0).to(ACC) - mean[:, None])
-        _, cosine, inverse, square = similarity(key, key_square, m, beta, eps, ACC)
-        ddot = beta[:, None] * dx * inverse
-        through_norm = ddot * cosine * inverse
-        dbeta += tl.sum(dx * cosine, axis=1)
-        dkey += exact_dot(ddot, m, ACC)
-        dkey_factor += tl.sum(through_norm * square[None, :], axis=1)
-        dm = exact_dot(tl.trans(ddot), key, ACC) - tl.sum(through_norm * key_square[:, None], axis=0)[:, None] * m
-        tl.store(dmemory_ptr + tile, dm, mask=m_nw)
-    store_rows(dkey_ptr + i_b * R * W, dkey - dkey_factor[:, None] * key, R, W, BR, BW)
-    tl.store(dbeta_ptr + i_b * R + o_r, dbeta, mask=m_r)
+        tile = load_tile(memory_ptr + i_b * N * W, o_n, N, W, ACC, BW)
+        dx = load_slots(weights_ptr + at, o_n, N, R, ACC, BR)
+        dx *= load_slots(dweights_ptr + at, o_n, N, R, ACC, BR) - mean[:, None]
+        ddot, dkey_tile, dbeta_tile, shrink = cosine_backward(dx, beta, tile, key, eps, W, R, ACC, BN, BW, BR)
+        dkey += dkey_tile
+        dbeta += dbeta_tile
+        dm = add_slots_by_rows(-shrink[:, None] * tile, ddot, key, W, R, ACC, BW, BR)
+        store_tile(dmemory_ptr + i_b * N * W, dm, o_n, N, W, BW)
+    store_rows(dkey_ptr + i_b * R * W, dkey, R, W, BR, BW)
+    tl.store(dbeta_ptr + i_b * R + o_r, dbeta, mask=o_r < R)
 
 
 def forward(memory, key, beta, eps):
@@ -99,7 +89,7 @@ def forward(memory, key, beta, eps):
     if batch:
         content_address_fwd_kernel[(batch,)](
             memory, key, pointer(beta, key), weights, torch.empty_like(weights, dtype=acc.torch),
-            slots, width, heads, eps, beta is not None, acc.triton, **launch(slots, width, heads),
+            slots, width, heads, eps, beta is not None, acc.triton, **launch(content_address_fwd_kernel, slots, width, heads, memory.dtype),
         )  # fmt: skip
     return weights
 
@@ -112,6 +102,6 @@ def backward(dread_weights, memory, key, beta, read_weights, eps):
     if batch:
         content_address_bwd_kernel[(batch,)](
             dread_weights, memory, key, pointer(beta, key), read_weights, dmemory, dkey, dbeta,
-            slots, width, heads, eps, beta is not None, acc_of(memory.dtype).triton, **launch(slots, width, heads),
+            slots, width, heads, eps, beta is not None, acc_of(memory.dtype).triton, **launch(content_address_bwd_kernel, slots, width, heads, memory.dtype),
         )  # fmt: skip
     return dmemory, dkey, dbeta

@@ -7,8 +7,20 @@ import triton
 import triton.language as tl
 
 from mann_kernels.ops.lrua_sequence import empty_saved
-from mann_kernels.triton._launch import RESTART_EVERY, acc_of, contiguous, launch, pointer
-from mann_kernels.triton._step import copy, fill_zero, load_rows, step_backward, step_forward, store_rows
+from mann_kernels.triton._launch import RESTART_EVERY, acc_of, aligned, contiguous, launch, pointer
+from mann_kernels.triton._step import (
+    memory_in,
+    memory_out,
+    memory_zero,
+    step_backward,
+    step_forward,
+    usage_in,
+    usage_out,
+    weights_in,
+    weights_out,
+    weights_zero,
+)
+from mann_kernels.triton._tile import fill_zero, length_of, load_slots, store_rows, store_slots
 
 
 @triton.jit
@@ -20,57 +32,45 @@ def lrua_sequence_fwd_kernel(
     new_memory_ptr, new_usage_ptr, new_weights_ptr,  # the state after, out
     slots_ptr,  # int32 [T,B,R] out
     copies_ptr, weight_copies_ptr,  # [copies,B,N,W], [copies,B,R,N] out, of ACC; with SAVE
-    work_memory_ptr, work_usage_ptr, work_weights_ptr,  # [B,N,W], [B,N], [2,B,R,N] of ACC
-    T, B, N, W, R, checkpoint_every, decay, eps,
+    work_memory_ptr, work_weights_ptr, work_usage_ptr,  # of ACC, where not in registers: [B,N,W], [2,B,R,N], [B,N]
+    T, B, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, checkpoint_every, decay: tl.constexpr, eps: tl.constexpr,
     HAS_BETA: tl.constexpr, HAS_ADD: tl.constexpr, HAS_LENGTHS: tl.constexpr, SAVE: tl.constexpr,
     SHARED: tl.constexpr, ERASE_ALL: tl.constexpr, ACC: tl.constexpr,
-    BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+    BU: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    length = T
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + i_b).to(tl.int32)
+    length = length_of(lengths_ptr + i_b, T, HAS_LENGTHS)
     memory = work_memory_ptr + i_b * N * W
+    before = work_weights_ptr + i_b * R * N
     usage = work_usage_ptr + i_b * N
-    copy(memory_ptr + i_b * N * W, memory, N * W, ACC, 1024)
-    copy(usage_ptr + i_b * N, usage, N, ACC, BN)
-    copy(previous_ptr + i_b * R * N, work_weights_ptr + i_b * R * N, R * N, ACC, 1024)
+    m = memory_in(memory_ptr + i_b * N * W, memory, N, W, ACC, BN, BW)
+    weights = weights_in(previous_ptr + i_b * R * N, before, N, R, ACC, BN, BR)
+    u = usage_in(usage_ptr + i_b * N, usage, N, ACC, BU, BN)
     tl.debug_barrier()
-    for t in range(0, T):
+    for t in tl.range(0, length, disable_licm=True):
         at = (t * B + i_b) * R
-        now = tl.maximum(
-            tl.minimum(t, length), 0
-        )  # the number of steps taken so far: the two weight buffers take turns
-        before = work_weights_ptr + ((now % 2) * B + i_b) * R * N
-        after = work_weights_ptr + (((now + 1) % 2) * B + i_b) * R * N
-        if t < length:
-            words = key_ptr + at * W
-            reads = step_forward(
-                memory, memory, usage, usage, before, after, after,
-                words, add_ptr + at * W if HAS_ADD else words, gate_ptr + at, beta_ptr + at, slots_ptr + at, memory,
-                N, W, R, decay, eps, True, HAS_BETA, SHARED, ERASE_ALL, ACC, BN, BW, BR,
-            )  # fmt: skip
-            store_rows(reads_ptr + at * W, reads, R, W, BR, BW)
-            now += 1
-        else:
-            fill_zero(reads_ptr + at * W, R * W, ACC, BW)
-            fill_zero(slots_ptr + at, R, tl.int32, BR)
+        before = work_weights_ptr + (t % 2 * B + i_b) * R * N  # the two buffers take turns
+        after = work_weights_ptr + ((t + 1) % 2 * B + i_b) * R * N
+        words = key_ptr + at * W
+        m, weights, u, reads = step_forward(
+            m, weights, u, memory, memory, before, after, after, usage, usage,
+            words, add_ptr + at * W if HAS_ADD else words, gate_ptr + at, beta_ptr + at, slots_ptr + at, memory,
+            N, W, R, decay, eps, True, HAS_BETA, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
+        )  # fmt: skip
+        store_rows(reads_ptr + at * W, reads, R, W, BR, BW)
         if SAVE:  # noqa: SIM102  (one is decided when compiling, the other while running)
             if ((t + 1) % checkpoint_every == 0) & (t + 1 < T):
                 i_copy = (t // checkpoint_every) * B + i_b
-                copy(memory, copies_ptr + i_copy * N * W, N * W, ACC, 1024)
-                copy(
-                    work_weights_ptr + ((now % 2) * B + i_b) * R * N,
-                    weight_copies_ptr + i_copy * R * N,
-                    R * N,
-                    ACC,
-                    1024,
-                )
-                tl.debug_barrier()
-    last = tl.maximum(tl.minimum(T, length), 0)
-    copy(memory, new_memory_ptr + i_b * N * W, N * W, ACC, 1024)
-    copy(usage, new_usage_ptr + i_b * N, N, ACC, BN)
-    copy(work_weights_ptr + ((last % 2) * B + i_b) * R * N, new_weights_ptr + i_b * R * N, R * N, ACC, 1024)
+                memory_out(m, memory, copies_ptr + i_copy * N * W, N, W, ACC, BN, BW)
+                weights_out(weights, after, weight_copies_ptr + i_copy * R * N, N, R, ACC, BN, BR)
+    for t in tl.range(length, T, disable_licm=True):
+        at = (t * B + i_b) * R
+        fill_zero(reads_ptr + at * W, R * W, ACC, BU)
+        fill_zero(slots_ptr + at, R, tl.int32, BR)
+    memory_out(m, memory, new_memory_ptr + i_b * N * W, N, W, ACC, BN, BW)
+    last = work_weights_ptr + (length % 2 * B + i_b) * R * N
+    weights_out(weights, last, new_weights_ptr + i_b * R * N, N, R, ACC, BN, BR)
+    usage_out(u, usage, new_usage_ptr + i_b * N, N, ACC, BU, BN)
 
 
 @triton.jit
@@ -81,89 +81,92 @@ def lrua_sequence_bwd_kernel(
     slots_ptr, copies_ptr, weight_copies_ptr,  # as forward
     dmemory_ptr, dprevious_ptr,  # [B,N,W], [B,R,N] out
     dkey_ptr, dgate_ptr, dbeta_ptr, dadd_ptr,  # [T,B,R,W], [T,B,R], [T,B,R], [T,B,R,W] out
-    work_memory_ptr, work_dmemory_ptr,  # [B,N,W] of ACC
-    work_dweights_ptr,  # [2,B,R,N] of ACC
-    weights_ptr, rows_ptr, restarts_ptr,  # [segment+1,B,R,N], [segment,B,R,W], [segment/RESTART,B,N,W] of ACC
-    T, B, N, W, R, checkpoint_every, eps,
+    work_memory_ptr, work_dmemory_ptr, work_dweights_ptr,  # of ACC, where not in registers: [B,N,W] twice, [2,B,R,N]
+    records_ptr,  # [segment+1,B,RECORD] of ACC, of each step: read weights before it, overwritten rows
+    restarts_ptr,  # [segment/RESTART,B,N,W] of ACC
+    T, B, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, checkpoint_every, eps: tl.constexpr,
     HAS_DMEMORY: tl.constexpr, HAS_DWEIGHTS: tl.constexpr, HAS_BETA: tl.constexpr, HAS_ADD: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr, RESTART: tl.constexpr,
-    ACC: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+    ACC: tl.constexpr, RECORD: tl.constexpr,
+    BU: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """A segment of steps at a time, the last one first: its steps are taken again from the state before it, then undone."""
     i_b = tl.program_id(0).to(tl.int64)
-    length = T
-    if HAS_LENGTHS:
-        length = tl.minimum(tl.load(lengths_ptr + i_b).to(tl.int32), T)
+    length = length_of(lengths_ptr + i_b, T, HAS_LENGTHS)
     memory = work_memory_ptr + i_b * N * W
     dmemory = work_dmemory_ptr + i_b * N * W
-    # the gradient of the read weights after step t stands in buffer t % 2
-    last = work_dweights_ptr + ((tl.maximum(length, 1) - 1) % 2 * B + i_b) * R * N
     if HAS_DMEMORY:
-        copy(dmemory1_ptr + i_b * N * W, dmemory, N * W, ACC, 1024)
+        dm = memory_in(dmemory1_ptr + i_b * N * W, dmemory, N, W, ACC, BN, BW)
     else:
-        fill_zero(dmemory, N * W, ACC, 1024)
+        dm = memory_zero(dmemory, N, W, ACC, BN, BW)
+    # without registers, the gradient of the read weights after step t stands in buffer t % 2
+    last = work_dweights_ptr + ((length + 1) % 2 * B + i_b) * R * N
     if HAS_DWEIGHTS:
-        copy(dweights1_ptr + i_b * R * N, last, R * N, ACC, 1024)
+        dw = weights_in(dweights1_ptr + i_b * R * N, last, N, R, ACC, BN, BR)
     else:
-        fill_zero(last, R * N, ACC, 1024)
-    for t in range(tl.maximum(length, 0), T):
+        dw = weights_zero(last, N, R, ACC, BN, BR)
+    for t in tl.range(length, T, disable_licm=True):
         at = (t * B + i_b) * R
-        fill_zero(dkey_ptr + at * W, R * W, ACC, BW)
+        fill_zero(dkey_ptr + at * W, R * W, ACC, BU)
         fill_zero(dgate_ptr + at, R, ACC, BR)
         if HAS_BETA:
             fill_zero(dbeta_ptr + at, R, ACC, BR)
         if HAS_ADD:
-            fill_zero(dadd_ptr + at * W, R * W, ACC, BW)
-    i_heads = tl.full((), R * N, tl.int64) * B  # from one step's weights to the next
+            fill_zero(dadd_ptr + at * W, R * W, ACC, BU)
     segments = (length + checkpoint_every - 1) // checkpoint_every
-    for back in range(0, segments):
+    for back in tl.range(0, segments, disable_licm=True):
         start = (segments - 1 - back) * checkpoint_every
         steps = tl.minimum(start + checkpoint_every, length) - start
+        i_copy = (start // checkpoint_every - 1) * B + i_b
+        record = records_ptr + i_b * RECORD
         if start == 0:
-            copy(memory_ptr + i_b * N * W, memory, N * W, ACC, 1024)
-            copy(previous_ptr + i_b * R * N, weights_ptr + i_b * R * N, R * N, ACC, 1024)
+            m = memory_in(memory_ptr + i_b * N * W, memory, N, W, ACC, BN, BW)
+            weights = weights_in(previous_ptr + i_b * R * N, record, N, R, ACC, BN, BR)
         else:
-            i_copy = (start // checkpoint_every - 1) * B + i_b
-            copy(copies_ptr + i_copy * N * W, memory, N * W, ACC, 1024)
-            copy(weight_copies_ptr + i_copy * R * N, weights_ptr + i_b * R * N, R * N, ACC, 1024)
+            m = memory_in(copies_ptr + i_copy * N * W, memory, N, W, ACC, BN, BW)
+            weights = weights_in(weight_copies_ptr + i_copy * R * N, record, N, R, ACC, BN, BR)
         tl.debug_barrier()
-        for j in range(0, steps):
+        for j in tl.range(0, steps, disable_licm=True):
             at = ((start + j) * B + i_b) * R
+            record = records_ptr + (j * B + i_b) * RECORD
+            after = record + tl.full((), RECORD, tl.int64) * B
             words = key_ptr + at * W
-            before = weights_ptr + (j * B + i_b) * R * N
-            step_forward(
-                memory, memory, gate_ptr, gate_ptr, before, before + i_heads, before + i_heads,
+            if N <= BN:
+                store_slots(record, weights, tl.arange(0, BN), N, R, BR)
+            m, weights, _, _ = step_forward(
+                m, weights, weights, memory, memory, record, after, after, gate_ptr, gate_ptr,
                 words, add_ptr + at * W if HAS_ADD else words, gate_ptr + at, beta_ptr + at, slots_ptr + at,
-                rows_ptr + (j * B + i_b) * R * W,
-                N, W, R, 0.0, eps, False, HAS_BETA, SHARED, ERASE_ALL, ACC, BN, BW, BR,
+                record + R * N,
+                N, W, R, 0.0, eps, False, HAS_BETA, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
             )  # fmt: skip
             if (j + 1) % RESTART == 0:
-                copy(memory, restarts_ptr + (j // RESTART * B + i_b) * N * W, N * W, ACC, 1024)
-                tl.debug_barrier()
-        for i in range(0, steps):
+                memory_out(m, memory, restarts_ptr + (j // RESTART * B + i_b) * N * W, N, W, ACC, BN, BW)
+        tl.debug_barrier()
+        for i in tl.range(0, steps, disable_licm=True):
             j = steps - 1 - i
             t = start + j
             at = (t * B + i_b) * R
+            record = records_ptr + (j * B + i_b) * RECORD
+            after = record + tl.full((), RECORD, tl.int64) * B
             if (j + 1) % RESTART == 0:
-                copy(restarts_ptr + (j // RESTART * B + i_b) * N * W, memory, N * W, ACC, 1024)
+                m = memory_in(restarts_ptr + (j // RESTART * B + i_b) * N * W, memory, N, W, ACC, BN, BW)
                 tl.debug_barrier()
             words = key_ptr + at * W
-            before = weights_ptr + (j * B + i_b) * R * N
-            step_backward(
-                memory, dmemory,
+            if N <= BN:
+                previous = load_slots(record, tl.arange(0, BN), N, R, ACC, BR)
+            else:
+                previous = weights
+            m, dm, dw = step_backward(
+                m, dm, weights, dw, previous, memory, dmemory, after, record,
                 work_dweights_ptr + (t % 2 * B + i_b) * R * N, work_dweights_ptr + ((t + 1) % 2 * B + i_b) * R * N,
-                load_rows(dreads_ptr + at * W, R, W, ACC, BR, BW), before + i_heads, before,
-                words, add_ptr + at * W if HAS_ADD else words, gate_ptr + at, beta_ptr + at, slots_ptr + at,
-                rows_ptr + (j * B + i_b) * R * W,
-                dkey_ptr + at * W, dadd_ptr + at * W, dgate_ptr + at, dbeta_ptr + at,
+                dreads_ptr + at * W, words, add_ptr + at * W if HAS_ADD else words, gate_ptr + at, beta_ptr + at,
+                slots_ptr + at, record + R * N, dkey_ptr + at * W, dadd_ptr + at * W, dgate_ptr + at, dbeta_ptr + at,
                 N, W, R, eps, HAS_BETA, HAS_ADD, SHARED, ERASE_ALL, ACC, BN, BW, BR,
             )  # fmt: skip
+            weights = previous
     tl.debug_barrier()
-    first = last
-    if length > 0:
-        first = work_dweights_ptr + (B + i_b) * R * N
-    copy(dmemory, dmemory_ptr + i_b * N * W, N * W, ACC, 1024)
-    copy(first, dprevious_ptr + i_b * R * N, R * N, ACC, 1024)
+    memory_out(dm, dmemory, dmemory_ptr + i_b * N * W, N, W, ACC, BN, BW)
+    weights_out(dw, work_dweights_ptr + (B + i_b) * R * N, dprevious_ptr + i_b * R * N, N, R, ACC, BN, BR)
 
 
 def forward(
@@ -178,15 +181,16 @@ def forward(
     work = functools.partial(torch.empty, dtype=acc.torch, device=memory.device)
     outputs = torch.empty_like(key), *(torch.empty_like(tensor) for tensor in (memory, usage, read_weights))
     least_used, copies, weight_copies = empty_saved(memory, time, heads, checkpoint_every, save)
+    options = launch(lrua_sequence_fwd_kernel, slots, width, heads, memory.dtype)
+    tiled = int(slots > options["BN"])
     slots_out = least_used if save else torch.empty(gate.shape, dtype=torch.int32, device=memory.device)
     if batch:
         lrua_sequence_fwd_kernel[(batch,)](
             memory, usage, read_weights, key, gate, pointer(beta, key), pointer(add, key), pointer(lengths, key),
-            *outputs, slots_out, copies, weight_copies,
-            work(batch, slots, width), work(batch, slots), work(2, batch, heads, slots),
+            *outputs, slots_out, copies, weight_copies, work(tiled * batch, slots, width), work(2, tiled * batch, heads, slots), work(tiled * batch, slots),
             time, batch, slots, width, heads, checkpoint_every, decay, eps,
             beta is not None, add is not None, lengths is not None, save, shared, erase_all, acc.triton,
-            **launch(slots, width, heads),
+            **options,
         )  # fmt: skip
     return *outputs, least_used, copies, weight_copies
 
@@ -206,16 +210,18 @@ def backward(
     dkey, dgate = torch.empty_like(key), torch.empty_like(gate)
     dbeta = gate.new_empty(gate.shape if beta is not None else (0,))
     dadd = key.new_empty(key.shape if add is not None else (0,))
+    options = launch(lrua_sequence_bwd_kernel, slots, width, heads, memory.dtype)
+    tiled = int(slots > options["BN"])
+    record = aligned(heads * slots + heads * width)
     if batch:
         lrua_sequence_bwd_kernel[(batch,)](
             dreads, pointer(dmemory1, key), pointer(dread_weights1, key), memory, read_weights,
             key, gate, pointer(beta, key), pointer(add, key), pointer(lengths, key),
             least_used, copies, weight_copies, dmemory, dread_weights, dkey, dgate, dbeta, dadd,
-            work(batch, slots, width), work(batch, slots, width), work(2, batch, heads, slots),
-            work(segment + 1, batch, heads, slots), work(segment, batch, heads, width),
-            work(segment // RESTART_EVERY, batch, slots, width),
+            work(tiled * batch, slots, width), work(tiled * batch, slots, width), work(2, tiled * batch, heads, slots),
+            work(segment + 1, batch, record), work(segment // RESTART_EVERY, batch, slots, width),
             time, batch, slots, width, heads, checkpoint_every, eps,
             dmemory1 is not None, dread_weights1 is not None, beta is not None, add is not None, lengths is not None,
-            shared, erase_all, RESTART_EVERY, acc.triton, **launch(slots, width, heads),
+            shared, erase_all, RESTART_EVERY, acc.triton, record, **options,
         )  # fmt: skip
     return dmemory, dread_weights, dkey, dgate, dbeta, dadd

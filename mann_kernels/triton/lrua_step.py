@@ -6,7 +6,16 @@ import triton.language as tl
 
 from mann_kernels.triton import lrua_sequence
 from mann_kernels.triton._launch import acc_of, contiguous, launch, pointer
-from mann_kernels.triton._step import step_forward, store_rows
+from mann_kernels.triton._step import (
+    memory_in,
+    memory_out,
+    step_forward,
+    usage_in,
+    usage_out,
+    weights_in,
+    weights_out,
+)
+from mann_kernels.triton._tile import store_rows
 
 
 @triton.jit
@@ -15,20 +24,31 @@ def lrua_step_fwd_kernel(
     key_ptr, gate_ptr, beta_ptr, add_ptr,  # [B,R,W], [B,R], [B,R], [B,R,W]
     reads_ptr, new_memory_ptr, new_usage_ptr, new_weights_ptr, slots_ptr,  # out; slots int32 [B,R]
     x_ptr,  # [B,R,N] of ACC
-    N, W, R, decay, eps,
+    N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, decay: tl.constexpr, eps: tl.constexpr,
     HAS_BETA: tl.constexpr, HAS_ADD: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr, ACC: tl.constexpr,
-    BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+    BU: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     words, head, cells = i_b * R * W, i_b * R, i_b * N * W
-    reads = step_forward(
-        memory_ptr + cells, new_memory_ptr + cells, usage_ptr + i_b * N, new_usage_ptr + i_b * N,
+    if N <= BN:
+        m = memory_in(memory_ptr + cells, memory_ptr, N, W, ACC, BN, BW)
+        weights = weights_in(previous_ptr + head * N, x_ptr, N, R, ACC, BN, BR)
+        usage = usage_in(usage_ptr + i_b * N, x_ptr, N, ACC, BU, BN)
+    else:
+        m, weights, usage = tl.zeros([1, 1], ACC), tl.zeros([1, 1], ACC), tl.zeros([1], ACC)
+    m, weights, usage, reads = step_forward(
+        m, weights, usage, memory_ptr + cells, new_memory_ptr + cells,
         previous_ptr + head * N, new_weights_ptr + head * N, x_ptr + head * N,
+        usage_ptr + i_b * N, new_usage_ptr + i_b * N,
         key_ptr + words, add_ptr + words if HAS_ADD else key_ptr + words, gate_ptr + head, beta_ptr + head,
         slots_ptr + head, memory_ptr,
-        N, W, R, decay, eps, True, HAS_BETA, SHARED, ERASE_ALL, ACC, BN, BW, BR,
+        N, W, R, decay, eps, True, HAS_BETA, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
     )  # fmt: skip
     store_rows(reads_ptr + words, reads, R, W, BR, BW)
+    if N <= BN:
+        memory_out(m, memory_ptr, new_memory_ptr + cells, N, W, ACC, BN, BW)
+        weights_out(weights, x_ptr, new_weights_ptr + head * N, N, R, ACC, BN, BR)
+        usage_out(usage, x_ptr, new_usage_ptr + i_b * N, N, ACC, BU, BN)
 
 
 def forward(memory, usage, read_weights, key, gate, beta, add, shared, erase_all, decay, eps):
@@ -43,7 +63,8 @@ def forward(memory, usage, read_weights, key, gate, beta, add, shared, erase_all
             memory, usage, read_weights, key, gate, pointer(beta, key), pointer(add, key), *outputs, least_used,
             torch.empty(read_weights.shape, dtype=acc.torch, device=memory.device),
             slots, width, heads, decay, eps,
-            beta is not None, add is not None, shared, erase_all, acc.triton, **launch(slots, width, heads),
+            beta is not None, add is not None, shared, erase_all, acc.triton,
+            **launch(lrua_step_fwd_kernel, slots, width, heads, memory.dtype),
         )  # fmt: skip
     return *outputs, least_used
 

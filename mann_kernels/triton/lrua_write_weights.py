@@ -5,59 +5,45 @@ import triton
 import triton.language as tl
 
 from mann_kernels.triton._launch import acc_of, contiguous, launch
-from mann_kernels.triton._step import choose_slots, own_slots, sigmoid
+from mann_kernels.triton._step import choose_slots, own_slots, write_weights_of
+from mann_kernels.triton._tile import load_heads, load_slots, sigmoid, store_slots
 
 
 @triton.jit
 def lrua_write_weights_fwd_kernel(
     usage_ptr, previous_ptr, gate_ptr,  # [B,N], [B,R,N], [B,R]
     write_ptr, slots_ptr,  # [B,R,N] out, int32 [B,R] out
-    N, R,
-    SHARED: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, SHARED: tl.constexpr, ACC: tl.constexpr, BU: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    o_r = tl.arange(0, BR)
-    m_r = o_r < R
-    choose_slots(usage_ptr + i_b * N, slots_ptr + i_b * R, N, R, ACC, BN)
-    tl.debug_barrier()
-    slots = tl.load(slots_ptr + i_b * R + o_r, mask=m_r, other=-1)
-    gate = sigmoid(tl.load(gate_ptr + i_b * R + o_r, mask=m_r, other=0.0).to(ACC))
-    for n0 in range(0, N, BN):
-        o_n = n0 + tl.arange(0, BN)
-        at = i_b * R * N + o_r[:, None].to(tl.int64) * N + o_n[None, :]
-        m_rn = m_r[:, None] & (o_n < N)[None, :]
-        previous = tl.load(previous_ptr + at, mask=m_rn, other=0.0).to(ACC)
-        write = gate[:, None] * previous + (1.0 - gate[:, None]) * own_slots(slots, o_n, SHARED, ACC)  # eq. 7
-        tl.store(write_ptr + at, write, mask=m_rn)
+    o_u, at = tl.arange(0, BU), i_b * R * N
+    usage = tl.load(usage_ptr + i_b * N + o_u, mask=o_u < N, other=0.0).to(ACC)
+    slots = choose_slots(usage, usage_ptr + i_b * N, slots_ptr + i_b * R, N, R, ACC, BU, BR)
+    gate = sigmoid(load_heads(gate_ptr + i_b * R, R, ACC, BR))
+    for n0 in range(0, N, BU):
+        o_n = n0 + o_u
+        write = write_weights_of(gate, load_slots(previous_ptr + at, o_n, N, R, ACC, BR), slots, o_n, SHARED, ACC)
+        store_slots(write_ptr + at, write, o_n, N, R, BR)
 
 
 @triton.jit
 def lrua_write_weights_bwd_kernel(
     dwrite_ptr, previous_ptr, gate_ptr, slots_ptr,  # [B,R,N], [B,R,N], [B,R], int32 [B,R]
     dprevious_ptr, dgate_ptr,  # [B,R,N], [B,R] out
-    N, R,
-    SHARED: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, SHARED: tl.constexpr, ACC: tl.constexpr, BU: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    o_r = tl.arange(0, BR)
-    m_r = o_r < R
-    slots = tl.load(slots_ptr + i_b * R + o_r, mask=m_r, other=-1)
-    gate = sigmoid(tl.load(gate_ptr + i_b * R + o_r, mask=m_r, other=0.0).to(ACC))
+    o_r, at = tl.arange(0, BR), i_b * R * N
+    slots = tl.load(slots_ptr + i_b * R + o_r, mask=o_r < R, other=-1)
+    gate = sigmoid(load_heads(gate_ptr + i_b * R, R, ACC, BR))
     dgate = tl.zeros([BR], ACC)
-    for n0 in range(0, N, BN):
-        o_n = n0 + tl.arange(0, BN)
-        at = i_b * R * N + o_r[:, None].to(tl.int64) * N + o_n[None, :]
-        m_rn = m_r[:, None] & (o_n < N)[None, :]
-        previous = tl.load(previous_ptr + at, mask=m_rn, other=0.0).to(ACC)
-        dwrite = tl.load(dwrite_ptr + at, mask=m_rn, other=0.0).to(ACC)
+    for n0 in range(0, N, BU):
+        o_n = n0 + tl.arange(0, BU)
+        previous = load_slots(previous_ptr + at, o_n, N, R, ACC, BR)
+        dwrite = load_slots(dwrite_ptr + at, o_n, N, R, ACC, BR)
         dgate += tl.sum(dwrite * (previous - own_slots(slots, o_n, SHARED, ACC)), axis=1)
-        tl.store(dprevious_ptr + at, gate[:, None] * dwrite, mask=m_rn)
-    tl.store(dgate_ptr + i_b * R + o_r, dgate * gate * (1.0 - gate), mask=m_r)
-
-
-def _launch(slots, heads):
-    sizes = launch(slots, 16, heads)
-    return {name: sizes[name] for name in ("BN", "BR", "num_warps")}
+        store_slots(dprevious_ptr + at, gate[:, None] * dwrite, o_n, N, R, BR)
+    tl.store(dgate_ptr + i_b * R + o_r, dgate * gate * (1.0 - gate), mask=o_r < R)
 
 
 def forward(usage, read_weights, gate, shared):
@@ -69,7 +55,8 @@ def forward(usage, read_weights, gate, shared):
     if batch:
         lrua_write_weights_fwd_kernel[(batch,)](
             usage, read_weights, gate, write_weights, least_used, slots, heads,
-            shared, acc_of(usage.dtype).triton, **_launch(slots, heads),
+            shared, acc_of(usage.dtype).triton,
+            **launch(lrua_write_weights_fwd_kernel, slots, 1, heads, usage.dtype),
         )  # fmt: skip
     return write_weights, least_used
 
@@ -82,6 +69,7 @@ def backward(dwrite_weights, read_weights, gate, least_used, shared):
     if batch:
         lrua_write_weights_bwd_kernel[(batch,)](
             dwrite_weights, read_weights, gate, least_used, dread_weights, dgate, slots, heads,
-            shared, acc_of(gate.dtype).triton, **_launch(slots, heads),
+            shared, acc_of(gate.dtype).triton,
+            **launch(lrua_write_weights_bwd_kernel, slots, 1, heads, gate.dtype),
         )  # fmt: skip
     return dread_weights, dgate

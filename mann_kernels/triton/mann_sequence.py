@@ -7,66 +7,133 @@ import triton
 import triton.language as tl
 
 from mann_kernels.ops.lrua_sequence import empty_saved
-from mann_kernels.triton._launch import RESTART_EVERY, acc_of, contiguous, launch, pointer
+from mann_kernels.triton._launch import RESTART_EVERY, acc_of, aligned, contiguous, launch, pointer
 from mann_kernels.triton._step import (
+    memory_in,
+    memory_out,
+    memory_zero,
+    step_backward,
+    step_forward,
+    usage_in,
+    usage_out,
+    weights_in,
+    weights_out,
+    weights_zero,
+)
+from mann_kernels.triton._tile import (
     copy,
     exp_minus_one,
     fill_zero,
+    length_of,
+    load_slots,
     log_of_one_plus,
     sigmoid,
-    step_backward,
-    step_forward,
+    store_rows,
+    store_slots,
+    take,
     tanh,
 )
 
-#: A tile [BJ,BK] of a weight matrix: 64 rows of 64 float32 are 32 registers for each of 128 threads.
-TILES = {"BJ": 64, "BK": 64}
+
+def tiles(hidden: int, recurrent: int) -> dict[str, int]:
+    """A tile [BJ,BK] of a weight matrix: 32 numbers for each of 512 threads, all on their way from the second-level cache at once,
+    beside 32 partial sums. At the paper's shape 1.3 MB of weights come by at every step; a multiprocessor takes some 64 bytes a
+    clock at a latency of some 600, so it wants about 40 KB on the way, and a tile is 64 KB."""
+    return {
+        "BJ": min(128, triton.next_power_of_2(4 * hidden)),
+        "BK": min(64, triton.next_power_of_2(recurrent)),
+    }
 
 
 @triton.jit
-def times_vector(weight_ptr, vector_ptr, o_j, rows, columns, ACC: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr):
+def load_weights(ptr, o_j, o_k, rows: tl.constexpr, columns: tl.constexpr, ACC: tl.constexpr):
+    """Rows o_j [BJ] and columns o_k [BK] of a matrix [rows, columns], padded with zeros."""
+    mask = (o_j < rows)[:, None] & (o_k < columns)[None, :]
+    return tl.load(ptr + o_j[:, None] * columns + o_k[None, :], mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def times_vector(
+    weight_ptr, vector_ptr, o_j, rows: tl.constexpr, columns: tl.constexpr,
+    ACC: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """Rows o_j [BJ] of weight [rows, columns] @ vector [columns]."""
-    out = tl.zeros([BJ], ACC)
-    for k0 in range(0, columns, BK):
+    partial = tl.zeros([BJ, BK], ACC)
+    for k0 in tl.range(0, columns, BK, disable_licm=True):
         o_k = k0 + tl.arange(0, BK)
-        mask = (o_j < rows)[:, None] & (o_k < columns)[None, :]
-        weight = tl.load(weight_ptr + o_j[:, None].to(tl.int64) * columns + o_k[None, :], mask=mask, other=0.0).to(ACC)
         vector = tl.load(vector_ptr + o_k, mask=o_k < columns, other=0.0).to(ACC)
-        out += tl.sum(weight * vector[None, :], axis=1)
-    return out
+        partial += load_weights(weight_ptr, o_j, o_k, rows, columns, ACC) * vector[None, :]
+    return tl.sum(partial, axis=1)
 
 
 @triton.jit
-def vector_times(weight_ptr, vector_ptr, o_k, rows, columns, ACC: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr):
+def vector_times(
+    weight_ptr, vector_ptr, o_k, rows: tl.constexpr, columns: tl.constexpr,
+    ACC: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """Columns o_k [BK] of vector [rows] @ weight [rows, columns]."""
-    out = tl.zeros([BK], ACC)
-    for j0 in range(0, rows, BJ):
+    partial = tl.zeros([BJ, BK], ACC)
+    for j0 in tl.range(0, rows, BJ, disable_licm=True):
         o_j = j0 + tl.arange(0, BJ)
-        mask = (o_j < rows)[:, None] & (o_k < columns)[None, :]
-        weight = tl.load(weight_ptr + o_j[:, None].to(tl.int64) * columns + o_k[None, :], mask=mask, other=0.0).to(ACC)
         vector = tl.load(vector_ptr + o_j, mask=o_j < rows, other=0.0).to(ACC)
-        out += tl.sum(weight * vector[:, None], axis=0)
-    return out
+        partial += load_weights(weight_ptr, o_j, o_k, rows, columns, ACC) * vector[:, None]
+    return tl.sum(partial, axis=0)
 
 
 @triton.jit
 def make_head(
-    weight_ptr, bias_ptr, h_ptr, head_ptr, P, H, R, W,
+    weight_ptr, bias_ptr, h_ptr, head_ptr, P: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     KEY_STRENGTH: tl.constexpr, SQUASH: tl.constexpr, ACC: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """head [P] = activations of weight [P,H] @ h [H] + bias: key, gate (still before its sigmoid), strength, add."""
-    for p0 in range(0, P, BJ):
+    """head [P] = activations of weight [P,H] @ h [H] + bias: key, gate (still before its sigmoid), strength, add.
+
+    The activations have a loop of their own: in the layout of the matrix each thread would hold eight numbers of them.
+    """
+    for p0 in tl.range(0, P, BJ, disable_licm=True):
         o_p = p0 + tl.arange(0, BJ)
-        head = times_vector(weight_ptr, h_ptr, o_p, P, H, ACC, BJ, BK)
+        tl.store(head_ptr + o_p, times_vector(weight_ptr, h_ptr, o_p, P, H, ACC, BJ, BK), mask=o_p < P)
+    tl.debug_barrier()
+    after_gate: tl.constexpr = R * W + R * (2 if KEY_STRENGTH else 1)
+    for p0 in tl.range(0, P, BJ, disable_licm=True):
+        o_p = p0 + tl.arange(0, BJ)
+        head = tl.load(head_ptr + o_p, mask=o_p < P, other=0.0)
         head += tl.load(bias_ptr + o_p, mask=o_p < P, other=0.0).to(ACC)
-        after_gate = R * W + R
         if KEY_STRENGTH:
             strength = tl.maximum(head, 0.0) + log_of_one_plus(tl.exp(-tl.abs(head)))
-            head = tl.where((o_p >= after_gate) & (o_p < after_gate + R), strength, head)
-            after_gate += R
+            head = tl.where((o_p >= R * W + R) & (o_p < after_gate), strength, head)
         if SQUASH:
             head = tl.where((o_p < R * W) | (o_p >= after_gate), tanh(head), head)
+        tl.debug_barrier()  # a block smaller than the program is held by several warps: none may read what another replaced
         tl.store(head_ptr + o_p, head, mask=o_p < P)
+    tl.debug_barrier()
+
+
+@triton.jit
+def lstm_forward(
+    gates_ptr,  # [4H] of ACC in: before, out: after the activations
+    cell_ptr, new_cell_ptr,  # [H] of ACC in, out
+    recurrent_ptr,  # [H] of ACC, h out
+    output_ptr,  # [H], h out
+    H: tl.constexpr, ACC: tl.constexpr, S: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Eq. 9 to 16, but for the matrix products."""
+    for i0 in tl.range(0, H, BK, disable_licm=True):
+        o_i = i0 + tl.arange(0, BK)
+        m_i = o_i < H
+        gate_in = sigmoid(tl.load(gates_ptr + o_i, mask=m_i, other=0.0))
+        gate_forget = sigmoid(tl.load(gates_ptr + H + o_i, mask=m_i, other=0.0))
+        candidate = tanh(tl.load(gates_ptr + 2 * H + o_i, mask=m_i, other=0.0))
+        gate_out = sigmoid(tl.load(gates_ptr + 3 * H + o_i, mask=m_i, other=0.0))
+        c = gate_forget * tl.load(cell_ptr + o_i, mask=m_i, other=0.0) + gate_in * candidate
+        h = (gate_out * tanh(c)).to(S)  # what is kept is what counts: backward starts from it
+        tl.debug_barrier()  # as in make_head
+        tl.store(gates_ptr + o_i, gate_in, mask=m_i)
+        tl.store(gates_ptr + H + o_i, gate_forget, mask=m_i)
+        tl.store(gates_ptr + 2 * H + o_i, candidate, mask=m_i)
+        tl.store(gates_ptr + 3 * H + o_i, gate_out, mask=m_i)
+        tl.store(new_cell_ptr + o_i, c, mask=m_i)
+        tl.store(recurrent_ptr + o_i, h.to(ACC), mask=m_i)
+        tl.store(output_ptr + o_i, h, mask=m_i)
     tl.debug_barrier()
 
 
@@ -81,108 +148,144 @@ def mann_sequence_fwd_kernel(
     gates_ptr,  # of ACC, out: [T,B,4H] with SAVE, else [B,4H]
     slots_ptr,  # int32 [T,B,R] out
     c_copies_ptr, copies_ptr, weight_copies_ptr,  # [copies,B,H], [copies,B,N,W], [copies,B,R,N] of ACC, out; with SAVE
-    work_ptr, work_c_ptr, head_ptr,  # [B,H+R*W], [B,H], [B,P] of ACC
-    work_memory_ptr, work_usage_ptr, work_weights_ptr,  # [B,N,W], [B,N], [2,B,R,N] of ACC
-    T, B, H, P, N, W, R, checkpoint_every, decay, eps,
+    work_ptr,  # [B,2,SCRATCH] of ACC: h and reads, c, head; steps take turns
+    work_memory_ptr, work_weights_ptr, work_usage_ptr,  # of ACC, where not in registers: [B,N,W], [2,B,R,N], [B,N]
+    T, B, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+    checkpoint_every, decay: tl.constexpr, eps: tl.constexpr,
     KEY_STRENGTH: tl.constexpr, HAS_ADD: tl.constexpr, SQUASH: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     SAVE: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr, ACC: tl.constexpr, S: tl.constexpr,
-    BJ: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+    SCRATCH: tl.constexpr,
+    BJ: tl.constexpr, BK: tl.constexpr, BU: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    o_r, o_w = tl.arange(0, BR), tl.arange(0, BW)
-    m_rw = (o_r < R)[:, None] & (o_w < W)[None, :]
-    words = o_r[:, None] * W + o_w[None, :]
-    length = T
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + i_b).to(tl.int32)
-    K = H + R * W
-    recurrent = work_ptr + i_b * K
-    cell = work_c_ptr + i_b * H
+    length = length_of(lengths_ptr + i_b, T, HAS_LENGTHS)
+    K: tl.constexpr = H + R * W
+    work = work_ptr + i_b * 2 * SCRATCH
     memory = work_memory_ptr + i_b * N * W
     usage = work_usage_ptr + i_b * N
-    head = head_ptr + i_b * P
-    copy(h_ptr + i_b * H, recurrent, H, ACC, BK)
-    copy(reads_ptr + i_b * R * W, recurrent + H, R * W, ACC, BK)
-    copy(c_ptr + i_b * H, cell, H, ACC, BK)
-    copy(memory_ptr + i_b * N * W, memory, N * W, ACC, 1024)
-    copy(usage_ptr + i_b * N, usage, N, ACC, BN)
-    copy(previous_ptr + i_b * R * N, work_weights_ptr + i_b * R * N, R * N, ACC, 1024)
+    cell_at: tl.constexpr = K  # in the scratch of a step
+    head_at: tl.constexpr = cell_at + H
+    gate_at: tl.constexpr = head_at + R * W
+    beta_at: tl.constexpr = gate_at + R
+    add_at: tl.constexpr = (beta_at + R if KEY_STRENGTH else beta_at) if HAS_ADD else head_at
+    copy(h_ptr + i_b * H, work, H, ACC, BK)
+    copy(reads_ptr + i_b * R * W, work + H, R * W, ACC, BK)
+    copy(c_ptr + i_b * H, work + cell_at, H, ACC, BK)
+    m = memory_in(memory_ptr + i_b * N * W, memory, N, W, ACC, BN, BW)
+    weights = weights_in(previous_ptr + i_b * R * N, work_weights_ptr + i_b * R * N, N, R, ACC, BN, BR)
+    u = usage_in(usage_ptr + i_b * N, usage, N, ACC, BU, BN)
     tl.debug_barrier()
-    for t in range(0, T):
+    for t in tl.range(0, length, disable_licm=True):
         row = t * B + i_b
-        now = tl.maximum(tl.minimum(t, length), 0)  # steps taken so far: the two weight buffers take turns
-        before = work_weights_ptr + ((now % 2) * B + i_b) * R * N
-        after = work_weights_ptr + (((now + 1) % 2) * B + i_b) * R * N
+        before = work + t % 2 * SCRATCH
+        after = work + (t + 1) % 2 * SCRATCH
         gates = gates_ptr + (row if SAVE else i_b) * 4 * H
-        if t < length:
-            for j0 in range(0, 4 * H, BJ):
-                o_j = j0 + tl.arange(0, BJ)
-                gate = times_vector(weight_hh_ptr, recurrent, o_j, 4 * H, K, ACC, BJ, BK)
-                gate += tl.load(gates_x_ptr + row * 4 * H + o_j, mask=o_j < 4 * H, other=0.0).to(ACC)
-                tl.store(gates + o_j, gate, mask=o_j < 4 * H)
-            tl.debug_barrier()
-            for i0 in range(0, H, BK):  # eq. 9 to 16
-                o_i = i0 + tl.arange(0, BK)
-                m_i = o_i < H
-                gate_in = sigmoid(tl.load(gates + o_i, mask=m_i, other=0.0))
-                gate_forget = sigmoid(tl.load(gates + H + o_i, mask=m_i, other=0.0))
-                candidate = tanh(tl.load(gates + 2 * H + o_i, mask=m_i, other=0.0))
-                gate_out = sigmoid(tl.load(gates + 3 * H + o_i, mask=m_i, other=0.0))
-                c = gate_forget * tl.load(cell + o_i, mask=m_i, other=0.0) + gate_in * candidate
-                h = (gate_out * tanh(c)).to(S)  # what is kept is what counts: backward starts from it
-                tl.store(gates + o_i, gate_in, mask=m_i)
-                tl.store(gates + H + o_i, gate_forget, mask=m_i)
-                tl.store(gates + 2 * H + o_i, candidate, mask=m_i)
-                tl.store(gates + 3 * H + o_i, gate_out, mask=m_i)
-                tl.store(cell + o_i, c, mask=m_i)
-                tl.store(recurrent + o_i, h.to(ACC), mask=m_i)
-                tl.store(output_ptr + row * K + o_i, h, mask=m_i)
-            tl.debug_barrier()
-            make_head(weight_head_ptr, bias_head_ptr, recurrent, head, P, H, R, W, KEY_STRENGTH, SQUASH, ACC, BJ, BK)
-            gate_at = head + R * W
-            beta_at = gate_at + R
-            add_at = (beta_at + R if KEY_STRENGTH else beta_at) if HAS_ADD else head
-            reads = step_forward(
-                memory, memory, usage, usage, before, after, after, head, add_at, gate_at, beta_at,
-                slots_ptr + row * R, memory,
-                N, W, R, decay, eps, True, KEY_STRENGTH, SHARED, ERASE_ALL, ACC, BN, BW, BR,
-            ).to(S)  # fmt: skip
-            tl.store(recurrent + H + words, reads.to(ACC), mask=m_rw)
-            tl.store(output_ptr + row * K + H + words, reads, mask=m_rw)
-            tl.debug_barrier()
-            now += 1
-        else:
-            fill_zero(output_ptr + row * K, K, ACC, BK)
-            fill_zero(slots_ptr + row * R, R, tl.int32, BR)
+        for j0 in tl.range(0, 4 * H, BJ, disable_licm=True):
+            o_j = j0 + tl.arange(0, BJ)
+            gate = times_vector(weight_hh_ptr, before, o_j, 4 * H, K, ACC, BJ, BK)
+            gate += tl.load(gates_x_ptr + row * 4 * H + o_j, mask=o_j < 4 * H, other=0.0).to(ACC)
+            tl.store(gates + o_j, gate, mask=o_j < 4 * H)
+        tl.debug_barrier()
+        lstm_forward(gates, before + cell_at, after + cell_at, after, output_ptr + row * K, H, ACC, S, BK)
+        make_head(
+            weight_head_ptr, bias_head_ptr, after, after + head_at, P, H, R, W, KEY_STRENGTH, SQUASH, ACC, BJ, BK
+        )  # fmt: skip
+        weights_before = work_weights_ptr + (t % 2 * B + i_b) * R * N
+        weights_after = work_weights_ptr + ((t + 1) % 2 * B + i_b) * R * N
+        m, weights, u, reads = step_forward(
+            m, weights, u, memory, memory, weights_before, weights_after, weights_after, usage, usage,
+            after + head_at, after + add_at, after + gate_at, after + beta_at, slots_ptr + row * R, memory,
+            N, W, R, decay, eps, True, KEY_STRENGTH, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
+        )  # fmt: skip
+        reads = reads.to(S)
+        store_rows(after + H, reads.to(ACC), R, W, BR, BW)
+        store_rows(output_ptr + row * K + H, reads, R, W, BR, BW)
+        tl.debug_barrier()
         if SAVE:  # noqa: SIM102  (one is decided when compiling, the other while running)
             if ((t + 1) % checkpoint_every == 0) & (t + 1 < T):
                 i_copy = (t // checkpoint_every) * B + i_b
-                copy(cell, c_copies_ptr + i_copy * H, H, ACC, BK)
-                copy(memory, copies_ptr + i_copy * N * W, N * W, ACC, 1024)
-                copy(
-                    work_weights_ptr + ((now % 2) * B + i_b) * R * N,
-                    weight_copies_ptr + i_copy * R * N,
-                    R * N,
-                    ACC,
-                    1024,
-                )
-                tl.debug_barrier()
-    last = tl.maximum(tl.minimum(T, length), 0)
-    copy(recurrent, h1_ptr + i_b * H, H, ACC, BK)
-    copy(recurrent + H, reads1_ptr + i_b * R * W, R * W, ACC, BK)
-    copy(cell, c1_ptr + i_b * H, H, ACC, BK)
-    copy(memory, memory1_ptr + i_b * N * W, N * W, ACC, 1024)
-    copy(usage, usage1_ptr + i_b * N, N, ACC, BN)
-    copy(work_weights_ptr + ((last % 2) * B + i_b) * R * N, weights1_ptr + i_b * R * N, R * N, ACC, 1024)
+                copy(after + cell_at, c_copies_ptr + i_copy * H, H, ACC, BK)
+                memory_out(m, memory, copies_ptr + i_copy * N * W, N, W, ACC, BN, BW)
+                weights_out(weights, weights_after, weight_copies_ptr + i_copy * R * N, N, R, ACC, BN, BR)
+    for t in tl.range(length, T, disable_licm=True):
+        row = t * B + i_b
+        fill_zero(output_ptr + row * K, K, ACC, BK)
+        fill_zero(slots_ptr + row * R, R, tl.int32, BR)
+    last = work + length % 2 * SCRATCH
+    copy(last, h1_ptr + i_b * H, H, ACC, BK)
+    copy(last + H, reads1_ptr + i_b * R * W, R * W, ACC, BK)
+    copy(last + cell_at, c1_ptr + i_b * H, H, ACC, BK)
+    memory_out(m, memory, memory1_ptr + i_b * N * W, N, W, ACC, BN, BW)
+    last_weights = work_weights_ptr + (length % 2 * B + i_b) * R * N
+    weights_out(weights, last_weights, weights1_ptr + i_b * R * N, N, R, ACC, BN, BR)
+    usage_out(u, usage, usage1_ptr + i_b * N, N, ACC, BU, BN)
 
 
 @triton.jit
-def take(grad_ptr, target_ptr, size, PRESENT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """A gradient that may be absent."""
-    if PRESENT:
-        copy(grad_ptr, target_ptr, size, ACC, BLOCK)
-    else:
-        fill_zero(target_ptr, size, ACC, BLOCK)
+def head_backward(
+    head_ptr,  # [P] of ACC, after the activations
+    work_ptr,  # [P] of ACC, in: the gradient after, out: before the activations
+    dhead_ptr,  # [P] out, the same
+    P: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    KEY_STRENGTH: tl.constexpr, SQUASH: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
+    after_gate: tl.constexpr = R * W + R * (2 if KEY_STRENGTH else 1)
+    for p0 in tl.range(0, P, BJ, disable_licm=True):
+        o_p = p0 + tl.arange(0, BJ)
+        value = tl.load(head_ptr + o_p, mask=o_p < P, other=0.0)
+        grad = tl.load(work_ptr + o_p, mask=o_p < P, other=0.0)
+        if KEY_STRENGTH:
+            is_beta = (o_p >= R * W + R) & (o_p < after_gate)
+            grad = tl.where(is_beta, -grad * exp_minus_one(-value), grad)
+        if SQUASH:
+            grad = tl.where((o_p < R * W) | (o_p >= after_gate), grad * (1.0 - value * value), grad)
+        tl.debug_barrier()  # as in make_head
+        tl.store(work_ptr + o_p, grad, mask=o_p < P)
+        tl.store(dhead_ptr + o_p, grad, mask=o_p < P)
+    tl.debug_barrier()
+
+
+@triton.jit
+def lstm_backward(
+    doutput_ptr, drecurrent_ptr,  # [H], [H] of ACC: h's gradient from outside and from the next step
+    weight_head_ptr, work_dhead_ptr,  # [P,H], [P] of ACC: and through the heads
+    gates_ptr, cell_ptr, next_cell_ptr,  # [4H], [H], [H] of ACC, as forward left them
+    dcell_ptr, new_dcell_ptr,  # [H] of ACC in, out
+    work_dh_ptr,  # [H] of ACC
+    work_dgates_ptr, dgates_ptr,  # [4H] of ACC, [4H] out: the gradient before the activations
+    P: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Backward of the heads' projection and of eq. 9 to 16, but for the recurrent product."""
+    for i0 in tl.range(0, H, BK, disable_licm=True):
+        o_i = i0 + tl.arange(0, BK)
+        dh = vector_times(weight_head_ptr, work_dhead_ptr, o_i, P, H, ACC, BJ, BK)
+        tl.store(work_dh_ptr + o_i, dh, mask=o_i < H)
+    tl.debug_barrier()
+    for i0 in tl.range(0, H, BK, disable_licm=True):
+        o_i = i0 + tl.arange(0, BK)
+        m_i = o_i < H
+        dh = tl.load(work_dh_ptr + o_i, mask=m_i, other=0.0) + tl.load(drecurrent_ptr + o_i, mask=m_i, other=0.0)
+        dh += tl.load(doutput_ptr + o_i, mask=m_i, other=0.0).to(ACC)
+        gate_in = tl.load(gates_ptr + o_i, mask=m_i, other=0.0)
+        gate_forget = tl.load(gates_ptr + H + o_i, mask=m_i, other=0.0)
+        candidate = tl.load(gates_ptr + 2 * H + o_i, mask=m_i, other=0.0)
+        gate_out = tl.load(gates_ptr + 3 * H + o_i, mask=m_i, other=0.0)
+        squashed = tanh(tl.load(next_cell_ptr + o_i, mask=m_i, other=0.0))
+        dc = tl.load(dcell_ptr + o_i, mask=m_i, other=0.0) + dh * gate_out * (1.0 - squashed * squashed)
+        din = dc * candidate * gate_in * (1.0 - gate_in)
+        dforget = dc * tl.load(cell_ptr + o_i, mask=m_i, other=0.0) * gate_forget * (1.0 - gate_forget)
+        dcandidate = dc * gate_in * (1.0 - candidate * candidate)
+        dout = dh * squashed * gate_out * (1.0 - gate_out)
+        tl.store(new_dcell_ptr + o_i, dc * gate_forget, mask=m_i)
+        tl.store(work_dgates_ptr + o_i, din, mask=m_i)
+        tl.store(dgates_ptr + o_i, din, mask=m_i)
+        tl.store(work_dgates_ptr + H + o_i, dforget, mask=m_i)
+        tl.store(dgates_ptr + H + o_i, dforget, mask=m_i)
+        tl.store(work_dgates_ptr + 2 * H + o_i, dcandidate, mask=m_i)
+        tl.store(dgates_ptr + 2 * H + o_i, dcandidate, mask=m_i)
+        tl.store(work_dgates_ptr + 3 * H + o_i, dout, mask=m_i)
+        tl.store(dgates_ptr + 3 * H + o_i, dout, mask=m_i)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -192,171 +295,142 @@ def mann_sequence_bwd_kernel(
     output_ptr, gates_ptr, slots_ptr, c_copies_ptr, copies_ptr, weight_copies_ptr,  # as forward
     dgates_ptr, dhead_ptr,  # [T,B,4H], [T,B,P] out, before the activations
     dh_ptr, dc_ptr, dreads_ptr, dmemory_ptr, dprevious_ptr,  # of the state before, out
-    work_ptr, work_dc_ptr, work_dgates_ptr, work_dhead_ptr,  # [B,H+R*W], [B,H], [B,4H], [B,P] of ACC
-    work_memory_ptr, work_dmemory_ptr, work_dweights_ptr,  # [B,N,W] twice, [2,B,R,N] of ACC
-    heads_ptr, cells_ptr,  # [segment,B,P], [segment+1,B,H] of ACC
-    weights_ptr, rows_ptr, restarts_ptr,  # [segment+1,B,R,N], [segment,B,R,W], [segment/RESTART,B,N,W] of ACC
-    T, B, H, P, N, W, R, checkpoint_every, eps,
+    work_ptr,  # [B,2,SCRATCH] of ACC, gradients: of h and reads, c, gates, head, h; steps take turns
+    work_memory_ptr, work_dmemory_ptr, work_dweights_ptr,  # of ACC, where not in registers: [B,N,W] twice, [2,B,R,N]
+    records_ptr,  # [segment+1,B,RECORD] of ACC, of each step: c and read weights before it, head, overwritten rows
+    restarts_ptr,  # [segment/RESTART,B,N,W] of ACC
+    T, B, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+    checkpoint_every, eps: tl.constexpr,
     HAS_DH: tl.constexpr, HAS_DC: tl.constexpr, HAS_DREADS: tl.constexpr, HAS_DMEMORY: tl.constexpr,
     HAS_DWEIGHTS: tl.constexpr, KEY_STRENGTH: tl.constexpr, HAS_ADD: tl.constexpr, SQUASH: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr, RESTART: tl.constexpr,
-    ACC: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr, RESTART: tl.constexpr, ACC: tl.constexpr,
+    SCRATCH: tl.constexpr, RECORD: tl.constexpr,
+    BJ: tl.constexpr, BK: tl.constexpr, BU: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """A segment of steps at a time, the last one first: the memory's steps are taken again, then undone."""
     i_b = tl.program_id(0).to(tl.int64)
-    o_r, o_w = tl.arange(0, BR), tl.arange(0, BW)
-    m_rw = (o_r < R)[:, None] & (o_w < W)[None, :]
-    words = o_r[:, None] * W + o_w[None, :]
-    length = T
-    if HAS_LENGTHS:
-        length = tl.minimum(tl.load(lengths_ptr + i_b).to(tl.int32), T)
-    K = H + R * W
-    i_heads = tl.full((), R * N, tl.int64) * B  # from one step's weights to the next
-    drecurrent = work_ptr + i_b * K
-    dcell = work_dc_ptr + i_b * H
-    dgates = work_dgates_ptr + i_b * 4 * H
-    dhead = work_dhead_ptr + i_b * P
+    length = length_of(lengths_ptr + i_b, T, HAS_LENGTHS)
+    K: tl.constexpr = H + R * W
+    work = work_ptr + i_b * 2 * SCRATCH
     memory = work_memory_ptr + i_b * N * W
     dmemory = work_dmemory_ptr + i_b * N * W
-    # the gradient of the read weights after step t stands in buffer t % 2
-    last = work_dweights_ptr + ((tl.maximum(length, 1) - 1) % 2 * B + i_b) * R * N
-    take(dh1_ptr + i_b * H, drecurrent, H, HAS_DH, ACC, BK)
-    take(dreads1_ptr + i_b * R * W, drecurrent + H, R * W, HAS_DREADS, ACC, BK)
-    take(dc1_ptr + i_b * H, dcell, H, HAS_DC, ACC, BK)
-    take(dmemory1_ptr + i_b * N * W, dmemory, N * W, HAS_DMEMORY, ACC, 1024)
-    take(dweights1_ptr + i_b * R * N, last, R * N, HAS_DWEIGHTS, ACC, 1024)
-    for t in range(tl.maximum(length, 0), T):
+    dcell_at: tl.constexpr = K  # in the scratch of a step
+    dgates_at: tl.constexpr = dcell_at + H
+    dhead_at: tl.constexpr = dgates_at + 4 * H
+    dh_at: tl.constexpr = dhead_at + P
+    weights_at: tl.constexpr = H  # in a record
+    head_at: tl.constexpr = weights_at + R * N
+    rows_at: tl.constexpr = head_at + P
+    gate_at: tl.constexpr = R * W
+    beta_at: tl.constexpr = gate_at + R
+    add_at: tl.constexpr = (beta_at + R if KEY_STRENGTH else beta_at) if HAS_ADD else 0
+    # the gradient of the state after step t stands in half t % 2
+    last = work + (length + 1) % 2 * SCRATCH
+    take(dh1_ptr + i_b * H, last, H, HAS_DH, ACC, BK)
+    take(dreads1_ptr + i_b * R * W, last + H, R * W, HAS_DREADS, ACC, BK)
+    take(dc1_ptr + i_b * H, last + dcell_at, H, HAS_DC, ACC, BK)
+    last_dweights = work_dweights_ptr + ((length + 1) % 2 * B + i_b) * R * N
+    if HAS_DWEIGHTS:
+        dw = weights_in(dweights1_ptr + i_b * R * N, last_dweights, N, R, ACC, BN, BR)
+    else:
+        dw = weights_zero(last_dweights, N, R, ACC, BN, BR)
+    if HAS_DMEMORY:
+        dm = memory_in(dmemory1_ptr + i_b * N * W, dmemory, N, W, ACC, BN, BW)
+    else:
+        dm = memory_zero(dmemory, N, W, ACC, BN, BW)
+    for t in tl.range(length, T, disable_licm=True):
         fill_zero(dgates_ptr + (t * B + i_b) * 4 * H, 4 * H, ACC, BK)
         fill_zero(dhead_ptr + (t * B + i_b) * P, P, ACC, BK)
-    gate_at = R * W
-    beta_at = gate_at + R
-    after_gate = beta_at + R if KEY_STRENGTH else beta_at
-    add_at = after_gate if HAS_ADD else 0
     segments = (length + checkpoint_every - 1) // checkpoint_every
-    for back in range(0, segments):
+    for back in tl.range(0, segments, disable_licm=True):
         start = (segments - 1 - back) * checkpoint_every
         steps = tl.minimum(start + checkpoint_every, length) - start
+        i_copy = (start // checkpoint_every - 1) * B + i_b
+        record = records_ptr + i_b * RECORD
         if start == 0:
-            copy(c_ptr + i_b * H, cells_ptr + i_b * H, H, ACC, BK)
-            copy(memory_ptr + i_b * N * W, memory, N * W, ACC, 1024)
-            copy(previous_ptr + i_b * R * N, weights_ptr + i_b * R * N, R * N, ACC, 1024)
+            copy(c_ptr + i_b * H, record, H, ACC, BK)
+            m = memory_in(memory_ptr + i_b * N * W, memory, N, W, ACC, BN, BW)
+            weights = weights_in(previous_ptr + i_b * R * N, record + weights_at, N, R, ACC, BN, BR)
         else:
-            i_copy = (start // checkpoint_every - 1) * B + i_b
-            copy(c_copies_ptr + i_copy * H, cells_ptr + i_b * H, H, ACC, BK)
-            copy(copies_ptr + i_copy * N * W, memory, N * W, ACC, 1024)
-            copy(weight_copies_ptr + i_copy * R * N, weights_ptr + i_b * R * N, R * N, ACC, 1024)
+            copy(c_copies_ptr + i_copy * H, record, H, ACC, BK)
+            m = memory_in(copies_ptr + i_copy * N * W, memory, N, W, ACC, BN, BW)
+            weights = weights_in(weight_copies_ptr + i_copy * R * N, record + weights_at, N, R, ACC, BN, BR)
         tl.debug_barrier()
-        for j in range(0, steps):
+        for j in tl.range(0, steps, disable_licm=True):
             row = (start + j) * B + i_b
+            record = records_ptr + (j * B + i_b) * RECORD
+            after = record + tl.full((), RECORD, tl.int64) * B
             gates = gates_ptr + row * 4 * H
-            cell = cells_ptr + (j * B + i_b) * H
-            for i0 in range(0, H, BK):
+            for i0 in tl.range(0, H, BK, disable_licm=True):
                 o_i = i0 + tl.arange(0, BK)
                 m_i = o_i < H
-                c = tl.load(gates + H + o_i, mask=m_i, other=0.0) * tl.load(cell + o_i, mask=m_i, other=0.0)
+                c = tl.load(gates + H + o_i, mask=m_i, other=0.0) * tl.load(record + o_i, mask=m_i, other=0.0)
                 c += tl.load(gates + o_i, mask=m_i, other=0.0) * tl.load(gates + 2 * H + o_i, mask=m_i, other=0.0)
-                tl.store(cell + B * H + o_i, c, mask=m_i)
-            head = heads_ptr + (j * B + i_b) * P
+                tl.store(after + o_i, c, mask=m_i)
+            head = record + head_at
             make_head(
-                weight_head_ptr,
-                bias_head_ptr,
-                output_ptr + row * K,
-                head,
-                P,
-                H,
-                R,
-                W,
-                KEY_STRENGTH,
-                SQUASH,
-                ACC,
-                BJ,
-                BK,
-            )
-            before = weights_ptr + (j * B + i_b) * R * N
-            step_forward(
-                memory, memory, head, head, before, before + i_heads, before + i_heads,
-                head, head + add_at, head + gate_at, head + beta_at, slots_ptr + row * R,
-                rows_ptr + (j * B + i_b) * R * W,
-                N, W, R, 0.0, eps, False, KEY_STRENGTH, SHARED, ERASE_ALL, ACC, BN, BW, BR,
+                weight_head_ptr, bias_head_ptr, output_ptr + row * K, head,
+                P, H, R, W, KEY_STRENGTH, SQUASH, ACC, BJ, BK,
+            )  # fmt: skip
+            if N <= BN:
+                store_slots(record + weights_at, weights, tl.arange(0, BN), N, R, BR)
+            m, weights, _, _ = step_forward(
+                m, weights, weights, memory, memory, record + weights_at, after + weights_at, after + weights_at,
+                head, head, head, head + add_at, head + gate_at, head + beta_at, slots_ptr + row * R, record + rows_at,
+                N, W, R, 0.0, eps, False, KEY_STRENGTH, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
             )  # fmt: skip
             if (j + 1) % RESTART == 0:
-                copy(memory, restarts_ptr + (j // RESTART * B + i_b) * N * W, N * W, ACC, 1024)
-                tl.debug_barrier()
-        for i in range(0, steps):
+                memory_out(m, memory, restarts_ptr + (j // RESTART * B + i_b) * N * W, N, W, ACC, BN, BW)
+        tl.debug_barrier()
+        for i in tl.range(0, steps, disable_licm=True):
             j = steps - 1 - i
             t = start + j
             row = t * B + i_b
+            record = records_ptr + (j * B + i_b) * RECORD
+            after = record + tl.full((), RECORD, tl.int64) * B
             if (j + 1) % RESTART == 0:
-                copy(restarts_ptr + (j // RESTART * B + i_b) * N * W, memory, N * W, ACC, 1024)
-                tl.debug_barrier()
-            head = heads_ptr + (j * B + i_b) * P
-            before = weights_ptr + (j * B + i_b) * R * N
-            dreads = tl.load(drecurrent + H + words, mask=m_rw, other=0.0)
-            dreads += tl.load(doutput_ptr + row * K + H + words, mask=m_rw, other=0.0).to(ACC)
-            step_backward(
-                memory, dmemory,
+                m = memory_in(restarts_ptr + (j // RESTART * B + i_b) * N * W, memory, N, W, ACC, BN, BW)
+            here = work + t % 2 * SCRATCH
+            there = work + (t + 1) % 2 * SCRATCH
+            for i0 in tl.range(0, R * W, BK, disable_licm=True):
+                o_i = i0 + tl.arange(0, BK)
+                dreads = tl.load(here + H + o_i, mask=o_i < R * W, other=0.0)
+                dreads += tl.load(doutput_ptr + row * K + H + o_i, mask=o_i < R * W, other=0.0).to(ACC)
+                tl.debug_barrier()  # as in make_head
+                tl.store(here + H + o_i, dreads, mask=o_i < R * W)
+            tl.debug_barrier()
+            head = record + head_at
+            dhead = here + dhead_at
+            if N <= BN:
+                previous = load_slots(record + weights_at, tl.arange(0, BN), N, R, ACC, BR)
+            else:
+                previous = weights
+            m, dm, dw = step_backward(
+                m, dm, weights, dw, previous, memory, dmemory, after + weights_at, record + weights_at,
                 work_dweights_ptr + (t % 2 * B + i_b) * R * N, work_dweights_ptr + ((t + 1) % 2 * B + i_b) * R * N,
-                dreads, before + i_heads, before, head, head + add_at, head + gate_at, head + beta_at,
-                slots_ptr + row * R, rows_ptr + (j * B + i_b) * R * W,
+                here + H, head, head + add_at, head + gate_at, head + beta_at, slots_ptr + row * R, record + rows_at,
                 dhead, dhead + add_at, dhead + gate_at, dhead + beta_at,
                 N, W, R, eps, KEY_STRENGTH, HAS_ADD, SHARED, ERASE_ALL, ACC, BN, BW, BR,
             )  # fmt: skip
-            for p0 in range(0, P, BK):  # before the activations
-                o_p = p0 + tl.arange(0, BK)
-                value = tl.load(head + o_p, mask=o_p < P, other=0.0)
-                grad = tl.load(dhead + o_p, mask=o_p < P, other=0.0)
-                if KEY_STRENGTH:
-                    is_beta = (o_p >= beta_at) & (o_p < after_gate)
-                    grad = tl.where(is_beta, -grad * exp_minus_one(-value), grad)
-                if SQUASH:
-                    grad = tl.where((o_p < gate_at) | (o_p >= after_gate), grad * (1.0 - value * value), grad)
-                tl.store(dhead + o_p, grad, mask=o_p < P)
-                tl.store(dhead_ptr + row * P + o_p, grad, mask=o_p < P)
-            tl.debug_barrier()
-            gates = gates_ptr + row * 4 * H
-            cell = cells_ptr + (j * B + i_b) * H
-            for i0 in range(0, H, BK):  # through the heads and eq. 9 to 16
-                o_i = i0 + tl.arange(0, BK)
-                m_i = o_i < H
-                dh = vector_times(weight_head_ptr, dhead, o_i, P, H, ACC, BJ, BK)
-                dh += tl.load(drecurrent + o_i, mask=m_i, other=0.0)
-                dh += tl.load(doutput_ptr + row * K + o_i, mask=m_i, other=0.0).to(ACC)
-                gate_in = tl.load(gates + o_i, mask=m_i, other=0.0)
-                gate_forget = tl.load(gates + H + o_i, mask=m_i, other=0.0)
-                candidate = tl.load(gates + 2 * H + o_i, mask=m_i, other=0.0)
-                gate_out = tl.load(gates + 3 * H + o_i, mask=m_i, other=0.0)
-                squashed = tanh(tl.load(cell + B * H + o_i, mask=m_i, other=0.0))
-                dc = tl.load(dcell + o_i, mask=m_i, other=0.0) + dh * gate_out * (1.0 - squashed * squashed)
-                din = dc * candidate * gate_in * (1.0 - gate_in)
-                dforget = dc * tl.load(cell + o_i, mask=m_i, other=0.0) * gate_forget * (1.0 - gate_forget)
-                dcandidate = dc * gate_in * (1.0 - candidate * candidate)
-                dout = dh * squashed * gate_out * (1.0 - gate_out)
-                tl.store(dcell + o_i, dc * gate_forget, mask=m_i)
-                target = dgates_ptr + row * 4 * H
-                tl.store(dgates + o_i, din, mask=m_i)
-                tl.store(target + o_i, din, mask=m_i)
-                tl.store(dgates + H + o_i, dforget, mask=m_i)
-                tl.store(target + H + o_i, dforget, mask=m_i)
-                tl.store(dgates + 2 * H + o_i, dcandidate, mask=m_i)
-                tl.store(target + 2 * H + o_i, dcandidate, mask=m_i)
-                tl.store(dgates + 3 * H + o_i, dout, mask=m_i)
-                tl.store(target + 3 * H + o_i, dout, mask=m_i)
-            tl.debug_barrier()
-            for k0 in range(0, K, BK):
+            weights = previous
+            head_backward(head, dhead, dhead_ptr + row * P, P, R, W, KEY_STRENGTH, SQUASH, BJ)
+            lstm_backward(
+                doutput_ptr + row * K, here, weight_head_ptr, dhead,
+                gates_ptr + row * 4 * H, record, after, here + dcell_at, there + dcell_at,
+                here + dh_at, here + dgates_at, dgates_ptr + row * 4 * H, P, H, ACC, BJ, BK,
+            )  # fmt: skip
+            for k0 in tl.range(0, K, BK, disable_licm=True):
                 o_k = k0 + tl.arange(0, BK)
-                tl.store(
-                    drecurrent + o_k, vector_times(weight_hh_ptr, dgates, o_k, 4 * H, K, ACC, BJ, BK), mask=o_k < K
-                )
+                grad = vector_times(weight_hh_ptr, here + dgates_at, o_k, 4 * H, K, ACC, BJ, BK)
+                tl.store(there + o_k, grad, mask=o_k < K)
             tl.debug_barrier()
     tl.debug_barrier()
-    first = last
-    if length > 0:
-        first = work_dweights_ptr + (B + i_b) * R * N
-    copy(drecurrent, dh_ptr + i_b * H, H, ACC, BK)
-    copy(drecurrent + H, dreads_ptr + i_b * R * W, R * W, ACC, BK)
-    copy(dcell, dc_ptr + i_b * H, H, ACC, BK)
-    copy(dmemory, dmemory_ptr + i_b * N * W, N * W, ACC, 1024)
-    copy(first, dprevious_ptr + i_b * R * N, R * N, ACC, 1024)
+    first = work + SCRATCH  # before step 0
+    copy(first, dh_ptr + i_b * H, H, ACC, BK)
+    copy(first + H, dreads_ptr + i_b * R * W, R * W, ACC, BK)
+    copy(first + dcell_at, dc_ptr + i_b * H, H, ACC, BK)
+    memory_out(dm, dmemory, dmemory_ptr + i_b * N * W, N, W, ACC, BN, BW)
+    weights_out(dw, work_dweights_ptr + (B + i_b) * R * N, dprevious_ptr + i_b * R * N, N, R, ACC, BN, BR)
 
 
 def forward(
@@ -365,28 +439,29 @@ def forward(
 ):  # fmt: skip
     """The operator mann_sequence: same arguments and results as its schema."""
     (time, batch), (_, slots, width), heads = gates_x.shape[:2], memory.shape, reads.shape[1]
-    hidden, size = h.shape[1], weight_head.shape[0]
+    hidden, size, recurrent = h.shape[1], weight_head.shape[0], weight_hh.shape[1]
     gates_x, weight_hh, weight_head, bias_head, lengths = contiguous(
         gates_x, weight_hh, weight_head, bias_head, lengths
     )
     state = contiguous(h, c, reads, memory, usage, read_weights)
     acc = acc_of(memory.dtype)
     work = functools.partial(torch.empty, dtype=acc.torch, device=memory.device)
-    output = memory.new_empty(time, batch, weight_hh.shape[1])
+    output = memory.new_empty(time, batch, recurrent)
     state1 = tuple(torch.empty_like(tensor) for tensor in state)
     least_used, copies, weight_copies = empty_saved(memory, time, heads, checkpoint_every, save)
     gates = work(time, batch, 4 * hidden) if save else work(batch, 4 * hidden)
     c_copies = work(*((copies.shape[0], batch, hidden) if save else (0,)))
     slots_out = least_used if save else torch.empty(time, batch, heads, dtype=torch.int32, device=memory.device)
+    options = launch(mann_sequence_fwd_kernel, slots, width, heads, memory.dtype) | tiles(hidden, recurrent)
+    scratch, tiled = aligned(recurrent + hidden + size), int(slots > options["BN"])
     if batch:
         mann_sequence_fwd_kernel[(batch,)](
             gates_x, weight_hh, weight_head, bias_head, *state, pointer(lengths, memory), output, *state1,
-            gates, slots_out, c_copies, copies, weight_copies,
-            work(batch, weight_hh.shape[1]), work(batch, hidden), work(batch, size),
-            work(batch, slots, width), work(batch, slots), work(2, batch, heads, slots),
+            gates, slots_out, c_copies, copies, weight_copies, work(batch, 2, scratch),
+            work(tiled * batch, slots, width), work(2, tiled * batch, heads, slots), work(tiled * batch, slots),
             time, batch, hidden, size, slots, width, heads, checkpoint_every, decay, eps,
             key_strength, write_add, squash, lengths is not None, save, shared, erase_all, acc.triton,
-            getattr(tl, str(memory.dtype).removeprefix("torch.")), **TILES, **launch(slots, width, heads),
+            getattr(tl, str(memory.dtype).removeprefix("torch.")), scratch, **options,
         )  # fmt: skip
     return output, *state1, gates if save else work(0), least_used, c_copies, copies, weight_copies
 
@@ -407,18 +482,19 @@ def backward(
     dgates, dhead = memory.new_empty(time, batch, 4 * hidden), memory.new_empty(time, batch, size)
     dh, dc, dreads = torch.empty_like(c), torch.empty_like(c), c.new_empty(batch, heads, width)
     dmemory, dread_weights = torch.empty_like(inputs[4]), torch.empty_like(inputs[5])
+    options = launch(mann_sequence_bwd_kernel, slots, width, heads, memory.dtype) | tiles(hidden, recurrent)
+    scratch, tiled = aligned(recurrent + 6 * hidden + size), int(slots > options["BN"])
+    record = aligned(hidden + heads * slots + size + heads * width)
     if batch:
         mann_sequence_bwd_kernel[(batch,)](
             doutput, *(pointer(grad, memory) for grad in grads1), *inputs, pointer(lengths, memory),
             output, gates, least_used, c_copies, copies, weight_copies,
             dgates, dhead, dh, dc, dreads, dmemory, dread_weights,
-            work(batch, recurrent), work(batch, hidden), work(batch, 4 * hidden), work(batch, size),
-            work(batch, slots, width), work(batch, slots, width), work(2, batch, heads, slots),
-            work(segment, batch, size), work(segment + 1, batch, hidden),
-            work(segment + 1, batch, heads, slots), work(segment, batch, heads, width),
+            work(batch, 2, scratch), work(tiled * batch, slots, width), work(tiled * batch, slots, width),
+            work(2, tiled * batch, heads, slots), work(segment + 1, batch, record),
             work(segment // RESTART_EVERY, batch, slots, width),
             time, batch, hidden, size, slots, width, heads, checkpoint_every, eps,
             *(grad is not None for grad in grads1), key_strength, write_add, squash, lengths is not None,
-            shared, erase_all, RESTART_EVERY, acc.triton, **TILES, **launch(slots, width, heads),
+            shared, erase_all, RESTART_EVERY, acc.triton, scratch, record, **options,
         )  # fmt: skip
     return dgates, dhead, dh, dc, dreads, dmemory, dread_weights

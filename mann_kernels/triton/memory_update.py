@@ -5,54 +5,56 @@ import triton
 import triton.language as tl
 
 from mann_kernels.triton._launch import acc_of, contiguous, launch
-from mann_kernels.triton._step import erased_slots, exact_dot, load_rows, store_rows
+from mann_kernels.triton._step import erase_and_write, erased_slots
+from mann_kernels.triton._tile import (
+    load_slots,
+    load_tile,
+    rows_by_tile,
+    slots_by_tile,
+    store_rows,
+    store_slots,
+    store_tile,
+)
 
 
 @triton.jit
 def memory_update_fwd_kernel(
     memory_ptr, write_ptr, add_ptr, slots_ptr,  # [B,N,W], [B,R,N], [B,R,W], int32 [B,R]
     new_memory_ptr,  # [B,N,W] out
-    N, W, R,
+    N: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
     ERASE_ALL: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    o_r, o_w = tl.arange(0, BR), tl.arange(0, BW)
+    o_r = tl.arange(0, BR)
     slots = tl.load(slots_ptr + i_b * R + o_r, mask=o_r < R, other=-1)
-    add = load_rows(add_ptr + i_b * R * W, R, W, ACC, BR, BW)
     for n0 in range(0, N, BN):
         o_n = n0 + tl.arange(0, BN)
-        at = i_b * R * N + o_r[:, None].to(tl.int64) * N + o_n[None, :]
-        write = tl.load(write_ptr + at, mask=(o_r < R)[:, None] & (o_n < N)[None, :], other=0.0).to(ACC)
-        tile = i_b * N * W + o_n[:, None].to(tl.int64) * W + o_w[None, :]
-        m_nw = (o_n < N)[:, None] & (o_w < W)[None, :]
-        m = tl.load(memory_ptr + tile, mask=m_nw, other=0.0).to(ACC)
-        m = tl.where(erased_slots(slots, o_n, ERASE_ALL, BR)[:, None], 0.0, m)
-        tl.store(new_memory_ptr + tile, m + exact_dot(tl.trans(write), add, ACC), mask=m_nw)  # eq. 8
+        tile = load_tile(memory_ptr + i_b * N * W, o_n, N, W, ACC, BW)
+        write = load_slots(write_ptr + i_b * R * N, o_n, N, R, ACC, BR)
+        tile = erase_and_write(tile, write, slots, o_n, add_ptr + i_b * R * W, ERASE_ALL, W, R, ACC, BW, BR)
+        store_tile(new_memory_ptr + i_b * N * W, tile, o_n, N, W, BW)
 
 
 @triton.jit
 def memory_update_bwd_kernel(
     dmemory_ptr, write_ptr, add_ptr, slots_ptr,  # [B,N,W], [B,R,N], [B,R,W], int32 [B,R]
     dmemory0_ptr, dwrite_ptr, dadd_ptr,  # out
-    N, W, R,
+    N: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
     ERASE_ALL: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    o_r, o_w = tl.arange(0, BR), tl.arange(0, BW)
+    o_r = tl.arange(0, BR)
     slots = tl.load(slots_ptr + i_b * R + o_r, mask=o_r < R, other=-1)
-    add = load_rows(add_ptr + i_b * R * W, R, W, ACC, BR, BW)
     dadd = tl.zeros([BR, BW], ACC)
     for n0 in range(0, N, BN):
         o_n = n0 + tl.arange(0, BN)
-        at = i_b * R * N + o_r[:, None].to(tl.int64) * N + o_n[None, :]
-        m_rn = (o_r < R)[:, None] & (o_n < N)[None, :]
-        write = tl.load(write_ptr + at, mask=m_rn, other=0.0).to(ACC)
-        tile = i_b * N * W + o_n[:, None].to(tl.int64) * W + o_w[None, :]
-        m_nw = (o_n < N)[:, None] & (o_w < W)[None, :]
-        dm = tl.load(dmemory_ptr + tile, mask=m_nw, other=0.0).to(ACC)
-        tl.store(dwrite_ptr + at, exact_dot(add, tl.trans(dm), ACC), mask=m_rn)
-        dadd += exact_dot(write, dm, ACC)
-        tl.store(dmemory0_ptr + tile, tl.where(erased_slots(slots, o_n, ERASE_ALL, BR)[:, None], 0.0, dm), mask=m_nw)
+        dm = load_tile(dmemory_ptr + i_b * N * W, o_n, N, W, ACC, BW)
+        write = load_slots(write_ptr + i_b * R * N, o_n, N, R, ACC, BR)
+        dwrite = rows_by_tile(add_ptr + i_b * R * W, dm, W, R, ACC, BN, BW, BR)
+        store_slots(dwrite_ptr + i_b * R * N, dwrite, o_n, N, R, BR)
+        dadd += slots_by_tile(write, dm, R, ACC, BW, BR)
+        dm = tl.where(erased_slots(slots, o_n, ERASE_ALL, BR)[:, None], 0.0, dm)
+        store_tile(dmemory0_ptr + i_b * N * W, dm, o_n, N, W, BW)
     store_rows(dadd_ptr + i_b * R * W, dadd, R, W, BR, BW)
 
 
@@ -64,7 +66,7 @@ def forward(memory, write_weights, add, least_used, erase_all):
     if batch:
         memory_update_fwd_kernel[(batch,)](
             memory, write_weights, add, least_used, new_memory, slots, width, heads,
-            erase_all, acc_of(memory.dtype).triton, **launch(slots, width, heads),
+            erase_all, acc_of(memory.dtype).triton, **launch(memory_update_fwd_kernel, slots, width, heads, memory.dtype),
         )  # fmt: skip
     return new_memory
 
@@ -77,6 +79,6 @@ def backward(dmemory, write_weights, add, least_used, erase_all):
     if batch:
         memory_update_bwd_kernel[(batch,)](
             dmemory, write_weights, add, least_used, dmemory0, dwrite_weights, dadd, slots, width, heads,
-            erase_all, acc_of(dmemory.dtype).triton, **launch(slots, width, heads),
+            erase_all, acc_of(dmemory.dtype).triton, **launch(memory_update_bwd_kernel, slots, width, heads, dmemory.dtype),
         )  # fmt: skip
     return dmemory0, dwrite_weights, dadd

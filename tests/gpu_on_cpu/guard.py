@@ -33,13 +33,12 @@ class _Span:
         self.reader = np.full(self.count, NOBODY)
         self.written_at = np.full(self.count, -1)  # number of the stretch between two barriers
         self.read_at = np.full(self.count, -1)
-        self.read_shape = np.full(self.count, -1)  # of the block that read it last
 
 
 class MemoryGuard:
     def __init__(self):
         self.loaded, self.stored, self.launches = Counter(), Counter(), 0
-        self._spans, self._stretch, self._shapes = [], 0, {}
+        self._spans, self._stretch = [], 0
 
     def __enter__(self):
         builder, guard = interpreter.interpreter_builder, self
@@ -109,7 +108,7 @@ class MemoryGuard:
         raise GuardError(f"{what}: program {self._program()}, {span.name}[{element}]")
 
     def _read(self, pointers, mask):
-        program, shape = self._program(), self._shapes.setdefault(pointers.data.shape, len(self._shapes))
+        program = self._program()
         for span, at in self._elements("read", pointers, mask):
             self.loaded[span.name] += at.size * span.size
             foreign = (span.writer[at] != NOBODY) & (span.writer[at] != program)
@@ -120,10 +119,10 @@ class MemoryGuard:
                 self._fail("no barrier between a write and a read", span, at[fresh][0])
             seen = span.reader[at]
             span.reader[at] = np.where((seen == NOBODY) | (seen == program), program, MANY)
-            span.read_at[at], span.read_shape[at] = self._stretch, shape
+            span.read_at[at] = self._stretch
 
     def _write(self, pointers, mask):
-        program, shape = self._program(), self._shapes.setdefault(pointers.data.shape, len(self._shapes))
+        program = self._program()
         for span, at in self._elements("write", pointers, mask):
             self.stored[span.name] += at.size * span.size
             if np.unique(at).size != at.size:
@@ -137,8 +136,8 @@ class MemoryGuard:
             twice = (span.writer[at] == program) & (span.written_at[at] == self._stretch)
             if twice.any():
                 self._fail("no barrier between two writes", span, at[twice][0])
-            # A block that reads and writes back in one shape does so thread by thread; in another shape it does not.
-            early = (span.reader[at] == program) & (span.read_at[at] == self._stretch) & (span.read_shape[at] != shape)
+            # Also where a block reads and writes back in one shape: if it is smaller than the program, several warps hold it.
+            early = (span.reader[at] == program) & (span.read_at[at] == self._stretch)
             if early.any():
                 self._fail("no barrier between a read and a write", span, at[early][0])
             span.writer[at], span.written_at[at] = program, self._stretch

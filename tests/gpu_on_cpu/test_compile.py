@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from mann_kernels import _backend
 
@@ -30,7 +31,7 @@ BUDGETS = Path(__file__).with_name("budgets.json")
 #: Bytes of shared memory that one program may have (NVIDIA: the opt-in limit of the compute capability; AMD: LDS).
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 IN_MAKE_TEST = ("sm_90", "gfx942")
-SLOTS, WIDTH, HEADS = 128, 40, 4
+SLOTS, WIDTH, HEADS, HIDDEN = 128, 40, 4, 200
 
 
 def target_of(name):
@@ -42,26 +43,27 @@ def kernels_of(stem, package="mann_kernels.triton"):
     return {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
 
 
-def source_of(kernel, dtype):
-    """The kernel with every option on, at the paper's shape, for storage type `dtype`."""
-    from mann_kernels.triton._launch import RESTART_EVERY, launch
-    from mann_kernels.triton.mann_sequence import TILES
+def source_of(kernel, dtype, target):
+    """The kernel with every option on, at the paper's shape, for storage type `dtype`; and options for the compiler."""
+    from mann_kernels.triton._launch import OPTIONS, RESTART_EVERY, sizes
+    from mann_kernels.triton.mann_sequence import tiles
 
-    sizes = {
-        **launch(SLOTS, WIDTH, HEADS),
-        **TILES,
-        "ACC": tl.float32,
-        "S": getattr(tl, dtype),
-        "RESTART": RESTART_EVERY,
+    found = sizes(SLOTS, WIDTH, HEADS, getattr(torch, dtype), target.warp_size)
+    options = {name: found.pop(name) for name in OPTIONS if name in found}
+    words = HEADS * WIDTH
+    values = {
+        **found,
+        **tiles(HIDDEN, HIDDEN + words),
+        **{"N": SLOTS, "W": WIDTH, "R": HEADS, "H": HIDDEN, "P": 2 * words + 2 * HEADS, "decay": 0.99, "eps": 1e-6},
+        **{"ACC": tl.float32, "S": getattr(tl, dtype), "RESTART": RESTART_EVERY},
+        **{"SCRATCH": 2048, "RECORD": 2048},
     }
-    working = ("x_ptr", "heads_ptr", "cells_ptr", "rows_ptr", "restarts_ptr", "gates_ptr", "head_ptr", "weights_ptr")
+    working = ("x_ptr", "records_ptr", "restarts_ptr", "gates_ptr")
     signature, constants = {}, {}
     for parameter in kernel.params:
         name = parameter.name
         if parameter.is_constexpr:
-            signature[name], constants[name] = "constexpr", sizes.get(name, True)
-        elif name in ("eps", "decay"):
-            signature[name] = "fp32"
+            signature[name], constants[name] = "constexpr", values.get(name, True)
         elif not name.endswith("_ptr"):
             signature[name] = "i32"
         elif name == "slots_ptr":
@@ -72,7 +74,8 @@ def source_of(kernel, dtype):
             short = {"float32": "*fp32", "bfloat16": "*bf16"}
             of_acc = name in working or name.startswith("work") or name.endswith("copies_ptr")
             signature[name] = "*fp32" if of_acc else short[dtype]
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params) if p.name.endswith("_ptr")}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned), options
 
 
 def resources_of(compiled, folder):
@@ -100,8 +103,8 @@ def test_compiles_and_fits(stem, target, request, tmp_path):
     assert len(found) == (1 if stem == "lrua_step" else 2)  # the step's backward is that of a sequence
     for name, kernel in found.items():
         for dtype in ("float32", "bfloat16") if everything else ("float32",):
-            warps = {"num_warps": 8}
-            compiled = triton.compile(source_of(kernel, dtype), target=target_of(target), options=warps)
+            source, options = source_of(kernel, dtype, target_of(target))
+            compiled = triton.compile(source, target=target_of(target), options=options)
             assert compiled.metadata.shared <= SHARED_MEMORY[target], name
             label, found = f"{name}[{dtype}]", resources_of(compiled, tmp_path)
             if request.config.getoption("--write-budgets"):
