@@ -15,7 +15,7 @@ ROUNDINGS = ("rn", "rz", "rm", "rp")
 FLOAT_OPERATIONS = {
     **dict.fromkeys(("add", "sub", "mul"), (2, ROUNDINGS)),
     **dict.fromkeys(("fma", "mad"), (3, ROUNDINGS)),
-    **dict.fromkeys(("min", "max"), (2, ("NaN",))),
+    **dict.fromkeys(("min", "max"), (2, ("NaN", "xorsign", "abs"))),
     **dict.fromkeys(("sqrt", "rcp"), (1, ("rn", "approx"))),
     **dict.fromkeys(("rsqrt", "ex2", "lg2", "sin", "cos", "tanh"), (1, ("approx",))),
     **dict.fromkeys(("neg", "abs"), (1, ())),
@@ -58,7 +58,12 @@ def float_function(opcode, flags, kind, worst):
         return of_sign(opcode, kind)
     elif opcode in ("min", "max"):
         choose = partial(numbers.minimum, kind=kind, largest=opcode == "max", keep_nan="NaN" in flags)
-        return lambda *sources: reduce(choose, sources)
+        if kind == "f32" and {"xorsign", "abs"} <= flags:  # of the sizes, with the sign of the product
+            return lambda a, b: np.copysign(
+                choose(np.abs(a), np.abs(b)), np.copysign(np.float32(1), a) * np.copysign(np.float32(1), b)
+            )
+        if not flags & {"xorsign", "abs"}:
+            return lambda *sources: reduce(choose, sources)
     elif opcode == "copysign":
         return lambda sign, size: np.copysign(size, sign)
     elif opcode in ROUNDED and kind in ("f32", "f64") and mode == "rn":

@@ -71,7 +71,7 @@ class Machine:
     `worst` gives approximate instructions the largest error that the PTX manual allows, instead of none.
     """
 
-    def __init__(self, kernel, grid, threads, shared, arguments, worst=True):
+    def __init__(self, kernel, grid, threads, shared, arguments, worst=False):
         if threads % 32 or not 0 < threads <= 1024 or kernel.threads not in (None, threads):
             raise PTXError(f"got {threads} threads, want whole warps, {kernel.threads or 'at most 1024'}")
         self.kernel, self.grid, self.threads, self.worst = kernel, tuple(grid), threads, worst

@@ -261,7 +261,7 @@ class SharedMemory:
         there = self.views[values.itemsize][at]
         differs = (there != values).any(axis=1) & among
         if differs.any():
-            if not alike(there[differs], values[differs]).all():
+            if not alike(there[differs], values[differs], values).all():
                 byte = int(at[differs][0, 0]) * values.itemsize % self.pitch
                 raise instruction.error(f"race: two threads store different values to shared byte {byte}")
             self.stats.unlike_stores += int(differs.sum())
@@ -289,13 +289,23 @@ class SharedMemory:
             self.stats.conflicts_at[instruction.source] += most - ideal
 
 
-def alike(a, b):
-    """Whether bits are equal, or those of floats that differ in the last six: Triton's sums may differ so from thread to thread."""
-    if a.itemsize < 4:
+def alike(a, b, stored):
+    """Whether bits are equal, or floats apart by what rounding explains, beside the largest number that was `stored` with them.
+
+    Triton has several threads compute and store the same sum, each in its own order, and keeps whichever comes last.
+    """
+    if a.itemsize == 1:
         return a == b
-    signed, exponent = (np.int32, 0x7F800000) if a.itemsize == 4 else (np.int64, 0x7FF << 52)
-    apart = np.abs(a.view(signed).astype(np.float64) - b.view(signed))
-    return (a == b) | ((apart < 64) & ((a & exponent) != 0))  # small integers have no exponent
+    if a.itemsize == 2:  # float16 or bfloat16
+        return (np.abs(a.view(np.int16).astype(np.int32) - b.view(np.int16)) <= 1) & ((a & 0x7C00) != 0)
+    kind, exponent, units = (
+        (np.float32, 0x7F800000, 2.0**-17) if a.itemsize == 4 else (np.float64, 0x7FF << 52, 2.0**-46)
+    )
+    x, y, stored = a.view(kind), b.view(kind), np.abs(stored.view(kind))
+    scale = stored[np.isfinite(stored)].max(initial=0)
+    # An index has no exponent, unless it is beyond 2^23.
+    floats = ((a & exponent) != 0) | (x == 0), ((b & exponent) != 0) | (y == 0)
+    return (a == b) | ((np.abs(x - y) <= units * scale) & floats[0] & floats[1])
 
 
 def wavefronts(addresses, size, lanes=None):

@@ -58,14 +58,12 @@ def bind(wave, instruction, compute, target_type, *source_types):
 
 
 def shift_left(value, by):
-    bits = value.dtype.itemsize * 8
-    return np.where(by < bits, value << np.minimum(by, np.uint32(bits - 1)).astype(value.dtype), value.dtype.type(0))
+    """Beyond the register nothing is left, as numpy has it too."""
+    return value << np.minimum(by, np.uint32(value.dtype.itemsize * 8)).astype(value.dtype)
 
 
 def shift_right(value, by):
-    last = np.minimum(by, np.uint32(value.dtype.itemsize * 8 - 1)).astype(value.dtype)
-    out = value >> last
-    return out if value.dtype.kind == "i" else np.where(by > last, value.dtype.type(0), out)
+    return value >> np.minimum(by, np.uint32(value.dtype.itemsize * 8)).astype(value.dtype)
 
 
 def divide_integers(a, b):

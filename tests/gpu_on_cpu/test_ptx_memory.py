@@ -7,6 +7,7 @@ import torch
 from one_kernel import DTYPES, check, launch
 from ptx import PTXError
 from ptx_machine import Machine
+from ptx_memory import alike
 from test_ptx_ops import F32, RANDOM, S32, U32, bf16
 
 # Memory
@@ -137,9 +138,9 @@ def test_asynchronous_copies_arrive_with_their_group():
     launch(body, {"data": data, "out": out}, shared=1024)
     assert np.array_equal(out[:32], np.where(np.arange(32) < 16, data[3::4], 0))
     assert np.array_equal(out[32:], data[1::4])
-    early = body.replace("cp.async.wait_group 1;", "")
-    with pytest.raises(PTXError, match="uninitialised"):
-        launch(early, {"data": data, "out": out}, shared=1024)
+    for early in (body.replace("cp.async.wait_group 1;", ""), body.replace("cp.async.wait_group 0;", "")):
+        with pytest.raises(PTXError, match="uninitialised"):
+            launch(early, {"data": data, "out": out}, shared=1024)
 
 
 # Warps
@@ -188,6 +189,24 @@ def test_votes_and_reductions():
         source = F32 if kind == "f32" else U32.view(DTYPES[kind])
         check(f"redux.sync.{name}.{kind} {{d}}, {{0}}, -1", [source], [kind], kind, np.full(32, value, DTYPES[kind]))
     check("bar.warp.sync -1; mov.b32 {d}, {0}", [U32], ["b32"], "b32", U32)
+
+
+def test_what_counts_as_one_number():
+    """Sums in another order are alike, beside the largest of them; indices and what is stored by mistake are not."""
+
+    def found(a, b, beside=()):
+        a, b, beside = (np.array(x, np.float32).view(np.uint32) for x in (a, b, [*a, *b, *beside]))
+        return alike(a, b, beside).tolist()
+
+    assert found([1.0, 1e-3, 0.0], [1 + 1e-6, 1e-3 + 1e-7, 1e-7]) == [True, True, True]
+    assert found([1.0, 1e-3], [1.001, -1e-3]) == [False, False]
+    assert found([1e-3], [1e-3 + 1e-7]) == [False]
+    assert found([1e-3], [1e-3 + 1e-7], beside=[1.0]) == [True]
+    small = np.array([3, 70000], np.uint32)
+    assert alike(small, small + np.uint32(1), np.array([1e9], np.float32).view(np.uint32)).tolist() == [False, False]
+    assert alike(bf16([1.0, 1.0]), bf16([1 + 2**-7, 1 + 2**-6]), None).tolist() == [True, False]
+    assert alike(np.float64([1.0, 1.0]).view(np.uint64), np.float64([1 + 1e-14, 1 + 1e-9]).view(np.uint64),
+                 np.float64([1.0]).view(np.uint64)).tolist() == [True, False]  # fmt: skip
 
 
 @pytest.mark.parametrize("trans", ["", ".trans"])

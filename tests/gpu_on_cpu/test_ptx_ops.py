@@ -199,6 +199,8 @@ with np.errstate(all="ignore"):
         ("mad.rn.f32 {d}, {0}, {1}, {1}", [F32[:22], H32], "f32", "f32",
          (F32[:22].astype(np.float64) * H32 + H32).astype(np.float32)),
         ("max.f32 {d}, {0}, {1}, 0f3F000000", [NANS, OTHER], "f32", "f32", [1.0, 1.0, 0.5, 0.5, 0.5, 3.0]),
+        ("min.xorsign.abs.f32 {d}, {0}, 0f3F000000", [np.float32([0.25, -0.25, 3.0, -3.0])], "f32", "f32",
+         [0.25, -0.25, 0.5, -0.5]),
         ("add.rn.f32.bf16 {d}, {0}, 0f3DCCCCCD", [B16[:22]], "bf16", "f32", FB[:22] + np.float32(0.1)),
         ("sub.f32.f16 {d}, {0}, 0f3DCCCCCD", [H16[:22]], "f16", "f32", H16[:22].astype(np.float32) - np.float32(0.1)),
         ("fma.rn.f32.bf16 {d}, {0}, {1}, 0f3DCCCCCD", [B16[:22], C16[:22]], "bf16", "f32",
@@ -218,6 +220,8 @@ with np.errstate(all="ignore"):
         ("cvt.rn.bf16x2.f32 {d}, {0}, {1}", [F32, G32], "f32", "b32", (B16.astype(np.uint32) << np.uint32(16)) | C16),
         ("cvt.rna.tf32.f32 {d}, {0}", [F32], "f32", "b32",
          np.where(np.isfinite(F32), (F32.view(np.uint32) + np.uint32(4096)) & np.uint32(0xFFFFE000), F32.view(np.uint32))),
+        ("cvt.rna.tf32.f32 {d}, {0}", [np.float32([1 + 2.0**-11, -1 - 2.0**-11])], "f32", "b32",
+         np.float32([1 + 2.0**-10, -1 - 2.0**-10]).view(np.uint32)),
         ("cvt.rn.f32.s32 {d}, {0}", [S32], "s32", "f32", S32.astype(np.float32)),
         ("cvt.rn.f32.u64 {d}, {0}", [U64], "u64", "f32", [np.float32(int(a)) for a in U64]),
         ("cvt.rn.f64.s64 {d}, {0}", [S64], "s64", "f64", S64.astype(np.float64)),
@@ -286,11 +290,10 @@ def test_fma_rounds_once(kind):
     a = RANDOM.standard_normal(512).astype(kind)
     b = RANDOM.standard_normal(512).astype(kind)
     c = (RANDOM.standard_normal(512) * 10.0 ** RANDOM.integers(-8, 3, 512)).astype(kind)
-    # a tie but for the last bit of the sum, which a first rounding to 53 bits would lose
-    a[:4], b[:4] = 1 + 2.0 ** (1 - bits), 1 + 2.0 ** -(bits // 2)
-    c[:4] = [2.0**-60, -(2.0**-60), 2.0**-70, 2.0**40]
-    a[4:8] = 2.0 ** (bits - 1) + 1
-    b[4:8], c[4:8] = 0.5, [2.0**-80, -(2.0**-80), 2.0**-30, 0.0]
+    # products that are ties, after an even and an odd last bit, and a sum that a first rounding to 53 bits would lose
+    small = 2.0 ** -(bits // 2)
+    a[:6], b[:3], b[3:6] = 1 + 2.0 ** -(bits - bits // 2), 1 + small, 1 + 3 * small
+    c[:6] = [2.0**-120, -(2.0**-120), 0.0] * 2
     check(f"fma.rn.{name} {{d}}, {{0}}, {{1}}, {{2}}", [a, b, c], [name] * 3, name, exact_fma(a, b, c, kind))
 
 
