@@ -70,9 +70,10 @@ def test_segments_and_restarts(stem, every, monkeypatch):
 @pytest.mark.parametrize("stem", _backend.STEMS)
 def test_memory_of_many_tiles(stem, dtype, monkeypatch):
     """What does not fit one tile goes another way through the kernels."""
-    monkeypatch.setattr("mann_kernels.triton._launch.TILE", 32)
-    for options in class_of(stem).options:
-        matches(stem, inputs_of(stem, 1, (2, 37, 5, 3), **options), dtype)
+    monkeypatch.setattr("mann_kernels.triton._launch.TILE", 128)
+    options = class_of(stem).options
+    for each in options if dtype == torch.float32 else options[-1:]:
+        matches(stem, inputs_of(stem, 1, (2, 37, 5, 3), **each), dtype)
 
 
 @pytest.mark.parametrize("size", [(1, 65_536, 3, 2), (1, 40, 512, 16)])
