@@ -6,13 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-#: Threads of a program. A step waits for loads most of the time (the recurrent weights, 1.2 MB a step at the paper's shape, or
-#: tiles of memory), so as many bytes as possible must be on the way: 512 threads with 32 of them each are 16 KiB a load.
-#: With 1024, 64 registers are left for each, and the backward kernels spill.
+#: Threads of a program. Two tiles of memory and their products are 96 registers of a thread, vectors and addresses as many again:
+#: 512 threads would leave 128 to each, and the backward kernels spill.
 THREADS = 256
 
-#: Elements of a tile of memory [BN,BW]: 16 for each thread. Backward holds a tile of memory, one of its gradient and one of
-#: products; with 32 for each the backward kernels need more than the 128 registers that 512 threads leave.
+#: Elements of a tile of memory [BN,BW]: 32 for each thread. The paper's memory, 128 slots of 40 padded to 64, is one tile.
 TILE = 8192
 
 #: Steps between two copies of the memory that backward restarts from inside a segment: undoing writes rounds.

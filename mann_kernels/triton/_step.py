@@ -248,7 +248,8 @@ def step_forward(
             write = write_weights_of(gate, load_slots(previous_ptr, o_n, N, R, ACC, BR), slots, o_n, SHARED, ACC)
             tile = load_tile(source_ptr, o_n, N, W, ACC, BW)
             tile = erase_and_write(tile, write, slots, o_n, add_ptr, ERASE_ALL, W, R, ACC, BW, BR)
-            tl.debug_barrier()  # a tile smaller than the program is held by several warps: none may read what another replaced
+            # a tile smaller than the program is held by several warps: none may read what another replaced
+            tl.debug_barrier()  # before target_ptr
             store_tile(target_ptr, tile, o_n, N, W, BW)
             cosine, _, _, _ = cosine_of(tile, key_ptr, eps, W, R, ACC, BN, BW, BR)
             x = beta[:, None] * cosine

@@ -89,7 +89,8 @@ def forward(memory, key, beta, eps):
     if batch:
         content_address_fwd_kernel[(batch,)](
             memory, key, pointer(beta, key), weights, torch.empty_like(weights, dtype=acc.torch),
-            slots, width, heads, eps, beta is not None, acc.triton, **launch(content_address_fwd_kernel, slots, width, heads, memory.dtype),
+            slots, width, heads, eps, beta is not None, acc.triton,
+            **launch(content_address_fwd_kernel, slots, width, heads, memory.dtype),
         )  # fmt: skip
     return weights
 
@@ -102,6 +103,7 @@ def backward(dread_weights, memory, key, beta, read_weights, eps):
     if batch:
         content_address_bwd_kernel[(batch,)](
             dread_weights, memory, key, pointer(beta, key), read_weights, dmemory, dkey, dbeta,
-            slots, width, heads, eps, beta is not None, acc_of(memory.dtype).triton, **launch(content_address_bwd_kernel, slots, width, heads, memory.dtype),
+            slots, width, heads, eps, beta is not None, acc_of(memory.dtype).triton,
+            **launch(content_address_bwd_kernel, slots, width, heads, memory.dtype),
         )  # fmt: skip
     return dmemory, dkey, dbeta

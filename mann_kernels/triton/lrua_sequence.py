@@ -188,7 +188,8 @@ def forward(
     if batch:
         lrua_sequence_fwd_kernel[(batch,)](
             memory, usage, read_weights, key, gate, pointer(beta, key), pointer(add, key), pointer(lengths, key),
-            *outputs, slots_out, copies, weight_copies, work(tiled * batch, slots, width), work(2, tiled * batch, heads, slots), work(tiled * batch, slots),
+            *outputs, slots_out, copies, weight_copies,
+            work(tiled * batch, slots, width), work(2, tiled * batch, heads, slots), work(tiled * batch, slots),
             time, batch, slots, width, heads, checkpoint_every, decay, eps,
             beta is not None, add is not None, lengths is not None, save, shared, erase_all, acc.triton,
             **options,

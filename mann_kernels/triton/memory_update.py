@@ -66,7 +66,8 @@ def forward(memory, write_weights, add, least_used, erase_all):
     if batch:
         memory_update_fwd_kernel[(batch,)](
             memory, write_weights, add, least_used, new_memory, slots, width, heads,
-            erase_all, acc_of(memory.dtype).triton, **launch(memory_update_fwd_kernel, slots, width, heads, memory.dtype),
+            erase_all, acc_of(memory.dtype).triton,
+            **launch(memory_update_fwd_kernel, slots, width, heads, memory.dtype),
         )  # fmt: skip
     return new_memory
 
@@ -79,6 +80,7 @@ def backward(dmemory, write_weights, add, least_used, erase_all):
     if batch:
         memory_update_bwd_kernel[(batch,)](
             dmemory, write_weights, add, least_used, dmemory0, dwrite_weights, dadd, slots, width, heads,
-            erase_all, acc_of(dmemory.dtype).triton, **launch(memory_update_bwd_kernel, slots, width, heads, dmemory.dtype),
+            erase_all, acc_of(dmemory.dtype).triton,
+            **launch(memory_update_bwd_kernel, slots, width, heads, dmemory.dtype),
         )  # fmt: skip
     return dmemory0, dwrite_weights, dadd

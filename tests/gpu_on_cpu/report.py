@@ -4,6 +4,7 @@ For one example and two time steps, float32: what ptxas makes of the kernel, how
 the PTX machine counted, and the least time that its traffic and arithmetic could take. A model and counts, no measurement.
 """
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -34,10 +35,11 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def call_of(stem):
-    """One example at the paper's sizes; of an operator that is not MANN's, a case of its tests."""
+def call_of(stem, batch=1, steps=2):
+    """A few examples at the paper's sizes; of an operator that is not MANN's, a case of its tests."""
     if stem in OF_MANN:
-        return Inputs(inputs(stem, SHAPES["single"].at(2))).to(torch.float32)
+        shape = dataclasses.replace(SHAPES["paper"], B=batch, T=steps)
+        return Inputs(inputs(stem, shape)).to(torch.float32)
     return class_of(stem).inputs(0, 2, 128, 20, 1, **class_of(stem).options[0]).to(torch.float32)
 
 

@@ -97,7 +97,7 @@ MUTATIONS = {
     "race between programs": ("lrua_step.py", "new_memory_ptr + cells, N, W, ACC", "new_memory_ptr, N, W, ACC"),
     "missing barrier": (
         "_step.py",
-        "tl.debug_barrier()  # a tile smaller than the program is held by several warps: none may read what another replaced",
+        "tl.debug_barrier()  # before target_ptr",
         "pass",
     ),
     "missing store": ("lrua_step.py", "        usage_out(usage, x_ptr, new_usage_ptr + i_b * N, N, ACC, BU, BN)\n", ""),
