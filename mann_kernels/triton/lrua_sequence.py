@@ -58,7 +58,7 @@ def lrua_sequence_fwd_kernel(
             N, W, R, decay, eps, True, HAS_BETA, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
         )  # fmt: skip
         store_rows(reads_ptr + at * W, reads, R, W, BR, BW)
-        if SAVE:  # noqa: SIM102  (one is decided when compiling, the other while running)
+        if SAVE:
             if ((t + 1) % checkpoint_every == 0) & (t + 1 < T):
                 i_copy = (t // checkpoint_every) * B + i_b
                 memory_out(m, memory, copies_ptr + i_copy * N * W, N, W, ACC, BN, BW)

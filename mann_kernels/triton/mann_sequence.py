@@ -205,7 +205,7 @@ def mann_sequence_fwd_kernel(
         store_rows(after + H, reads.to(ACC), R, W, BR, BW)
         store_rows(output_ptr + row * K + H, reads, R, W, BR, BW)
         tl.debug_barrier()
-        if SAVE:  # noqa: SIM102  (one is decided when compiling, the other while running)
+        if SAVE:
             if ((t + 1) % checkpoint_every == 0) & (t + 1 < T):
                 i_copy = (t // checkpoint_every) * B + i_b
                 copy(after + cell_at, c_copies_ptr + i_copy * H, H, ACC, BK)
