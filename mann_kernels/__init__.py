@@ -9,6 +9,8 @@ from mann_kernels._backend import backend
 from mann_kernels._version import __version__
 from mann_kernels.modules import MANN, ContentAddressing, MANNCell, MANNState
 from mann_kernels.ops import (
+    augmented_conv2d,
+    augmented_linear,
     content_address,
     lrua_sequence,
     lrua_step,
@@ -25,6 +27,8 @@ __all__ = [
     "MANNCell",
     "MANNState",
     "__version__",
+    "augmented_conv2d",
+    "augmented_linear",
     "backend",
     "content_address",
     "lrua_sequence",

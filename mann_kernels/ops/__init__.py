@@ -1,5 +1,7 @@
 """The operators: schema, shape function, autograd and validation. One file per stem."""
 
+from mann_kernels.ops.augmented_conv2d import augmented_conv2d
+from mann_kernels.ops.augmented_linear import augmented_linear
 from mann_kernels.ops.content_address import content_address
 from mann_kernels.ops.lrua_sequence import lrua_sequence
 from mann_kernels.ops.lrua_step import lrua_step
@@ -8,6 +10,8 @@ from mann_kernels.ops.mann_sequence import mann_sequence
 from mann_kernels.ops.memory_update import memory_update
 
 __all__ = [
+    "augmented_conv2d",
+    "augmented_linear",
     "content_address",
     "lrua_sequence",
     "lrua_step",

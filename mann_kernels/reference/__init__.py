@@ -5,6 +5,8 @@ Shapes use B batch, T time, N slots, W slot width, R heads, H hidden, I input.
 Equations are those of Santoro et al. 2016, "One-shot Learning with Memory-Augmented Neural Networks" (arXiv 1605.06065).
 """
 
+from mann_kernels.reference.augmented_conv2d import augmented_conv2d
+from mann_kernels.reference.augmented_linear import augmented_linear
 from mann_kernels.reference.content_address import content_address
 from mann_kernels.reference.lrua_sequence import lrua_sequence
 from mann_kernels.reference.lrua_step import lrua_step
@@ -13,6 +15,8 @@ from mann_kernels.reference.mann_sequence import mann_sequence
 from mann_kernels.reference.memory_update import memory_update
 
 __all__ = [
+    "augmented_conv2d",
+    "augmented_linear",
     "content_address",
     "lrua_sequence",
     "lrua_step",
