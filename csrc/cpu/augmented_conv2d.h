@@ -8,8 +8,6 @@
 
 namespace mann {
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 struct ConvShape {
     int64_t C, H, W, O, k, padding;
     bool pool;
@@ -35,16 +33,6 @@ struct ConvShape {
         for (int64_t i = h * step; i < std::min(h * step + step, height()); ++i)
             for (int64_t j = w * step; j < std::min(w * step + step, width()); ++j) pixels[count++] = i * width() + j;
         return count;
-    }
-};
-
-// Scratch memory is handed out in blocks on cache lines; the numbers are offsets.
-struct Plan {
-    int64_t size = 0;
-    int64_t take(int64_t numbers) {
-        const int64_t start = size;
-        size += round_up(numbers, 16);
-        return start;
     }
 };
 
