@@ -24,6 +24,14 @@ CHOICES = {
     "write": st.sampled_from(["key", "add"]),
     "key_strength": st.booleans(),
     "squash": st.sampled_from(["tanh", "identity"]),
+    "kind": st.sampled_from(["mixture", "task mixture", "shared", "task shared", "per example", "per task"]),
+    "bias": st.booleans(),
+    "form": st.sampled_from(["hidden", "output"]),
+    "activation": st.sampled_from(["relu", "gelu", "tanh", "identity"]),
+    "size": st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    "kernel": st.integers(1, 3),
+    "padding": st.integers(1, 2),
+    "pool": st.booleans(),
 }
 OPTIONS = {
     "content_address": ("beta",),
@@ -32,6 +40,8 @@ OPTIONS = {
     "lrua_step": ("beta", "add", "lru", "erase", "decay", "eps"),
     "lrua_sequence": ("beta", "add", "lengths", "lru", "erase", "decay", "eps"),
     "mann_sequence": ("lengths", "lru", "erase", "decay", "eps", "write", "key_strength", "squash"),
+    "augmented_linear": ("kind", "bias", "form", "activation"),
+    "augmented_conv2d": ("kind", "bias", "form", "activation", "size", "kernel", "padding", "pool"),
 }
 
 
