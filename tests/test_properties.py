@@ -47,7 +47,7 @@ OPTIONS = {
 
 def class_of(stem):
     """The test class of a stem, which knows how to draw its inputs (by module: a name here would be collected again)."""
-    name = "Test" + "".join(word.title() for word in stem.split("_"))
+    name = "Test" + "".join(word.capitalize() for word in stem.split("_"))
     return getattr(importlib.import_module(f"test_{stem}"), name)()
 
 
