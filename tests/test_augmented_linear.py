@@ -16,7 +16,8 @@ FORMS = ("mixture", "task mixture", "shared", "task shared", "per example", "per
 def draw_layer(seed, kind, lead, rows, layer, example, bias=True):
     """Inputs of an augmented layer; the weight has sizes `layer`, an example has sizes `example`, and lead is (G, L)."""
     lead = lead if kind.startswith("task") or kind == "per task" else lead[1:]
-    fast = {"mixture": (*lead[:-1], rows), "per example": lead, "per task": lead[:1]}.get(kind.removeprefix("task "), ())
+    fast = lead[:1] if kind in ("per example", "per task") else ()
+    fast = (*lead[:-1], rows) if kind.endswith("mixture") else fast
     fan_in = torch.Size(layer[1:]).numel()
     drawn = draw(seed, x=(*lead, *example), weight=layer, fast=(*fast, *layer), mix=(*lead, rows), bias=layer[:1])
     drawn["weight"], drawn["fast"] = (drawn[name] * fan_in**-0.5 for name in ("weight", "fast"))
@@ -146,7 +147,9 @@ class TestAugmentedLinear(LayerTests):
         ),
     )
 
-    large = "x, weight, rows, function = torch.randn(600, 256), torch.randn(256, 256), 64, mann_kernels.augmented_linear"
+    large = (
+        "x, weight, rows = torch.randn(600, 256), torch.randn(256, 256), 64; function = mann_kernels.augmented_linear"
+    )
 
     @staticmethod
     def slow(inputs):

@@ -21,7 +21,8 @@ def activate(x, ACT: tl.constexpr):
         below = 0.5 + 0.5 * tl.erf(x * 0.70710678118654752)
         return x * below, below + x * 0.39894228040143268 * tl.exp(-0.5 * x * x)
     elif ACT == TANH:
-        e = tl.exp(-2.0 * tl.abs(x))  # 1 - tanh^2 without the difference, in which the rounding of tanh would count twice
+        # 1 - tanh^2 without the difference, in which the rounding of tanh would count twice
+        e = tl.exp(-2.0 * tl.abs(x))
         return tanh(x), 4.0 * e / ((1.0 + e) * (1.0 + e))
     else:
         return x, x * 0.0 + 1.0

@@ -60,16 +60,16 @@ def augmented_linear_bwd_x_kernel(
     dx = tl.zeros([BM, BN], ACC)
     for o0 in range(0, O, BK):
         dy, o_o = load_gradients(dy_ptr, slopes_ptr, rows, m_l, o0, O, HAS_SLOPES, ACC, BK)
-        weight = tl.load(weight_ptr + o_o[:, None] * I + o_i[None, :], mask=(o_o < O)[:, None] & m_i[None, :], other=0.0)
-        dx += exact_dot(dy, weight.to(ACC), ACC)
+        at_w, m_w = o_o[:, None] * I + o_i[None, :], (o_o < O)[:, None] & m_i[None, :]
+        dx += exact_dot(dy, tl.load(weight_ptr + at_w, mask=m_w, other=0.0).to(ACC), ACC)
     x = tl.load(x_ptr + at, mask=m, other=0.0).to(ACC)
     for s in range(0, S):
         product = tl.zeros([BM, BN], ACC)
         row = fast_ptr + i_g * fast_task + s * fast_row
         for o0 in range(0, O, BK):
             dy, o_o = load_gradients(dy_ptr, slopes_ptr + i_fast, rows, m_l, o0, O, HAS_SLOPES, ACC, BK)
-            weight = tl.load(row + o_o[:, None] * I + o_i[None, :], mask=(o_o < O)[:, None] & m_i[None, :], other=0.0)
-            product += exact_dot(dy, weight.to(ACC), ACC)
+            at_w, m_w = o_o[:, None] * I + o_i[None, :], (o_o < O)[:, None] & m_i[None, :]
+            product += exact_dot(dy, tl.load(row + at_w, mask=m_w, other=0.0).to(ACC), ACC)
         if HAS_MIX:
             dot = tl.sum(product * x, axis=1)
             i_part = tl.program_id(2).to(tl.int64) * G * L
