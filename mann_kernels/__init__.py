@@ -1,6 +1,7 @@
 """Fast, exact, drop-in memory-augmented network layers for PyTorch.
 
-Operators: content_address, lrua_write_weights, memory_update, lrua_step, lrua_sequence, mann_sequence.
+Operators: content_address, lrua_write_weights, memory_update, lrua_step, lrua_sequence, mann_sequence,
+generate_fast_weights, summarize_gradients.
 Layers: MANN, MANNCell (and their MANNState), ContentAddressing. `with backend(name):` asks for one implementation.
 """
 
@@ -12,11 +13,13 @@ from mann_kernels.ops import (
     augmented_conv2d,
     augmented_linear,
     content_address,
+    generate_fast_weights,
     lrua_sequence,
     lrua_step,
     lrua_write_weights,
     mann_sequence,
     memory_update,
+    summarize_gradients,
 )
 
 _library.load_cpp()
@@ -31,9 +34,11 @@ __all__ = [
     "augmented_linear",
     "backend",
     "content_address",
+    "generate_fast_weights",
     "lrua_sequence",
     "lrua_step",
     "lrua_write_weights",
     "mann_sequence",
     "memory_update",
+    "summarize_gradients",
 ]

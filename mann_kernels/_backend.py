@@ -20,6 +20,8 @@ STEMS = (
     "mann_sequence",
     "augmented_linear",
     "augmented_conv2d",
+    "generate_fast_weights",
+    "summarize_gradients",
 )
 NAMES = ("reference", "cpp", "triton", "cuda")
 CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)

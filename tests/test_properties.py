@@ -32,6 +32,7 @@ CHOICES = {
     "kernel": st.integers(1, 3),
     "padding": st.integers(1, 2),
     "pool": st.booleans(),
+    "p": st.sampled_from([7.0, 4.0, 20.0]),
 }
 OPTIONS = {
     "content_address": ("beta",),
@@ -42,6 +43,8 @@ OPTIONS = {
     "mann_sequence": ("lengths", "lru", "erase", "decay", "eps", "write", "key_strength", "squash"),
     "augmented_linear": ("kind", "bias", "form", "activation"),
     "augmented_conv2d": ("kind", "bias", "form", "activation", "size", "kernel", "padding", "pool"),
+    "generate_fast_weights": ("p",),
+    "summarize_gradients": ("p",),
 }
 
 
@@ -59,7 +62,7 @@ def tie(inputs):
 
 
 def zero_rows(inputs):
-    for name in ("memory", "key", "x", "h"):
+    for name in ("memory", "key", "x", "h", "grads"):
         if name in inputs:
             inputs[name][..., ::2, :] = 0
 

@@ -30,7 +30,7 @@ BUDGETS = Path(__file__).with_name("budgets.json")
 #: Bytes of shared memory that one program may have (NVIDIA: the opt-in limit of the compute capability; AMD: LDS).
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 IN_MAKE_TEST = ("sm_90", "gfx942")
-SLOTS, WIDTH, HEADS = 128, 40, 4
+SLOTS, WIDTH, HEADS, HIDDEN_OF_GENERATORS = 128, 40, 4, 20
 
 
 def target_of(name):
@@ -42,18 +42,20 @@ def kernels_of(stem, package="mann_kernels.triton"):
     return {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
 
 
-def source_of(kernel, dtype):
-    """The kernel with every option on, at the paper's shape, for storage type `dtype`."""
+def sizes_of(kernel):
+    """How a kernel is launched at the paper's shape."""
+    from mann_kernels.triton import _coordinates
     from mann_kernels.triton._launch import RESTART_EVERY, launch
     from mann_kernels.triton.mann_sequence import TILES
 
-    sizes = {
-        **launch(SLOTS, WIDTH, HEADS),
-        **TILES,
-        "ACC": tl.float32,
-        "S": getattr(tl, dtype),
-        "RESTART": RESTART_EVERY,
-    }
+    if any(parameter.name == "BP" for parameter in kernel.params):
+        return _coordinates.launch(HIDDEN_OF_GENERATORS + 3, 7.0)  # the same number, in both generators
+    return {**launch(SLOTS, WIDTH, HEADS), **TILES, "RESTART": RESTART_EVERY}
+
+
+def source_of(kernel, dtype):
+    """The kernel with every option on, at the paper's shape, for storage type `dtype`."""
+    sizes = {**sizes_of(kernel), "ACC": tl.float32, "S": getattr(tl, dtype)}
     working = ("x_ptr", "heads_ptr", "cells_ptr", "rows_ptr", "restarts_ptr", "gates_ptr", "head_ptr", "weights_ptr")
     signature, constants = {}, {}
     for parameter in kernel.params:
@@ -100,7 +102,7 @@ def test_compiles_and_fits(stem, target, request, tmp_path):
     assert len(found) == (1 if stem == "lrua_step" else 2)  # the step's backward is that of a sequence
     for name, kernel in found.items():
         for dtype in ("float32", "bfloat16") if everything else ("float32",):
-            warps = {"num_warps": 8}
+            warps = {"num_warps": sizes_of(kernel)["num_warps"]}
             compiled = triton.compile(source_of(kernel, dtype), target=target_of(target), options=warps)
             assert compiled.metadata.shared <= SHARED_MEMORY[target], name
             label, found = f"{name}[{dtype}]", resources_of(compiled, tmp_path)
