@@ -131,7 +131,7 @@ def summarize_gradients_bwd_kernel(
             gate_in, gate_forget = tl.load(at), tl.load(at + TILE)
             candidate, gate_out = tl.load(at + 2 * TILE), tl.load(at + 3 * TILE)
             squashed = tanh(tl.load(at + 4 * TILE))
-            m_before = tl.full([BP, BD], t, tl.int32) > 0
+            m_before = tl.full([1, BD], t, tl.int32) > 0
             c_before = tl.load(before + 4 * TILE, mask=m_before, other=0.0)
             h_before = tl.load(before + 3 * TILE, mask=m_before, other=0.0) * tanh(c_before)
             dc += dh * gate_out * (1.0 - squashed * squashed)
