@@ -3,12 +3,15 @@
 The plain ones take the tensors of `bench.stems.inputs` in order and return what the reference returns.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 import mann_kernels
-from bench import metanet
+from bench import metanet, metanet_augmented
 from bench.stems import Shape
+from mann_kernels import reference
 
 EPS, DECAY = 1e-6, 0.99
 # What an earlier run compiled would hide how long compiling takes.
@@ -82,7 +85,9 @@ EAGER = {
     "lrua_sequence": over_time("lrua_sequence", step),
     "mann_sequence": over_time("mann_sequence", mann_step),
     **metanet.EAGER,
+    **metanet_augmented.EAGER,
 }
+ALTERNATIVES, OPTIONS = metanet_augmented.ALTERNATIVES, metanet_augmented.OPTIONS
 
 
 def compiled_step(stem):
@@ -97,7 +102,11 @@ def compiled_loop(stem):
 
 
 def ours(stem):
-    return getattr(mann_kernels, stem)
+    return functools.partial(getattr(mann_kernels, stem), **OPTIONS.get(stem, {}))
+
+
+def plain(stem):
+    return functools.partial(getattr(reference, stem), **OPTIONS.get(stem, {}))
 
 
 def lstm(s: Shape, x: torch.Tensor):
