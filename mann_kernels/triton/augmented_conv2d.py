@@ -210,7 +210,8 @@ def augmented_conv2d_bwd_w_kernel(
     at, m = o_o[:, None] * K + o_n[None, :], m_o[:, None] & m_n[None, :]
     if is_slow:
         tl.store(dweight_ptr + at, dweight, mask=m)
-        tl.store(dbias_ptr + o_o, dbias, mask=m_o & (tl.program_id(2) == 0))
+        if tl.program_id(2) == 0:
+            tl.store(dbias_ptr + o_o, dbias, mask=m_o)
     elif is_dots:
         i_tile = (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)).to(tl.int64)
         for s in range(0, S):

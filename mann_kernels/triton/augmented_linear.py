@@ -126,7 +126,8 @@ def augmented_linear_bwd_w_kernel(
     at, m = o_o[:, None] * I + o_i[None, :], m_o[:, None] & m_i[None, :]
     if is_slow:
         tl.store(dweight_ptr + at, dweight, mask=m)
-        tl.store(dbias_ptr + o_o, dbias, mask=m_o & (tl.program_id(2) == 0))
+        if tl.program_id(2) == 0:
+            tl.store(dbias_ptr + o_o, dbias, mask=m_o)
     else:
         tl.store(dfast_ptr + row * O * I + at, dweight, mask=m)
 
