@@ -37,6 +37,12 @@ class LayerTests(StemTests):
             inputs["fast"] = torch.zeros_like(inputs["fast"])
             torch.testing.assert_close(self.function(**inputs), self.slow(inputs))
 
+    def test_nothing_flows_through_a_relu_at_zero(self):
+        inputs = self.inputs(4, 3, 7, 5, 2, bias=False)
+        x = torch.zeros_like(inputs["x"]).requires_grad_()
+        (grad,) = torch.autograd.grad(self.function(**{**inputs, "x": x}).sum(), x)
+        assert torch.equal(grad, torch.zeros_like(x))
+
     def test_rows_of_a_larger_memory(self):
         """Slices of a memory [G, S, P] give the same bits."""
         for options in self.options:
