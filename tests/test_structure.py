@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stem import run
+from stem import on_gpu, run
 from test_properties import class_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,19 +123,20 @@ class _Calls(TorchDispatchMode):
         self.made = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "mann":
+        if func.namespace in ("mann", "mann_triton"):
             self.made.append((func, args))
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("device", "library"), [("cpu", "mann"), on_gpu("cuda", "mann_triton")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stem", _backend.STEMS)
-def test_opcheck(stem, dtype):
+def test_opcheck(stem, dtype, device, library):
     """The operators that a training step calls, forward and backward, with every set of options."""
     tests = class_of(stem)
     for options in tests.options:
         with _Calls() as calls:
-            run(getattr(mann_kernels, stem), tests.inputs(1, 3, 7, 5, 2, **options).to(dtype))
-        assert [func.name() for func, _ in calls.made] == [f"mann::{stem}", f"mann::{stem}_backward"]
+            run(getattr(mann_kernels, stem), tests.inputs(1, 3, 7, 5, 2, **options).to(dtype).on(device))
+        assert [func.name() for func, _ in calls.made] == [f"{library}::{stem}", f"{library}::{stem}_backward"]
         for func, args in calls.made:
             torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
