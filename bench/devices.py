@@ -75,6 +75,8 @@ class Cuda:
     has_graphs = True
 
     def __init__(self):
+        # twice the same: torch refuses to read the older switch where it disagrees with the newer one
+        torch.backends.cudnn.allow_tf32 = False
         torch.backends.fp32_precision = "ieee"
         self.device = torch.device("cuda", cuda.current_device())
         self.properties = cuda.get_device_properties(self.device)

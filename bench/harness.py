@@ -177,7 +177,7 @@ def contestants_of(suite: Suite, case: Case, device, dtype, drawn):
     if not case.heavy:
         name, function = "compile_loop" if case.loop else "compile_step", suite.compiled(case.stem, case.loop)
         before = time.perf_counter()
-        _, note = attempt(device, lambda: work.train(function))
+        _, note = attempt(device, lambda: (work.train(function), device.synchronize()))
         if note is None:
             functions[name], seconds[name] = function, time.perf_counter() - before
         else:

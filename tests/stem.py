@@ -300,6 +300,8 @@ class StemTests:
         from mann_kernels import _backend, _library
 
         assert _library.cpp_missing is None
+        if name == "triton" and self.stem not in _backend.TRITON_KERNELS:
+            pytest.skip("no Triton kernel")
         assert _backend.select(self.stem, torch.zeros(1, device=device)) == name
         with mann_kernels.backend(name):
             self.function(**self.small.on(device))

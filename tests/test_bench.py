@@ -15,7 +15,7 @@ from bench import contestants, devices, harness
 from bench.episodes import omniglot
 from bench.stems import SHAPES, Shape, flops, inputs
 from bench.suites import MANN, SUITES, Case, suite_of
-from mann_kernels import _backend, reference
+from mann_kernels import reference
 
 TINY = Shape(3, 2, 4, 5, 9, 6, 2)
 CPU = devices.Cpu()
@@ -35,9 +35,9 @@ def fake(monkeypatch):
     monkeypatch.setattr(devices, "FLUSH_BYTES", 2**10)
     monkeypatch.setattr(devices.Cuda, "seconds", 0.2)
     monkeypatch.setattr(devices.Cuda, "warm_up_seconds", 0.0)
-    before = torch.backends.fp32_precision
+    before = torch.backends.cudnn.allow_tf32, torch.backends.fp32_precision
     yield fake
-    torch.backends.fp32_precision = before
+    torch.backends.cudnn.allow_tf32, torch.backends.fp32_precision = before
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def gpu(fake, monkeypatch):
     return gpu
 
 
-@pytest.mark.parametrize("stem", _backend.STEMS)
+@pytest.mark.parametrize("stem", MANN.stems)
 def test_eager_contestant_is_right(stem):
     drawn = inputs(stem, TINY).values()
     got, want = (function(*drawn) for function in (contestants.EAGER[stem], getattr(reference, stem)))
@@ -57,7 +57,7 @@ def test_eager_contestant_is_right(stem):
         torch.testing.assert_close(a, b, check_dtype=False)
 
 
-@pytest.mark.parametrize("stem", _backend.STEMS)
+@pytest.mark.parametrize("stem", MANN.stems)
 def test_kernels_verify(stem):
     rows = harness.verify([stem], CPU)
     assert all(row["ok"] for row in rows)
@@ -123,6 +123,14 @@ def test_a_gpu_that_is_not_here(fake, monkeypatch):
     assert "got 'cuda', but torch" in " ".join(result.output.split())
 
 
+def test_nothing_to_time(monkeypatch):
+    monkeypatch.setattr(front._backend, "default", lambda stem, device, dtype: ("reference", "no compiler"))
+    result = invoke("--device", "cpu", "--stem", "content_address")
+    assert result.exit_code == 1
+    assert "Not timed on cpu: content_address: no compiler" in result.output
+    assert result.output.endswith("Nothing was timed\n")
+
+
 def test_every_suite_is_complete():
     for suite in SUITES.values():
         assert set(suite.stems) == set(suite.eager)
@@ -178,6 +186,8 @@ def test_omniglot_episodes(tmp_path):
 
 def test_float32_is_float32_on_the_gpu(gpu):
     assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.rnn.fp32_precision == "ieee"
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_a_gpu_measurement_starts_idle_and_cold(gpu, fake):

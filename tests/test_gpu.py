@@ -10,6 +10,7 @@ from test_properties import class_of
 import mann_kernels
 from bench import contestants, devices, harness
 from bench.stems import SHAPES, Shape, inputs
+from bench.suites import MANN
 from mann_kernels import _backend
 
 #: (B, N, W, R): as many slots as there may be, and rows and heads as wide; each beside odd sizes.
@@ -32,7 +33,7 @@ def replays_of(device, make):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("stem", _backend.STEMS)
+@pytest.mark.parametrize("stem", MANN.stems)
 def test_large_sizes(stem, device):
     for seed, size in enumerate(LARGE):
         matches(stem, inputs_of(stem, seed, size, **few_steps(stem)).on(device), torch.float32)
@@ -106,7 +107,7 @@ def test_a_replay_follows_its_inputs(stem, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("stem", _backend.STEMS)
+@pytest.mark.parametrize("stem", MANN.stems)
 def test_follows_the_current_stream(stem, device):
     """Inputs that arrive late on another stream: a kernel launched anywhere else would read what was there before."""
     late = inputs_of(stem, 1, (3, 37, 5, 2)).to(torch.float32).on(device)
@@ -129,7 +130,7 @@ def test_follows_the_current_stream(stem, device):
 
 
 @pytest.mark.parametrize("device", ["cpu", on_gpu("cuda:1")])
-@pytest.mark.parametrize("stem", _backend.STEMS)
+@pytest.mark.parametrize("stem", MANN.stems)
 def test_another_device(stem, device):
     """Tensors on a device that is not the current one."""
     if device != "cpu" and torch.cuda.device_count() < 2:
@@ -138,7 +139,7 @@ def test_another_device(stem, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("stem", _backend.STEMS)
+@pytest.mark.parametrize("stem", MANN.stems)
 def test_nothing_waits_for_the_device(stem, device):
     """A training step only launches: torch raises where the host would wait."""
     work = harness.Work(stem, inputs(stem, Shape(3, 2, 4, 5, 9, 6, 2)), torch.float32, device)
