@@ -174,10 +174,10 @@ class StemTests:
 
     @pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
     def test_matches_reference(self, device, dtype):
-        # on a GPU every size and option is compiled anew: there float32 goes through all of them
+        # a GPU compiles for every size: there float32 takes them all, the others the first and the paper's
         few = device == "cuda" and dtype != torch.float32
-        for seed, size in enumerate(self.sizes[:2] if few else self.sizes, start=1):
-            for options in self.options[-1:] if few else self.options:
+        for seed, size in enumerate(self.sizes[::4] if few else self.sizes, start=1):
+            for options in self.options:
                 check(self.stem, self.inputs(seed, *size, **options), dtype, device)
 
     def _scalar(self, device):

@@ -1,8 +1,10 @@
 import ast
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from test_properties import class_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mann_kernels
-from mann_kernels import _backend
+from mann_kernels import _backend, _library
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,6 +100,25 @@ def test_a_stem_without_a_triton_kernel(monkeypatch):
         "this version has no Triton kernel for lrua_step",
     )
     assert _backend.default("memory_update", "cuda", torch.float32) == ("triton", None)
+
+
+def test_triton_launches_where_its_tensors_are(monkeypatch):
+    """Triton launches on the current device, which need not be that of the tensors."""
+    order = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        order.append(tensor)
+        yield
+        order.append("back")
+
+    module = SimpleNamespace(forward=lambda *args: order.append("forward"), backward=None)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(_library.importlib, "import_module", lambda name: module)
+    memory = torch.zeros(1)
+    _library._run_triton("content_address", None, memory, 1e-6)
+    assert order[0] is memory
+    assert order[1:] == ["forward", "back"]
 
 
 def test_a_request_ends_with_its_block_after_an_exception():
