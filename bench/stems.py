@@ -25,9 +25,16 @@ SHAPES = {
     "small": Shape(50, 16, 20, 64, 128, 20, 1),
     "wide": Shape(20, 16, 64, 200, 1024, 64, 4),
     "long": Shape(800, 16, 405, 200, 128, 40, 4),
+    "batch": Shape(50, 256, 405, 200, 128, 40, 4),
 }
 #: What verification runs on: odd sizes, more slots than a tile, more heads than a group, and the paper's with few steps.
 VERIFIED = (Shape(4, 3, 5, 9, 7, 5, 2), Shape(3, 2, 4, 17, 300, 9, 6), Shape(5, 4, 405, 200, 128, 40, 4))
+
+
+def constant(stem: str) -> set[str]:
+    """Inputs without a gradient in every contestant: data and the state an episode starts from."""
+    state = {"memory", "read_weights"} if stem == "mann_sequence" else set()
+    return {"x", "usage", "h", "c", "reads", "least_used"} | state
 
 
 def inputs(stem: str, s: Shape, seed: int = 0) -> dict[str, torch.Tensor]:
