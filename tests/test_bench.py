@@ -13,6 +13,7 @@ import mann_kernels
 from bench import __main__ as front
 from bench import contestants, devices, harness
 from bench.episodes import omniglot
+from bench.metanet_augmented import ALTERNATIVES
 from bench.stems import SHAPES, Shape, flops, inputs
 from bench.suites import MANN, METANET, SUITES, Case, suite_of
 from mann_kernels import _backend
@@ -285,7 +286,7 @@ def test_rows_of_a_gpu(gpu, fake, dtype):
 @pytest.mark.parametrize("stem", METANET.stems)
 def test_rows_of_metanet_on_a_gpu(gpu, stem):
     rows = rows_on_gpu(gpu, stem, shape=METANET.verified(stem)[0])
-    plain = ["mann_kernels", "eager", *METANET.alternatives.get(stem, {}), "compile_step"]
+    plain = ["mann_kernels", "eager", *ALTERNATIVES.get(stem, {}), "compile_step"]
     assert [row["contestant"] for row in rows] == [*plain, *(f"{name} graph" for name in plain)] * 2
     assert {(row["device"], row["note"]) for row in rows} == {("cuda", None)}
     kept = {row["contestant"] for row in rows if row["saved_mb"] is not None}
