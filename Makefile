@@ -14,8 +14,8 @@ OTHER_TRITON := 3.9.0
 OTHER_PATH := build/triton-$(OTHER_TRITON)
 INTERPRETED := tests/gpu_on_cpu/test_interpreter.py tests/gpu_on_cpu/test_guard.py
 CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
-# The tests that drive the kernels; those that start compilers or other processes would only slow the sanitizers down.
-SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles"
+# The tests that drive the C++ kernels; those that start compilers or other processes would only slow the sanitizers down.
+SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles and not gpu"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup bench test verify-gpu sanitize lint format wheel clean

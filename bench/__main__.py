@@ -1,10 +1,12 @@
 """The bench: verify every kernel against its reference, then time it against what one would use otherwise."""
 
 import json
+import math
 import os
 import shlex
 import sys
 import tempfile
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,33 +17,24 @@ from rich.progress import track
 from rich.table import Table
 
 from bench import harness
+from bench.devices import DeviceLost, devices, why_no_gpu
 from bench.episodes import omniglot
-from bench.stems import SHAPES
-from mann_kernels import _backend, _library
+from bench.suites import SUITES
+from mann_kernels import _backend
+
+
+class Device(Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
 
 # wide enough for the table where no terminal says how wide it is
-console = Console(width=None if sys.stdout.isatty() else 140)
-SUITES = {"mann": _backend.STEMS}
-#: Steps of the loop that torch.compile unrolls: at 50 steps it compiles for minutes.
-LOOP_STEPS = 12
-
-
-def plan(stems, shapes, quick):
-    """(stem, shape name, Shape, unrolled loop) of everything to time."""
-    for stem in stems:
-        for name in shapes:
-            if name == "long" and (quick or stem != "mann_sequence"):
-                continue
-            if stem != "mann_sequence" and name not in ("paper", "wide"):
-                continue
-            yield stem, name, SHAPES[name], False
-            if stem == "mann_sequence" and name != "long" and not quick:
-                yield stem, f"{name}@T={LOOP_STEPS}", SHAPES[name].at(LOOP_STEPS), True
+console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 def failures_table(rows):
     table = Table(title="Verification failed: nothing is timed")
-    for column in ("stem", "backend", "dtype", "shape", "quantity", "error", "budget"):
+    for column in ("stem", "device", "backend", "dtype", "shape", "quantity", "error", "budget"):
         table.add_column(column)
     for row in rows:
         cells = (row[str(column.header)] for column in table.columns)
@@ -49,24 +42,30 @@ def failures_table(rows):
     return table
 
 
+GROUP = ("device", "dtype", "stem", "shape", "pass")
+
+
 def timings_table(rows):
+    """By device, dtype, stem, size and pass: the fastest first, and last, with a note, what could not be timed."""
     table = Table(title="Time and memory")
-    for column in ("stem", "shape", "pass", "contestant"):
+    for column in (*GROUP, "contestant"):
         table.add_column(column, no_wrap=True)
     for column in ("median ms", "q1 - q3", "x ours", "saved MiB", "peak MiB", "compile s"):
         table.add_column(column, justify="right", no_wrap=True)
     groups = {}
     for row in rows:
-        groups.setdefault((row["stem"], row["shape"], row["pass"]), []).append(row)
-    for (stem, shape, name_of_pass), group in groups.items():
+        groups.setdefault(tuple(row[key] for key in GROUP), []).append(row)
+    for head, group in groups.items():
         mine = next(row["median_ms"] for row in group if row["contestant"] == "mann_kernels")
-        for row in sorted(group, key=lambda row: row["median_ms"]):
-            optional = ["" if row[key] is None else f"{row[key]:.1f}" for key in ("saved_mb", "peak_mb", "compile_s")]
+        for row in sorted(group, key=lambda row: row["median_ms"] or math.inf):
             style = "bold" if row["contestant"] == "mann_kernels" else None
+            optional = ["" if row[key] is None else f"{row[key]:.1f}" for key in ("saved_mb", "peak_mb", "compile_s")]
+            if row["note"] is not None:
+                table.add_row(*head, f"{row['contestant']}: {row['note']}", style=style)
+                continue
             spread = f"{row['q1_ms']:.2f} - {row['q3_ms']:.2f}"
-            ratio = f"{row['median_ms'] / mine:.2f}"
-            cells = (row["contestant"], f"{row['median_ms']:.2f}", spread, ratio, *optional)
-            table.add_row(stem, shape, name_of_pass, *cells, style=style)
+            ratio = "" if mine is None else f"{row['median_ms'] / mine:.2f}"
+            table.add_row(*head, row["contestant"], f"{row['median_ms']:.2f}", spread, ratio, *optional, style=style)
         table.add_section()
     return table
 
@@ -78,49 +77,127 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(file.name, path)
 
 
+def chosen(where, suite, stem, shape):
+    """The suite, its stems and the names of the sizes asked for (None: the usual ones of a device).
+
+    Raises:
+        typer.BadParameter: naming the option, what it got and what it knows.
+    """
+    if suite not in SUITES:
+        raise typer.BadParameter(f"--suite: got {suite!r}, want one of {', '.join(SUITES)}")
+    found = SUITES[suite]
+    for name, values, known in (("--stem", stem, found.stems), ("--shape", shape, found.shapes)):
+        for unknown in set(values or []) - set(known):
+            raise typer.BadParameter(f"{name}: got {unknown!r}, want one of {', '.join(known)}")
+    sizes = {device.type: shape or found.usual[device.type] for device in where}
+    return found, [name for name in found.stems if not stem or name in stem], sizes
+
+
+def usable(wanted):
+    """The devices to run on, each tried.
+
+    Raises:
+        typer.BadParameter: the device asked for is not here.
+        typer.Exit: a device is here and does not work.
+    """
+    try:
+        where = devices(wanted)
+    except ValueError as error:
+        raise typer.BadParameter(f"--device: {error}") from None
+    if wanted is None and why_no_gpu() is not None:
+        console.print(f"On the CPU alone: {why_no_gpu()}")
+    for device in where:
+        problem = device.problem()
+        if problem is not None:
+            console.print(f"--device {device.type}: {problem}")
+            raise typer.Exit(1)
+    return where
+
+
+def verify(stems, where):
+    """All devices, before anything is timed.
+
+    Raises:
+        typer.Exit: something is wrong.
+    """
+    rows = []
+    for device in where:
+        for name in track(stems, f"Verifying on {device.type}", console=console):
+            rows += harness.verify([name], device)
+    failed = [row for row in rows if not row["ok"]]
+    console.print(f"Verified {len(rows)} quantities against the float64 reference: {len(failed)} wrong")
+    if failed:
+        console.print(failures_table(failed))
+        raise typer.Exit(1)
+    return rows
+
+
+def with_kernels(stems, device):
+    """The stems that have a kernel on the device: what runs as plain PyTorch is not what is to be timed."""
+    found = []
+    for stem in stems:
+        why = _backend.default(stem, device.type, torch.float32)[1]
+        if why is None:
+            found.append(stem)
+        else:
+            console.print(f"Not timed on {device.type}: {stem}: {why}")
+    return found
+
+
+def measure(suite, stems, sizes, where, threads, quick, data):
+    """Rows of every device, dtype and case.
+
+    Raises:
+        typer.Exit: there is nothing to time.
+    """
+    rows = []
+    for device in where:
+        cases = suite.plan(with_kernels(stems, device), sizes[device.type], quick)
+        plan = [(dtype, case) for case in cases for dtype in device.timed]
+        for dtype, case in track(plan, f"Timing on {device.type}", console=console):
+            real = data is not None and case.stem == "mann_sequence" and case.shape.I == 405
+            x = omniglot(data, case.shape.T, case.shape.B) if real else None
+            rows += harness.time_case(suite, case, device, dtype, threads, quick, x)
+    if not rows:
+        console.print("Nothing was timed")
+        raise typer.Exit(1)
+    return rows
+
+
 def main(
-    suite: Annotated[str, typer.Option(help="Which operators: mann.")] = "mann",
+    suite: Annotated[str, typer.Option(help=f"Which operators: {', '.join(SUITES)}.")] = "mann",
     stem: Annotated[list[str] | None, typer.Option(help="One operator of the suite; may be repeated.")] = None,
-    shape: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SHAPES)}; may be repeated.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads for every contestant.")] = 1,
+    shape: Annotated[list[str] | None, typer.Option(help="One size of the suite; may be repeated.")] = None,
+    device: Annotated[Device | None, typer.Option(help="Default: the CPU, and a CUDA device if there is one.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for every contestant on the CPU.")] = 1,
     verify_only: Annotated[bool, typer.Option("--verify-only", help="Verify, time nothing.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, and no compiled loop.")] = False,
     data: Annotated[Path | None, typer.Option(help="Packed Omniglot (20 x 20) for the paper's input.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ):
     """Verify every kernel against its reference; only then time it, and what one would use otherwise, in one run."""
-    for name, value, known in (("--suite", [suite], SUITES), ("--shape", shape or [], SHAPES)):
-        for unknown in set(value) - set(known):
-            raise typer.BadParameter(f"{name}: got {unknown!r}, want one of {', '.join(known)}")
-    for unknown in set(stem or []) - set(SUITES[suite]):
-        raise typer.BadParameter(f"--stem: got {unknown!r}, want one of {', '.join(SUITES[suite])}")
-    stems = [name for name in SUITES[suite] if not stem or name in stem]
+    where = usable(None if device is None else device.value)
+    found, stems, sizes = chosen(where, suite, stem, shape)
     torch.set_num_threads(threads)
-    result = {"machine": harness.machine(threads), "verification": [], "timings": []}
+    result = {"machine": harness.machine(threads, where), "verification": [], "timings": []}
     console.print(f"python -m bench {shlex.join(sys.argv[1:])}")
     console.print_json(data=result["machine"])
-
-    for name in track(stems, "Verifying", console=console):
-        result["verification"] += harness.verify([name])
-    failed = [row for row in result["verification"] if not row["ok"]]
-    console.print(
-        f"Verified {len(result['verification'])} quantities against the float64 reference: {len(failed)} wrong"
-    )
-    if failed:
-        console.print(failures_table(failed))
-        raise typer.Exit(1)
-    if not verify_only:
-        if _library.cpp_missing is not None:
-            console.print(f"Nothing to time: {_library.cpp_missing}")
-            raise typer.Exit(1)
-        for name, shape_name, size, loop in track(list(plan(stems, shape or SHAPES, quick)), "Timing", console=console):
-            real = data is not None and name == "mann_sequence" and size.I == 405
-            x = omniglot(data, size.T, size.B) if real else None
-            result["timings"] += harness.time_stem(name, shape_name, size, threads, quick, x, loop)
-        result["machine"]["load_average_after"] = os.getloadavg()[0]
-        console.print(timings_table(result["timings"]))
+    try:
+        result["verification"] = verify(stems, where)
+        if not verify_only:
+            result["timings"] = measure(found, stems, sizes, where, threads, quick, data)
+            result["machine"]["load_average_after"] = os.getloadavg()[0]
+            result["machine"]["devices_after"] = {place.type: place.state() for place in where}
+            console.print(timings_table(result["timings"]))
+    except DeviceLost as error:
+        console.print(f"Stopped, nothing was written: the device does not answer any more. {error}")
+        raise typer.Exit(1) from None
     if json_file is not None:
         write_json(json_file, result)
+    failed = [row for row in result["timings"] if row["contestant"].startswith("mann_kernels") and row["note"]]
+    if failed:
+        console.print(f"{len(failed)} of our own could not be timed: see the notes")
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

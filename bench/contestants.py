@@ -6,7 +6,6 @@ The plain ones take the tensors of `bench.stems.inputs` in order and return what
 import torch
 import torch.nn.functional as F
 
-import mann_kernels
 from bench.stems import Shape
 
 EPS, DECAY = 1e-6, 0.99
@@ -83,25 +82,31 @@ EAGER = {
 }
 
 
-def compiled_step(stem):
+def compiled_anew(function):
+    """Under torch.compile, whatever was compiled before."""
     torch._dynamo.reset()
-    compiled = torch.compile({"mann_sequence": mann_step, "lrua_sequence": step}.get(stem, EAGER[stem]), dynamic=False)
-    return over_time(stem, compiled) if stem.endswith("_sequence") else compiled
+    return torch.compile(function, dynamic=False)
 
 
-def compiled_loop(stem):
-    torch._dynamo.reset()
-    return torch.compile(EAGER[stem], dynamic=False)
+def compiled(stem, loop):
+    """The eager contestant under torch.compile: its step, called in a loop, or the loop itself, unrolled."""
+    if loop or not stem.endswith("_sequence"):
+        return compiled_anew(EAGER[stem])
+    return over_time(stem, compiled_anew(mann_step if stem == "mann_sequence" else step))
 
 
-def ours(stem):
-    return getattr(mann_kernels, stem)
+def others(stem, s: Shape, tensors):
+    """What an episode is measured by that computes something else: functions that make a forward pass and a training step."""
+    if stem != "mann_sequence":
+        return {}
+    x = tensors["x"].detach()
+    return {"lstm": lambda: lstm(s, x), "gemm_floor": lambda: gemm_floor(s, x)}
 
 
 def lstm(s: Shape, x: torch.Tensor):
-    """nn.LSTM of the same input and width: the price of having no memory. Returns its forward pass and training step."""
-    module = torch.nn.LSTM(s.I, s.H)
-    weight = torch.randn(s.T, s.B, s.H)
+    """nn.LSTM (on CUDA: cuDNN's) of the same input and width: the price of having no memory."""
+    module = torch.nn.LSTM(s.I, s.H, device=x.device, dtype=x.dtype)
+    weight = torch.randn(s.T, s.B, s.H, device=x.device, dtype=x.dtype)
 
     def forward():
         with torch.no_grad():
@@ -114,15 +119,18 @@ def lstm(s: Shape, x: torch.Tensor):
     return forward, train
 
 
-def gemm_floor(s: Shape):
+def gemm_floor(s: Shape, like: torch.Tensor):
     """Only the controller's and heads' matrix products, each as large as the order of time allows, into buffers made beforehand."""
     K, P = s.H + s.R * s.W, s.R * s.W + s.R
-    x, rows, h = torch.randn(s.T * s.B, s.I), torch.randn(s.T * s.B, K), torch.randn(s.B, s.H)
-    gates, head = torch.randn(s.T * s.B, 4 * s.H), torch.randn(s.T * s.B, P)
-    weight_ih, weight_hh, weight_head = torch.randn(4 * s.H, s.I), torch.randn(4 * s.H, K), torch.randn(P, s.H)
-    out = {
-        shape: torch.empty(shape) for shape in ((s.T * s.B, 4 * s.H), (s.B, 4 * s.H), (s.B, P), (s.B, K), (s.B, s.H))
-    }
+
+    def normal(*shape):
+        return torch.randn(shape, device=like.device, dtype=like.dtype)
+
+    x, rows, h = normal(s.T * s.B, s.I), normal(s.T * s.B, K), normal(s.B, s.H)
+    gates, head = normal(s.T * s.B, 4 * s.H), normal(s.T * s.B, P)
+    weight_ih, weight_hh, weight_head = normal(4 * s.H, s.I), normal(4 * s.H, K), normal(P, s.H)
+    shapes = ((s.T * s.B, 4 * s.H), (s.B, 4 * s.H), (s.B, P), (s.B, K), (s.B, s.H))
+    out = {shape: like.new_empty(shape) for shape in shapes}
     grads = [torch.empty_like(weight) for weight in (weight_ih, weight_hh, weight_head)]
 
     def forward():

@@ -1,6 +1,8 @@
-"""Verification, timing and memory: the one place where each is measured."""
+"""Verification, timing and memory: the one place where each is measured, on every device in the same way."""
 
+import functools
 import gc
+import math
 import os
 import platform
 import time
@@ -9,27 +11,24 @@ from pathlib import Path
 
 import torch
 
-import mann_kernels
-from bench import contestants
-from bench.stems import SHAPES, VERIFIED, Shape, inputs
-from mann_kernels import _backend, _library, reference
+from bench.devices import WARM_UP, attempt, devices
+from bench.suites import Case, Suite, suite_of
+from mann_kernels import _backend, _library
 from mann_kernels.testing import accuracy
 
 # The profiler would write lines of its own between the bench's.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-#: Inputs without a gradient in every contestant: data and the state an episode starts from.
-CONSTANT = {"x", "usage", "h", "c", "reads", "least_used"}
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
 class Work:
     """One stem on one set of leaf tensors: a forward pass without, a training step with gradients."""
 
-    def __init__(self, stem: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype):
-        constant = CONSTANT | ({"memory", "read_weights"} if stem == "mann_sequence" else set())
+    def __init__(self, stem: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device="cpu"):
+        constant = suite_of(stem).constant(stem)
         self.tensors = {
-            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().clone()
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True).detach()
             for name, tensor in tensors.items()
         }
         self.leaves = [t.requires_grad_() for name, t in self.tensors.items() if name not in constant]
@@ -43,7 +42,7 @@ class Work:
         out = function(*self.tensors.values())
         first = out[0] if isinstance(out, tuple) else out
         if self.weights is None:
-            self.weights = torch.randn(first.shape, generator=torch.Generator().manual_seed(1)).to(first.dtype)
+            self.weights = torch.randn(first.shape, generator=torch.Generator().manual_seed(1)).to(first)
         return (first * self.weights).sum(), out
 
     def train(self, function):
@@ -53,71 +52,85 @@ class Work:
         loss.backward()
         return out
 
+    def results(self, function) -> dict[str, torch.Tensor]:
+        """Outputs and gradients of a training step, by name."""
+        out = self.train(function)
+        out = out if isinstance(out, tuple) else (out,)
+        named = {f"output {i}": tensor for i, tensor in enumerate(out)}
+        return named | {f"d{name}": t.grad for name, t in self.tensors.items() if t.grad is not None}
 
-def verify(stems, candidates=None) -> list[dict]:
-    """Every stem, dtype and shape: outputs and all gradients of the kernel against the float64 reference."""
+
+def verify(stems, device, candidates=None) -> list[dict]:
+    """Every stem, dtype and shape: outputs and all gradients of the kernel against the float64 reference, on the device."""
     rows = []
     for stem in stems:
-        candidate = (candidates or {}).get(stem, getattr(mann_kernels, stem))
-        for dtype_name, dtype in DTYPES.items():
-            backend = _backend.default(stem, "cpu", dtype)[0]
-            for number, shape in enumerate(VERIFIED):
-                drawn = {
-                    name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs(stem, shape, number).items()
-                }
-                runs = []
-                kinds = (
-                    (candidate, dtype),
-                    (getattr(reference, stem), dtype),
-                    (getattr(reference, stem), torch.float64),
-                )
-                for function, kind in kinds:
-                    work = Work(stem, drawn, kind)
-                    out = work.train(function)
-                    out = out if isinstance(out, tuple) else (out,)
-                    named = {f"output {i}": tensor for i, tensor in enumerate(out)}
-                    named |= {f"d{name}": t.grad for name, t in work.tensors.items() if t.grad is not None}
-                    runs.append(named)
-                for quantity in runs[2]:
-                    actual, same, exact = (run[quantity] for run in runs)
-                    if actual.is_floating_point():
-                        found = accuracy(actual, same, exact)
-                        error, budget, ok = found.error, found.budget, found.ok
-                    else:
-                        error, budget, ok = float((actual != exact).sum()), 0.0, torch.equal(actual, exact)
-                    rows.append(
-                        {
-                            "stem": stem,
-                            "backend": backend,
-                            "dtype": dtype_name,
-                            "shape": str(shape),
-                            "quantity": quantity,
-                        }
-                        | {"error": error, "budget": budget, "ok": bool(ok)}
-                    )
+        suite = suite_of(stem)
+        candidate = (candidates or {}).get(stem, suite.ours(stem))
+        for dtype in device.verified:
+            backend = _backend.default(stem, device.type, DTYPES[dtype])[0]
+            for number, shape in enumerate(suite.verified(stem)):
+                head = {"stem": stem, "device": device.type, "backend": backend, "dtype": dtype, "shape": str(shape)}
+                drawn = suite.inputs(stem, shape, number)
+                found, note = attempt(device, lambda: compared(suite, stem, candidate, drawn, DTYPES[dtype], device))  # noqa: B023
+                failed = {"quantity": note, "error": math.inf, "budget": 0.0, "ok": False}
+                rows += [head | row for row in ([failed] if note else found)]
     return rows
 
 
-def interleave(functions: dict, seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each function, one call of each in turn, after three warm-up calls of each."""
-    for function in functions.values():
-        for _ in range(3):
-            function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
+def compared(suite, stem, candidate, drawn, dtype, device) -> list[dict]:
+    """Error and budget of every output and gradient."""
+    drawn = {name: t.to(dtype) if t.is_floating_point() else t for name, t in drawn.items()}
+    plain = suite.plain(stem)
+    kinds = ((candidate, dtype), (plain, dtype), (plain, torch.float64))
+    runs = [Work(stem, drawn, kind, device.device).results(function) for function, kind in kinds]
+    rows = []
+    for quantity in runs[2]:
+        actual, same, exact = (run[quantity] for run in runs)
+        if actual.is_floating_point():
+            found = accuracy(actual, same, exact)
+            error, budget, ok = found.error, found.budget, found.ok
+        else:
+            error, budget, ok = float((actual != exact).sum()), 0.0, torch.equal(actual, exact)
+        rows.append({"quantity": quantity, "error": error, "budget": budget, "ok": bool(ok)})
+    return rows
+
+
+def interleave(functions: dict, device, seconds: float, rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Milliseconds of each function, one call of each in turn, and notes on those that cannot be called.
+
+    Each is called three times beforehand, and longer where a device takes its time to reach full speed.
+    """
+    notes: dict[str, str] = {}
+
+    def call(name, function):
+        result, note = attempt(device, function)
+        if note is not None:
+            notes[name] = note
+        return result
+
+    for name, function in functions.items():
+        start, calls = time.perf_counter(), 0
+        while name not in notes and (calls < WARM_UP or time.perf_counter() - start < device.warm_up_seconds):
+            call(name, lambda function=function: device.measure(function))
+            calls += 1
+    times: dict[str, list[float]] = {name: [] for name in functions if name not in notes}
     gc.collect()
     gc.disable()
     try:
-        start = time.perf_counter()
-        while len(next(iter(times.values()))) < rounds or time.perf_counter() - start < seconds:
-            for name, function in functions.items():
-                before = time.perf_counter()
-                function()
-                times[name].append((time.perf_counter() - before) * 1e3)
-            if time.perf_counter() - start > 4 * seconds and len(next(iter(times.values()))) >= 3:
+        start, done = time.perf_counter(), 0
+        while times and (done < rounds or time.perf_counter() - start < seconds):
+            for name in list(times):
+                took = call(name, lambda name=name: device.measure(functions[name]))
+                if took is None:
+                    del times[name]
+                else:
+                    times[name].append(took)
+            done += 1
+            if time.perf_counter() - start > 4 * seconds and done >= 3:
                 break
     finally:
         gc.enable()
-    return times
+    return times, notes
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:
@@ -142,59 +155,89 @@ def saved_mb(work: Work, function) -> float:
     return sum(kept.values()) / 2**20
 
 
-def peak_mb(work: Work, function) -> float:
-    """MiB by which a training step raises what torch has allocated, at its highest, from the profiler's record."""
+def peak_mb(work: Work, function, device) -> float:
+    """MiB by which a training step raises what torch has allocated, at its highest."""
     work.train(function)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work.train(function)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    level = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return peak / 2**20
+    for leaf in work.leaves:  # the gradients are the step's
+        leaf.grad = None
+    return device.peak_bytes(lambda: work.train(function)) / 2**20
 
 
-def time_stem(stem, shape_name, shape: Shape, threads, quick, x=None, loop=False) -> list[dict]:
-    """All contestants of one stem and shape, both passes."""
-    work = Work(stem, inputs(stem, shape, x=x), torch.float32)
-    functions = {"mann_kernels": contestants.ours(stem), "eager": contestants.EAGER[stem]}
-    heavy = shape_name == "long"
-    if not heavy:
-        kind = contestants.compiled_loop if loop else contestants.compiled_step
-        functions["compile_loop" if loop else "compile_step"] = kind(stem)
-    compile_seconds = {}
+#: The order in which a contestant's functions are given.
+PASSES = ("fwd", "fwd+bwd")
+
+
+def contestants_of(suite: Suite, case: Case, device, dtype, drawn):
+    """Functions by name that make the two passes of a contestant, each on leaves of its own; the contestants that do the
+    stem's work, by name; the seconds that compiling took; and notes on what cannot be made."""
+    functions = {"mann_kernels": suite.ours(case.stem), "eager": suite.eager[case.stem]}
+    functions |= suite.alternatives.get(case.stem, {})
+    seconds, notes = {}, {}
+    work = Work(case.stem, drawn, dtype, device.device)
+    if not case.heavy:
+        name, function = "compile_loop" if case.loop else "compile_step", suite.compiled(case.stem, case.loop)
+        before = time.perf_counter()
+        _, note = attempt(device, lambda: (work.train(function), device.synchronize()))
+        if note is None:
+            functions[name], seconds[name] = function, time.perf_counter() - before
+        else:
+            notes[name] = note
+
+    def make(function):
+        own = Work(case.stem, drawn, dtype, device.device)
+        return (lambda: own.forward(function)), (lambda: own.train(function))
+
+    makers = {name: functools.partial(make, function) for name, function in functions.items()}
+    return makers | suite.others(case.stem, case.shape, work.tensors), functions, seconds, notes
+
+
+def memory_of(device, work: Work, functions, compiled) -> dict[str, dict]:
+    """MiB kept for backward (not of the compiled ones, which the hooks would compile anew) and, at the highest, of a training
+    step, by contestant; None where it does not run."""
+    found = {}
     for name, function in functions.items():
-        if name.startswith("compile"):
-            before = time.perf_counter()
-            work.train(function)
-            compile_seconds[name] = time.perf_counter() - before
-    runs = {"fwd": {}, "fwd+bwd": {}}
-    for name, function in functions.items():
-        runs["fwd"][name] = lambda function=function: work.forward(function)
-        runs["fwd+bwd"][name] = lambda function=function: work.train(function)
-    if stem == "mann_sequence":
-        others = {"lstm": contestants.lstm(shape, work.tensors["x"]), "gemm_floor": contestants.gemm_floor(shape)}
-        for name, (forward, train) in others.items():
-            runs["fwd"][name], runs["fwd+bwd"][name] = forward, train
-    memory = {name: saved_mb(work, functions[name]) for name in ("mann_kernels", "eager")}
-    peaks = {name: peak_mb(work, functions[name]) for name in memory} if stem.endswith("sequence") else {}
+        saved = None if name in compiled else attempt(device, functools.partial(saved_mb, work, function))[0]
+        peak = attempt(device, functools.partial(peak_mb, work, function, device))[0]
+        found[name] = {"saved_mb": saved, "peak_mb": peak}
+    return found
+
+
+def time_case(suite: Suite, case: Case, device, dtype: str, threads: int, quick: bool, x=None) -> list[dict]:
+    """All contestants of one stem and size, both passes; on a GPU each of them as a CUDA graph as well.
+
+    x [T,B,I] replaces the random input of an episode.
+    """
+    drawn = suite.inputs(case.stem, case.shape) | ({} if x is None else {"x": x})
+    makers, functions, compile_seconds, notes = contestants_of(suite, case, device, DTYPES[dtype], drawn)
+    memory = memory_of(device, Work(case.stem, drawn, DTYPES[dtype], device.device), functions, compile_seconds)
+    if device.has_graphs:  # after the others: a capture that fails leaves those already made
+        makers |= {f"{name} graph": functools.partial(device.graphs, make) for name, make in makers.items()}
+    runs = {name_of_pass: {} for name_of_pass in PASSES}
+    for name, make in makers.items():
+        made, note = attempt(device, make)
+        if note is not None:
+            notes[name] = note
+            continue
+        for name_of_pass, function in zip(PASSES, made, strict=True):
+            runs[name_of_pass][name] = function
+    seconds, rounds = (1.0, 5) if quick or case.heavy else (device.seconds, 11)
     rows = []
     for name_of_pass, group in runs.items():
-        seconds, rounds = (1.0, 5) if quick or heavy else (5.0, 11)
-        for name, times in interleave(group, seconds, 2 if heavy else rounds).items():
-            q1, median, q3 = quartiles(times)
-            training = name_of_pass == "fwd+bwd"
+        times, failed = interleave(group, device, seconds, 2 if case.heavy else rounds)
+        for name in [*group, *notes]:
+            q1, median, q3 = quartiles(times[name]) if name in times else (None, None, None)
+            kept = memory.get(name, {}) if name_of_pass == "fwd+bwd" else {}
             rows.append(
-                {"stem": stem, "shape": shape_name, "pass": name_of_pass, "contestant": name, "threads": threads}
-                | {"dtype": "float32", "median_ms": median, "q1_ms": q1, "q3_ms": q3}
-                | {"saved_mb": memory.get(name) if training else None, "peak_mb": peaks.get(name) if training else None}
-                | {"compile_s": compile_seconds.get(name), "rounds": len(times)}
+                {"stem": case.stem, "shape": case.name, "pass": name_of_pass, "contestant": name, "threads": threads}
+                | {"device": device.type, "dtype": dtype, "median_ms": median, "q1_ms": q1, "q3_ms": q3}
+                | {"saved_mb": kept.get("saved_mb"), "peak_mb": kept.get("peak_mb")}
+                | {"compile_s": compile_seconds.get(name), "rounds": len(times.get(name, ()))}
+                | {"note": (notes | failed).get(name)}
             )
     return rows
 
 
-def machine(threads: int) -> dict:
+def machine(threads: int, where) -> dict:
     """The facts a reader needs to repeat a figure."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -210,16 +253,27 @@ def machine(threads: int) -> dict:
         "kernel_instruction_set": _library.cpu_isa(),
         "openmp": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "KMP_", "MKL_"))},
         "load_average": os.getloadavg()[0],
+        "devices": {device.type: device.facts() | device.state() for device in where},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 def pytest_benchmark_of(stem: str):
-    """The pytest-benchmark test of one stem at the paper's shape: verified first."""
+    """The pytest-benchmark test of one stem at the paper's shape, on every device: verified first."""
 
-    def test_training_step(benchmark):
-        assert all(row["ok"] for row in verify([stem]))
-        work = Work(stem, inputs(stem, SHAPES["paper"]), torch.float32)
-        benchmark(lambda: work.train(contestants.ours(stem)))
+    import pytest
+
+    @pytest.mark.parametrize("device", devices(), ids=lambda device: device.type)
+    def test_training_step(benchmark, device):
+        assert all(row["ok"] for row in verify([stem], device))
+        suite = suite_of(stem)
+        shape = next(iter(suite.plan([stem], suite.shapes, True))).shape
+        work = Work(stem, suite.inputs(stem, shape), torch.float32, device.device)
+
+        def step():
+            work.train(suite.ours(stem))
+            device.synchronize()
+
+        benchmark(step)
 
     return test_training_step

@@ -1,6 +1,7 @@
 """Fast, exact, drop-in memory-augmented network layers for PyTorch.
 
-Operators: content_address, lrua_write_weights, memory_update, lrua_step, lrua_sequence, mann_sequence.
+Operators: content_address, lrua_write_weights, memory_update, lrua_step, lrua_sequence, mann_sequence,
+augmented_linear, augmented_conv2d, generate_fast_weights, summarize_gradients.
 Layers: MANN, MANNCell (and their MANNState), ContentAddressing. `with backend(name):` asks for one implementation.
 """
 
@@ -9,12 +10,16 @@ from mann_kernels._backend import backend
 from mann_kernels._version import __version__
 from mann_kernels.modules import MANN, ContentAddressing, MANNCell, MANNState
 from mann_kernels.ops import (
+    augmented_conv2d,
+    augmented_linear,
     content_address,
+    generate_fast_weights,
     lrua_sequence,
     lrua_step,
     lrua_write_weights,
     mann_sequence,
     memory_update,
+    summarize_gradients,
 )
 
 _library.load_cpp()
@@ -25,11 +30,15 @@ __all__ = [
     "MANNCell",
     "MANNState",
     "__version__",
+    "augmented_conv2d",
+    "augmented_linear",
     "backend",
     "content_address",
+    "generate_fast_weights",
     "lrua_sequence",
     "lrua_step",
     "lrua_write_weights",
     "mann_sequence",
     "memory_update",
+    "summarize_gradients",
 ]

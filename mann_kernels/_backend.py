@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import os
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -18,10 +19,16 @@ STEMS = (
     "lrua_step",
     "lrua_sequence",
     "mann_sequence",
+    "augmented_linear",
+    "augmented_conv2d",
+    "generate_fast_weights",
+    "summarize_gradients",
 )
 NAMES = ("reference", "cpp", "triton", "cuda")
 CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 TRITON_DTYPES = (*CPP_DTYPES, torch.float16)
+#: The operators that have Triton kernels, found without importing them.
+TRITON_KERNELS = frozenset(path.stem for path in (Path(__file__).parent / "triton").glob("[!_]*.py"))
 
 _requested: str | None = None
 
@@ -72,6 +79,8 @@ def missing(name: str, stem: str, device: str, dtype: torch.dtype) -> str | None
             )
         if device not in ("cpu", "cuda"):
             return f"the Triton kernels run on GPUs, not on {device}"
+        if stem not in TRITON_KERNELS:
+            return f"this version has no Triton kernel for {stem}"
         if dtype not in TRITON_DTYPES:
             return f"the Triton kernels take {', '.join(map(str, TRITON_DTYPES))}, not {dtype}"
         return None

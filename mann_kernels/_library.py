@@ -33,9 +33,10 @@ def define(schema: str, fake) -> None:
 
 
 def _run_triton(name: str, *args):
-    """The Triton kernels are imported here, at the first call."""
+    """The Triton kernels are imported here, at the first call. Triton launches on the current device: make it the tensors'."""
     module = importlib.import_module(f"mann_kernels.triton.{name.removesuffix('_backward')}")
-    return (module.backward if name.endswith("_backward") else module.forward)(*args)
+    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
+        return (module.backward if name.endswith("_backward") else module.forward)(*args)
 
 
 def operators(backend: str):

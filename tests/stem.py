@@ -5,9 +5,19 @@ import torch
 
 import mann_kernels
 from mann_kernels import reference
-from mann_kernels.testing import assert_accurate
+from mann_kernels.testing import accuracy, assert_accurate
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def on_gpu(*values):
+    """Values of a parameter that need a CUDA device."""
+    return pytest.param(*values, marks=pytest.mark.gpu)
+
+
+#: One body for the C++ kernels and the Triton kernels.
+DEVICES = ("cpu", on_gpu("cuda"))
+PLACES = (*(("cpu", dtype) for dtype in DTYPES), *(on_gpu("cuda", dtype) for dtype in (*DTYPES, torch.float16)))
 
 
 class Inputs(dict):
@@ -18,6 +28,9 @@ class Inputs(dict):
             k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in self.items()
         }
         return Inputs(floats)
+
+    def on(self, device):
+        return Inputs({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.items()})
 
     def with_grad(self):
         def leaf(name, value):
@@ -55,7 +68,7 @@ def loss_of(outputs):
     for output in outputs:
         weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
         if output.requires_grad:
-            loss = loss + (output.double() * weight).sum()
+            loss = loss + (output.double() * weight.to(output.device)).sum()
     return loss
 
 
@@ -85,6 +98,60 @@ def compare(stem, inputs, dtype, kernel=None):
         assert_accurate(grads[name], same_grads[name], exact_grads[name], name=f"gradient of {name}")
 
 
+def quantities(function, inputs):
+    """Every output and gradient, by name."""
+    outputs, grads = run(function, inputs)
+    named = {f"output {i}": output for i, output in enumerate(outputs)}
+    return named | {f"gradient of {name}": grad for name, grad in grads.items()}
+
+
+def reference_errors(stem, inputs, dtype):
+    """The largest error that the reference makes in `dtype`, over inputs that differ from these by about 0.1 %."""
+    if dtype == torch.float64:  # no yardstick: 10,000 eps of 1, the order of the drawn inputs
+        return {name: 1e4 * torch.finfo(dtype).eps for name in quantities(getattr(reference, stem), inputs)}
+    errors: dict[str, float] = {}
+    for seed in range(16):
+        generator = torch.Generator().manual_seed(seed)
+        near = Inputs(inputs)
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+                near[name] = value * (1 + 1e-3 * noise.to(value.device))
+        near = near.to(dtype)
+        exact = quantities(getattr(reference, stem), near.to(torch.float64))
+        for name, same in quantities(getattr(reference, stem), near).items():
+            if same.is_floating_point():
+                errors[name] = max(errors.get(name, 0.0), accuracy(same, same, exact[name]).error)
+    return errors
+
+
+def matches(stem, inputs, dtype, kernel=None):
+    """The tolerance rule; where it says no, once more with the reference's error taken over several inputs.
+
+    The drawn sizes are so small that the one error of the reference can be small by luck: a gradient of a single number,
+    or one that is zero because its terms cancel (a key against rows that are all alike, or of width 1).
+    """
+    try:
+        return compare(stem, inputs, dtype, kernel)
+    except AssertionError:
+        own = reference_errors(stem, inputs, dtype)
+    inputs = inputs.to(dtype)
+    actual = quantities(kernel or getattr(mann_kernels, stem), inputs)
+    same = quantities(getattr(reference, stem), inputs)
+    exact = quantities(getattr(reference, stem), inputs.to(torch.float64))
+    for name, value in actual.items():
+        if not value.is_floating_point():
+            assert torch.equal(value, exact[name]), f"{name}: the chosen slots differ"
+            continue
+        found = accuracy(value, same[name], exact[name])
+        assert found.error <= found.budget + 2 * own[name], f"{name}: {found}, the reference near here {own[name]:.3e}"
+
+
+def check(stem, inputs, dtype, device, kernel=None):
+    """On the CPU the tolerance rule to the letter; on a GPU, where other sums are drawn, with the reference's error nearby."""
+    (compare if device == "cpu" else matches)(stem, inputs.on(device), dtype, kernel)
+
+
 class StemTests:
     """Subclasses set `stem`, `inputs(seed, size)` (float64 Inputs with options, for the sizes in `sizes`) and `bad`."""
 
@@ -105,19 +172,16 @@ class StemTests:
     def small(self):
         return self.inputs(0, 2, 5, 3, 2, **self.options[-1])
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_matches_reference(self, dtype):
-        for seed, size in enumerate(self.sizes, start=1):
+    @pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
+    def test_matches_reference(self, device, dtype):
+        # a GPU compiles for every size: there float32 takes them all, the others the first and the paper's
+        few = device == "cuda" and dtype != torch.float32
+        for seed, size in enumerate(self.sizes[::4] if few else self.sizes, start=1):
             for options in self.options:
-                compare(self.stem, self.inputs(seed, *size, **options), dtype)
+                check(self.stem, self.inputs(seed, *size, **options), dtype, device)
 
-    @pytest.mark.gpu
-    def test_matches_reference_on_gpu(self):
-        inputs = Inputs({k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in self.small.items()})
-        compare(self.stem, inputs, torch.float32)
-
-    def _scalar(self):
-        inputs = self.small.with_grad()
+    def _scalar(self, device):
+        inputs = self.small.on(device).with_grad()
         names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.requires_grad]
 
         def function(*tensors):
@@ -126,15 +190,18 @@ class StemTests:
 
         return function, tuple(inputs[name] for name in names)
 
-    def test_gradcheck(self):
-        assert torch.autograd.gradcheck(*self._scalar(), atol=1e-6)
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_gradcheck(self, device):
+        assert torch.autograd.gradcheck(*self._scalar(device), atol=1e-6)
 
-    def test_gradgradcheck(self):
-        assert torch.autograd.gradgradcheck(*self._scalar(), atol=1e-5)
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_gradgradcheck(self, device):
+        assert torch.autograd.gradgradcheck(*self._scalar(device), atol=1e-5)
 
-    def test_constant_gradient_has_a_graph(self):
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_constant_gradient_has_a_graph(self, device):
         """With a constant upstream gradient a first-order-only backward would return constants, silently."""
-        function, tensors = self._scalar()
+        function, tensors = self._scalar(device)
         grads = torch.autograd.grad(
             [out.sum() for out in function(*tensors)], tensors, create_graph=True, allow_unused=True
         )
@@ -150,29 +217,40 @@ class StemTests:
             assert torch.equal(a, b)
         assert all(torch.equal(grads[name], eager_grads[name]) for name in eager_grads)
 
-    def test_non_contiguous_inputs(self):
+    @pytest.mark.compiles
+    @pytest.mark.gpu
+    def test_compiles_in_one_graph_on_gpu(self):
+        """With Inductor, which may round what surrounds the kernels in another way."""
+        compiled = torch.compile(self.function, fullgraph=True)
+        check(self.stem, self.small, torch.float32, "cuda", compiled)
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_non_contiguous_inputs(self, device):
         inputs = self.inputs(1, 3, 7, 5, 2, **self.options[-1])
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.dim() > 1:
                 inputs[name] = value.transpose(0, -1).contiguous().transpose(0, -1)
-        compare(self.stem, inputs, torch.float64)
+        check(self.stem, inputs, torch.float64, device)
 
-    def test_zero_rows_and_ties(self):
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_zero_rows_and_ties(self, device):
         inputs = self.inputs(2, 2, 9, 4, 3, **self.options[0])
-        for name in ("memory", "usage", "key", "reads", "h", "c"):
+        for name in ("memory", "usage", "key", "reads", "h", "c", "grads"):
             if name in inputs:
                 inputs[name] = torch.zeros_like(inputs[name])
-        _, grads = run(self.function, inputs)
+        _, grads = run(self.function, inputs.on(device))
         assert all(grad.isfinite().all() for grad in grads.values())
-        compare(self.stem, inputs, torch.float64)
+        check(self.stem, inputs, torch.float64, device)
 
-    def test_empty_batch(self):
-        compare(self.stem, self.inputs(0, 0, 5, 3, 2, **self.options[-1]), torch.float32)
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_empty_batch(self, device):
+        check(self.stem, self.inputs(0, 0, 5, 3, 2, **self.options[-1]), torch.float32, device)
 
+    @pytest.mark.parametrize("device", DEVICES)
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-    def test_nan_and_infinity(self, value):
+    def test_nan_and_infinity(self, value, device):
         for name in self.small:
-            inputs = self.small
+            inputs = self.small.on(device)
             if isinstance(inputs[name], torch.Tensor) and inputs[name].is_floating_point():
                 inputs[name].view(-1)[0] = value
                 outputs, _ = run(self.function, inputs)
@@ -188,10 +266,10 @@ class StemTests:
             with pytest.raises(error, match=message):
                 self.function(**{**inputs, **change(inputs)})
 
-    @pytest.mark.parametrize("threads", [1, 2])
-    def test_repeatable(self, threads):
+    @pytest.mark.parametrize(("device", "threads"), [("cpu", 1), ("cpu", 2), on_gpu("cuda", 1)])
+    def test_repeatable(self, device, threads):
         """Bits from run to run; for the memory operators also for any number of threads."""
-        inputs = self.inputs(3, 5, 128, 40, 4, **self.options[0]).to(torch.float32)
+        inputs = self.inputs(3, 5, 128, 40, 4, **self.options[0]).to(torch.float32).on(device)
         outputs, grads = run(self.function, inputs)
         before = torch.get_num_threads()
         try:
@@ -217,13 +295,16 @@ class StemTests:
         finally:
             _library.cpu_isa(best)
 
-    def test_the_kernel_is_what_runs(self):
+    @pytest.mark.parametrize(("device", "name"), [("cpu", "cpp"), on_gpu("cuda", "triton")])
+    def test_the_kernel_is_what_runs(self, device, name):
         from mann_kernels import _backend, _library
 
         assert _library.cpp_missing is None
-        assert _backend.select(self.stem, torch.zeros(1)) == "cpp"
-        with mann_kernels.backend("cpp"):
-            self.function(**self.small)
+        if name == "triton" and self.stem not in _backend.TRITON_KERNELS:
+            pytest.skip("no Triton kernel")
+        assert _backend.select(self.stem, torch.zeros(1, device=device)) == name
+        with mann_kernels.backend(name):
+            self.function(**self.small.on(device))
 
 
 def replace(name, make):

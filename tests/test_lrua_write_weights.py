@@ -1,6 +1,6 @@
 import pytest
 import torch
-from stem import Inputs, StemTests, draw, memory_state, replace
+from stem import DEVICES, Inputs, StemTests, draw, memory_state, replace
 
 import mann_kernels
 
@@ -19,14 +19,18 @@ class TestLruaWriteWeights(StemTests):
         state = memory_state(seed, B, N, W, R)
         return Inputs(usage=state["usage"], read_weights=state["read_weights"], gate=draw(seed, g=(B, R))["g"], lru=lru)
 
-    def test_ties_take_the_lowest_slots(self):
-        _, slots = mann_kernels.lrua_write_weights(torch.ones(2, 40), torch.rand(2, 5, 40), torch.zeros(2, 5))
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_ties_take_the_lowest_slots(self, device):
+        state = Inputs(usage=torch.ones(2, 40), read_weights=torch.rand(2, 5, 40), gate=torch.zeros(2, 5))
+        _, slots = mann_kernels.lrua_write_weights(**state.on(device))
         assert slots.tolist() == [[0, 1, 2, 3, 4]] * 2
 
-    def test_order_and_nan(self):
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_order_and_nan(self, device):
         nan, inf = float("nan"), float("inf")
         usage = torch.tensor([[nan, 3.0, -0.0, 0.0, inf, nan, 1.0]])
-        _, slots = mann_kernels.lrua_write_weights(usage, torch.rand(1, 7, 7), torch.zeros(1, 7))
+        state = Inputs(usage=usage, read_weights=torch.rand(1, 7, 7), gate=torch.zeros(1, 7))
+        _, slots = mann_kernels.lrua_write_weights(**state.on(device))
         assert slots.tolist() == [[2, 3, 6, 1, 4, 0, 5]]
 
     def test_too_many_heads(self):

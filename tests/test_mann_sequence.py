@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 import torch
-from stem import Inputs, StemTests, compare, draw, memory_state, replace, run
+from stem import DEVICES, Inputs, StemTests, check, draw, memory_state, replace, run
 from test_lrua_sequence import saved_bytes
 
 import mann_kernels
@@ -41,14 +41,16 @@ class TestMannSequence(StemTests):
         inputs["lengths"] = (torch.arange(B) * 2 + 3) % (T + 1) if lengths else None
         return Inputs(**inputs, **options)
 
-    def test_paper_size(self):
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_paper_size(self, device):
         inputs = self.inputs(49, 3, 128, 40, 4, T=6)
         assert inputs["h"].shape[1] == 201
         for dtype in (torch.float32, torch.bfloat16):
-            compare(self.stem, inputs, dtype)
+            check(self.stem, inputs, dtype, device)
 
-    def test_two_halves_are_one_sequence(self):
-        inputs = self.inputs(1, 3, 20, 6, 2)
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_two_halves_are_one_sequence(self, device):
+        inputs = self.inputs(1, 3, 20, 6, 2).on(device)
         whole = self.function(**inputs)
         first = self.function(**{**inputs, "x": inputs["x"][:1]})
         names = ("h", "c", "reads", "memory", "usage", "read_weights")
@@ -57,31 +59,37 @@ class TestMannSequence(StemTests):
         for a, b in zip(second[1:], whole[1:], strict=True):
             torch.testing.assert_close(a, b)
 
-    def test_no_steps(self):
-        compare(self.stem, self.inputs(1, 2, 5, 3, 2, T=0), torch.float32)
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_no_steps(self, device):
+        check(self.stem, self.inputs(1, 2, 5, 3, 2, T=0), torch.float32, device)
 
     @pytest.mark.parametrize("every", [1, 3, 10, 256])
-    def test_memory_copies(self, every, monkeypatch):
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_memory_copies(self, every, monkeypatch, device):
         monkeypatch.setattr(ops, "CHECKPOINT_EVERY", every)
-        compare(self.stem, self.inputs(2, 3, 20, 6, 2, T=23, lengths=True), torch.float32)
+        check(self.stem, self.inputs(2, 3, 20, 6, 2, T=23, lengths=True), torch.float32, device)
 
     @pytest.mark.parametrize("seed", [1, 2])
-    def test_from_an_almost_empty_memory(self, seed):
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_from_an_almost_empty_memory(self, seed, device):
         """Rows of 1e-6, as the layers start with: what undoing the writes leaves of them must be right too."""
         inputs = self.inputs(seed, 2, 128, 40, 4, T=50)
         inputs["memory"] = torch.full_like(inputs["memory"], 1e-6)
-        compare(self.stem, inputs, torch.float32)
+        check(self.stem, inputs, torch.float32, device)
 
-    def test_long_episode(self):
-        compare(self.stem, self.inputs(3, 2, 32, 8, 2, T=2000), torch.float32)
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_long_episode(self, device):
+        check(self.stem, self.inputs(3, 2, 32, 8, 2, T=2000), torch.float32, device)
 
-    def test_no_memory_per_step_is_kept(self):
-        inputs = self.inputs(4, 2, 1024, 64, 4, T=64).to(torch.float32).with_grad()
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_no_memory_per_step_is_kept(self, device):
+        inputs = self.inputs(4, 2, 1024, 64, 4, T=64).to(torch.float32).on(device).with_grad()
         one_memory = 2 * 1024 * 64 * 4
         assert saved_bytes(lambda: self.function(**inputs)) < 64 * one_memory / 8
 
-    def test_saving_changes_nothing(self):
-        inputs = self.inputs(5, 3, 20, 6, 2, lengths=True)
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_saving_changes_nothing(self, device):
+        inputs = self.inputs(5, 3, 20, 6, 2, lengths=True).on(device)
         with torch.no_grad():
             outputs = self.function(**inputs)
         saved, _ = run(mann_kernels.mann_sequence, inputs)

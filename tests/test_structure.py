@@ -1,17 +1,19 @@
 import ast
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from stem import run
+from stem import on_gpu, run
 from test_properties import class_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mann_kernels
-from mann_kernels import _backend
+from mann_kernels import _backend, _library
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,6 +93,34 @@ def test_a_request_that_cannot_be_met_raises(stem):
         assert _backend.select(stem, torch.zeros(1).half()) == "reference"
 
 
+def test_a_stem_without_a_triton_kernel(monkeypatch):
+    monkeypatch.setattr(_backend, "TRITON_KERNELS", _backend.TRITON_KERNELS - {"lrua_step"})
+    assert _backend.default("lrua_step", "cuda", torch.float32) == (
+        "reference",
+        "this version has no Triton kernel for lrua_step",
+    )
+    assert _backend.default("memory_update", "cuda", torch.float32) == ("triton", None)
+
+
+def test_triton_launches_where_its_tensors_are(monkeypatch):
+    """Triton launches on the current device, which need not be that of the tensors."""
+    order = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        order.append(tensor)
+        yield
+        order.append("back")
+
+    module = SimpleNamespace(forward=lambda *args: order.append("forward"), backward=None)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(_library.importlib, "import_module", lambda name: module)
+    memory = torch.zeros(1)
+    _library._run_triton("content_address", None, memory, 1e-6)
+    assert order[0] is memory
+    assert order[1:] == ["forward", "back"]
+
+
 def test_a_request_ends_with_its_block_after_an_exception():
     with pytest.raises(KeyError), mann_kernels.backend("reference"):
         raise KeyError
@@ -123,19 +153,21 @@ class _Calls(TorchDispatchMode):
         self.made = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "mann":
+        if func.namespace in ("mann", "mann_triton"):
             self.made.append((func, args))
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("device", "library"), [("cpu", "mann"), on_gpu("cuda", "mann_triton")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stem", _backend.STEMS)
-def test_opcheck(stem, dtype):
+def test_opcheck(stem, dtype, device, library):
     """The operators that a training step calls, forward and backward, with every set of options."""
     tests = class_of(stem)
     for options in tests.options:
         with _Calls() as calls:
-            run(getattr(mann_kernels, stem), tests.inputs(1, 3, 7, 5, 2, **options).to(dtype))
-        assert [func.name() for func, _ in calls.made] == [f"mann::{stem}", f"mann::{stem}_backward"]
+            run(getattr(mann_kernels, stem), tests.inputs(1, 3, 7, 5, 2, **options).to(dtype).on(device))
+        if device == "cpu" or stem in _backend.TRITON_KERNELS:
+            assert [func.name() for func, _ in calls.made] == [f"{library}::{stem}", f"{library}::{stem}_backward"]
         for func, args in calls.made:
             torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))

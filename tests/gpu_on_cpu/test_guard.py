@@ -24,18 +24,22 @@ from bench.stems import SHAPES, inputs
 from mann_kernels import _backend, reference
 
 SIZE = (2, 37, 5, 2)
+#: Of a training step: forward, and backward, which for a layer are two, the gradient of x and that of the weights.
+LAUNCHES = {"augmented_linear": 3, "augmented_conv2d": 3}
 
 
-@pytest.mark.parametrize("tile", [128, 8192])
+@pytest.mark.parametrize("tile", [128, 8192])  # of a memory
 @pytest.mark.parametrize("stem", _backend.STEMS)
 def test_every_access_is_sound(stem, tile, monkeypatch):
+    if tile == 128 and "memory" not in inputs_of(stem, 1, SIZE):
+        pytest.skip("has no memory")
     monkeypatch.setattr("mann_kernels.triton._launch.TILE", tile)
     options = class_of(stem).options
     for each in options if tile == 8192 else options[-1:]:
         extra = {"T": 9} if stem.endswith("sequence") and each is options[-1] else {}  # once past a restart
         with mann_kernels.backend("triton"), MemoryGuard() as guard:
             run(getattr(mann_kernels, stem), inputs_of(stem, 1, SIZE, **each, **extra).to(torch.float32))
-        assert guard.launches == 2
+        assert guard.launches == LAUNCHES.get(stem, 2)
 
 
 def test_a_step_reads_and_writes_memory_once():

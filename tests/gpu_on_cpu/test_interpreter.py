@@ -67,7 +67,7 @@ def test_segments_and_restarts(stem, every, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stem", _backend.STEMS)
+@pytest.mark.parametrize("stem", ["content_address", "memory_update", "lrua_step", "lrua_sequence", "mann_sequence"])
 def test_memory_of_many_tiles(stem, dtype, monkeypatch):
     """What does not fit one tile goes another way through the kernels."""
     monkeypatch.setattr("mann_kernels.triton._launch.TILE", 128)
@@ -81,3 +81,17 @@ def test_memory_of_many_tiles(stem, dtype, monkeypatch):
 def test_large(stem, size):
     """As many slots and as wide as promised, on the tiles a GPU would use."""
     compare(stem, inputs_of(stem, 1, size, **class_of(stem).options[-1]), torch.float32)
+
+
+@pytest.mark.parametrize(("stem", "most"), [("generate_fast_weights", 64), ("summarize_gradients", 61)])
+def test_hidden_units_of_the_generators(stem, most):
+    """What is the most there is runs, and one more is a clear error; the blocks go around the programs of backward."""
+    compare(stem, inputs_of(stem, 1, (1, 21, most, 2)), torch.float32)
+    with pytest.raises(ValueError, match=f"at most {most} hidden units"):
+        compare(stem, inputs_of(stem, 1, (1, 3, most + 1, 2)), torch.float32)
+
+
+@pytest.mark.parametrize("stem", ["generate_fast_weights", "summarize_gradients"])
+def test_programs_take_several_blocks(stem, monkeypatch):
+    monkeypatch.setattr("mann_kernels.triton._coordinates.PROGRAMS", 3)
+    matches(stem, inputs_of(stem, 1, (5, 33, 6, 3)), torch.float32)

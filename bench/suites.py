@@ -1,0 +1,127 @@
+"""The suites: for each family of operators its stems, and what verification and timing need to know of them."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mann_kernels
+from bench import contestants, metanet, metanet_augmented, stems
+from mann_kernels import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a plan: a stem at a size, and what is left out there."""
+
+    stem: str
+    name: str
+    shape: Any
+    loop: bool = False  # torch.compile the whole loop, not the step
+    heavy: bool = False  # two rounds, nothing compiled
+
+
+@dataclass(frozen=True)
+class Suite:
+    stems: tuple[str, ...]
+    #: Sizes by name, of all its stems; the first that is planned for a stem is the paper's.
+    shapes: Mapping[str, Any]
+    #: Names of the sizes that are timed unless others are asked for, by device type.
+    usual: Mapping[str, tuple[str, ...]]
+    #: verified(stem) -> the sizes that its kernels are verified on.
+    verified: Callable[[str], tuple]
+    #: inputs(stem, shape, seed=0) -> float64 CPU tensors by name, in the order of the operator's arguments.
+    inputs: Callable
+    #: constant(stem) -> the names of inputs that are data or state and get no gradient.
+    constant: Callable[[str], set[str]]
+    #: ours(stem), plain(stem) -> the operator and its reference, with the options that it is measured with.
+    ours: Callable[[str], Callable]
+    plain: Callable[[str], Callable]
+    #: What one would write in plain PyTorch, by stem: the same arguments, the same results.
+    eager: Mapping[str, Callable]
+    #: Other ways to write it, by name, which lose at most sizes; by stem, where there are any.
+    alternatives: Mapping[str, Mapping[str, Callable]]
+    #: compiled(stem, loop) -> the eager contestant under torch.compile, its step alone or with the loop over time.
+    compiled: Callable[[str, bool], Callable]
+    #: others(stem, shape, tensors) -> functions by name that make a (forward pass, training step) of another kind.
+    others: Callable[[str, Any, dict], dict[str, Callable]]
+    #: plan(stems, shape names, quick) -> the cases.
+    plan: Callable[[Iterable[str], Iterable[str], bool], Iterable[Case]]
+
+
+def _called(module, options):
+    return lambda stem: functools.partial(getattr(module, stem), **options.get(stem, {}))
+
+
+#: Steps of the loop that torch.compile unrolls: at 50 steps it compiles for minutes.
+LOOP_STEPS = 12
+
+
+def _mann_plan(chosen, shapes, quick):
+    for stem in chosen:
+        episode = stem == "mann_sequence"
+        for name in shapes:
+            if name == "long" and (quick or not episode):
+                continue
+            if not episode and name not in ("paper", "wide", "batch"):
+                continue
+            shape = stems.SHAPES[name]
+            yield Case(stem, name, shape, heavy=name == "long")
+            if episode and name not in ("long", "batch") and not quick:
+                yield Case(stem, f"{name}@T={LOOP_STEPS}", shape.at(LOOP_STEPS), loop=True)
+
+
+MANN = Suite(
+    stems=tuple(contestants.EAGER),
+    shapes=stems.SHAPES,
+    usual={"cpu": tuple(name for name in stems.SHAPES if name != "batch"), "cuda": tuple(stems.SHAPES)},
+    verified=lambda stem: stems.VERIFIED,
+    inputs=stems.inputs,
+    constant=stems.constant,
+    ours=_called(mann_kernels, {}),
+    plain=_called(reference, {}),
+    eager=contestants.EAGER,
+    alternatives={},
+    compiled=contestants.compiled,
+    others=contestants.others,
+    plan=_mann_plan,
+)
+
+_METANET_EAGER = metanet.EAGER | metanet_augmented.EAGER
+_METANET_SHAPES = dict.fromkeys(metanet.STEMS, metanet.SHAPES) | metanet_augmented.SHAPES
+_METANET_VERIFIED = dict.fromkeys(metanet.STEMS, metanet.VERIFIED) | metanet_augmented.VERIFIED
+_METANET_NAMES = {name: shape for shapes in _METANET_SHAPES.values() for name, shape in shapes.items()}
+
+
+def _metanet_inputs(stem, shape, seed=0):
+    return (metanet if stem in metanet.STEMS else metanet_augmented).inputs(stem, shape, seed)
+
+
+def _metanet_plan(chosen, shapes, quick):
+    for stem in chosen:
+        for name in shapes:
+            if name in _METANET_SHAPES[stem]:
+                yield Case(stem, name, _METANET_SHAPES[stem][name])
+
+
+METANET = Suite(
+    stems=tuple(_METANET_EAGER),
+    shapes=_METANET_NAMES,
+    usual={"cpu": tuple(_METANET_NAMES), "cuda": tuple(_METANET_NAMES)},
+    verified=_METANET_VERIFIED.__getitem__,
+    inputs=_metanet_inputs,
+    constant=lambda stem: {"x"},
+    ours=_called(mann_kernels, metanet_augmented.OPTIONS),
+    plain=_called(reference, metanet_augmented.OPTIONS),
+    eager=_METANET_EAGER,
+    alternatives=metanet_augmented.ALTERNATIVES,
+    compiled=lambda stem, loop: contestants.compiled_anew(_METANET_EAGER[stem]),
+    others=lambda stem, shape, tensors: {},
+    plan=_metanet_plan,
+)
+
+SUITES: dict[str, Suite] = {"mann": MANN, "metanet": METANET}
+
+
+def suite_of(stem: str) -> Suite:
+    return next(suite for suite in SUITES.values() if stem in suite.stems)
