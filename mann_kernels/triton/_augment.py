@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mann_kernels.triton._step import tanh
+from mann_kernels.triton._tile import tanh
 
 #: Rows, columns and depth of a matrix product. A float32 product without TF32 keeps its operands in registers: at a depth of
 #: 32 two of the backward kernels spill.

@@ -41,6 +41,12 @@ def log_of_one_plus(x):
 
 
 @triton.jit
+def exact_dot(a, b, ACC: tl.constexpr):
+    """a [M,K] @ b [K,N] without TF32."""
+    return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
 def order_of(usage):
     """int64 numbers in the order of usage, NaN last; 0 and -0 are the same."""
     usage = tl.where(usage == usage, usage + 0.0, float("nan"))

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from mann_kernels.triton._augment import TILES, activate
 from mann_kernels.triton._launch import acc_of, contiguous, pointer
-from mann_kernels.triton._step import exact_dot
+from mann_kernels.triton._tile import exact_dot
 from mann_kernels.triton.augmented_linear import with_rows_contiguous
 
 # Bits of a saved code beside the two that say which of the four pixels was the largest: what lets a gradient through.

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from mann_kernels.triton._coordinates import features, features_backward, launch, programs_of
 from mann_kernels.triton._launch import acc_of, contiguous
-from mann_kernels.triton._step import exact_dot, sigmoid, tanh
+from mann_kernels.triton._tile import exact_dot, sigmoid, tanh
 
 
 @triton.jit

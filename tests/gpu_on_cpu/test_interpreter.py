@@ -11,8 +11,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
-from stem import compare
-from test_properties import class_of, matches, tie, zero_rows
+from stem import compare, matches
+from test_properties import class_of, tie, zero_rows
 
 import mann_kernels
 from mann_kernels import _backend

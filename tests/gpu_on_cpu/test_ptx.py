@@ -19,8 +19,8 @@ pytest.importorskip("triton")
 from emulated import emulated
 from mutant import mutant_of
 from ptx import PTXError
-from stem import Inputs, compare
-from test_properties import class_of, matches, quantities, reference_errors, tie, zero_rows
+from stem import Inputs, compare, matches, quantities, reference_errors
+from test_properties import class_of, tie, zero_rows
 
 import mann_kernels
 from bench.stems import SHAPES, inputs
