@@ -13,6 +13,7 @@ SANITIZED := build/sanitize
 OTHER_TRITON := 3.9.0
 OTHER_PATH := build/triton-$(OTHER_TRITON)
 INTERPRETED := tests/gpu_on_cpu/test_interpreter.py tests/gpu_on_cpu/test_guard.py
+COMPILED := tests/gpu_on_cpu/test_compile.py tests/gpu_on_cpu/test_ptx.py tests/gpu_on_cpu/test_traffic.py
 CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
 # The tests that drive the C++ kernels; those that start compilers or other processes would only slow the sanitizers down.
 SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles and not gpu"
@@ -37,16 +38,17 @@ bench: setup
 	$(RUN) -m bench $(BENCH)
 
 test: setup
-	$(RUN) -m pytest $(TEST)
-	TRITON_INTERPRET=1 $(RUN) -m pytest $(INTERPRETED) $(TEST)
+	$(RUN) -m pytest --ignore=tests/gpu_on_cpu $(TEST)
+	$(RUN) -m pytest -n auto tests/gpu_on_cpu $(TEST)
+	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED) $(TEST)
 
 # What can be known of the GPU kernels without a GPU: that they compile and fit, their numbers as source and as compiled code,
 # that every access is sound; with both versions of Triton. Ends with a table of what each kernel needs.
 verify-gpu: setup $(OTHER_PATH)
-	TRITON_INTERPRET=1 $(RUN) -m pytest $(INTERPRETED)
-	$(RUN) -m pytest tests/gpu_on_cpu --all-targets
-	TRITON_INTERPRET=1 PYTHONPATH=$(OTHER_PATH) $(RUN) -m pytest $(INTERPRETED)
-	PYTHONPATH=$(OTHER_PATH) $(RUN) -m pytest tests/gpu_on_cpu/test_ptx.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED)
+	$(RUN) -m pytest -n auto tests/gpu_on_cpu --all-targets
+	TRITON_INTERPRET=1 PYTHONPATH=$(OTHER_PATH) $(RUN) -m pytest -n auto $(INTERPRETED)
+	PYTHONPATH=$(OTHER_PATH) $(RUN) -m pytest -n auto $(COMPILED)
 	$(RUN) tests/gpu_on_cpu/report.py sm_80 sm_90
 
 $(OTHER_PATH):
