@@ -79,7 +79,8 @@ def compiled_for(target, monkeypatch):
         triton.runtime.driver.set_active(driver)
         patch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", None)
         patch.setattr(JITFunction, "run", noted)
-        patch.setattr(_launch, "lanes", lambda: driver.target.warp_size)
+        kind = _launch.Gpu(driver.target.backend == "cuda", driver.target.warp_size)
+        patch.setattr(_launch, "gpu", lambda: kind)
         yield found
 
 
