@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 #: Threads of a program. Counted by the PTX machine for two steps of mann_sequence backward at the paper's shape: 256 threads take
-#: 271 thousand warp instructions and 74 thousand turns of shared memory; 512 take 357 and 111, and leave 128 registers to a thread that
-#: needs 240; 128 spill 1.6 KB a thread.
+#: 271 thousand warp instructions and 74 thousand turns of shared memory; 512 take 357 and 111, and leave 128 registers to a
+#: thread that needs 240; 128 spill 1.6 KB a thread.
 THREADS = 256
 
 #: Elements of a tile of memory [BN,BW]: 32 for each thread. The paper's memory, 128 slots of 40 padded to 64, is one tile.
