@@ -20,24 +20,25 @@ template <typename V> MANN_INLINE V hyperbolic_tangent(V x) {
 
 // Eq. 9 to 16. The four gates enter before, and leave after, their activation.
 template <typename V> struct LstmCell {
-    V c, h;
+    V c, h, squashed; // squashed is tanh c
 };
 template <typename V> MANN_INLINE LstmCell<V> lstm_cell(V &gate_in, V &gate_forget, V &cell, V &gate_out, V c) {
     gate_in = sigmoid(gate_in);
     gate_forget = sigmoid(gate_forget);
     cell = hyperbolic_tangent(cell);
     gate_out = sigmoid(gate_out);
-    const V new_c = gate_forget * c + gate_in * cell;
-    return {new_c, gate_out * hyperbolic_tangent(new_c)};
+    const V new_c = gate_forget * c + gate_in * cell, squashed = hyperbolic_tangent(new_c);
+    return {new_c, gate_out * squashed, squashed};
 }
 
-// Gradients before the activations, and of the previous c; new_c is the cell state after the step, c the one before.
+// Gradients before the activations, and of the previous c; squashed is tanh of the cell state after the step, c the one
+// before.
 template <typename V> struct LstmCellGrad {
     V gate_in, gate_forget, cell, gate_out, c;
 };
 template <typename V>
-MANN_INLINE LstmCellGrad<V> lstm_cell_backward(V gate_in, V gate_forget, V cell, V gate_out, V c, V new_c, V dh, V dc) {
-    const V squashed = hyperbolic_tangent(new_c);
+MANN_INLINE LstmCellGrad<V> lstm_cell_backward(V gate_in, V gate_forget, V cell, V gate_out, V c, V squashed, V dh,
+                                               V dc) {
     dc = dc + dh * gate_out * (1 - squashed * squashed);
     return {dc * cell * gate_in * (1 - gate_in), dc * c * gate_forget * (1 - gate_forget),
             dc * gate_in * (1 - cell * cell), dh * squashed * gate_out * (1 - gate_out), dc * gate_forget};

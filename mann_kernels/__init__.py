@@ -1,6 +1,7 @@
 """Fast, exact, drop-in memory-augmented network layers for PyTorch.
 
-Operators: content_address, lrua_write_weights, memory_update, lrua_step, lrua_sequence, mann_sequence.
+Operators: content_address, lrua_write_weights, memory_update, lrua_step, lrua_sequence, mann_sequence,
+generate_fast_weights, summarize_gradients.
 Layers: MANN, MANNCell (and their MANNState), ContentAddressing. `with backend(name):` asks for one implementation.
 """
 
@@ -10,11 +11,13 @@ from mann_kernels._version import __version__
 from mann_kernels.modules import MANN, ContentAddressing, MANNCell, MANNState
 from mann_kernels.ops import (
     content_address,
+    generate_fast_weights,
     lrua_sequence,
     lrua_step,
     lrua_write_weights,
     mann_sequence,
     memory_update,
+    summarize_gradients,
 )
 
 _library.load_cpp()
@@ -27,9 +30,11 @@ __all__ = [
     "__version__",
     "backend",
     "content_address",
+    "generate_fast_weights",
     "lrua_sequence",
     "lrua_step",
     "lrua_write_weights",
     "mann_sequence",
     "memory_update",
+    "summarize_gradients",
 ]

@@ -18,6 +18,8 @@ STEMS = (
     "lrua_step",
     "lrua_sequence",
     "mann_sequence",
+    "generate_fast_weights",
+    "summarize_gradients",
 )
 NAMES = ("reference", "cpp", "triton", "cuda")
 CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)

@@ -147,7 +147,7 @@ inline void lstm_row_backward(int64_t H, const T *gates, const T *c, const T *ne
     for (int64_t i = 0; i < H; i += kLanes<T>) {
         const auto at = [=](const T *row) { return load_some(row + i, H - i); };
         const auto grad = lstm_cell_backward(at(gates), at(gates + H), at(gates + 2 * H), at(gates + 3 * H), at(c),
-                                             at(new_c), at(dh), at(dc));
+                                             hyperbolic_tangent(at(new_c)), at(dh), at(dc));
         store_some(dgates + i, grad.gate_in, H - i);
         store_some(dgates + H + i, grad.gate_forget, H - i);
         store_some(dgates + 2 * H + i, grad.cell, H - i);

@@ -35,14 +35,6 @@ template <typename T> inline MemoryShape<T> memory_shape(const StepOptions &o) {
 // At most this many heads share a pass over memory, so that their accumulators stay in registers.
 constexpr int kHeadGroup = 4;
 
-// Calls f with the number of heads of each group as a compile-time constant, and the first head of the group.
-template <int largest, typename F> inline void in_groups(int64_t heads, F &&f, int64_t first = 0) {
-    for (; heads - first >= largest; first += largest) f(std::integral_constant<int, largest>{}, first);
-    if constexpr (largest > 1) {
-        if (heads > first) in_groups<largest - 1>(heads, f, first);
-    }
-}
-
 constexpr int64_t kTileSlots = 256;
 
 // Calls f(n0, width) for every tile: its first slot, and its slots. The tile stands n0 * W numbers into the memory.

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -78,6 +79,15 @@ inline void prefetch(const void *address) { __builtin_prefetch(address, 1, 2); }
 
 // x - 0 is x for every x, -0 and NaN included, so this is one broadcast instruction.
 template <typename T> inline Vec<T> broadcast(T value) { return value - Vec<T>{}; }
+
+// Calls f with the size of each group of up to `largest` as a compile-time constant, and the first element of the
+// group.
+template <int largest, typename F> inline void in_groups(int64_t count, F &&f, int64_t first = 0) {
+    for (; count - first >= largest; first += largest) f(std::integral_constant<int, largest>{}, first);
+    if constexpr (largest > 1) {
+        if (count > first) in_groups<largest - 1>(count, f, first);
+    }
+}
 
 template <typename V> inline V minimum(V a, V b) { return a < b ? a : b; } // b where a is NaN
 
@@ -276,6 +286,28 @@ template <typename V> inline V exponential(V x) {
 template <typename V> inline V exponential_minus_one(V x) {
     const ExpParts<V> e = exp_parts(x);
     return (e.scale - Lane<V>(1)) + e.scale * e.p;
+}
+// log x = n ln 2 + 2 (s + s^3/3 + s^5/5 + ...), x = 2^n m, sqrt(1/2) <= m < sqrt(2), s = (m - 1) / (m + 1): |s| <
+// 0.1716, and the first dropped term is below a quarter of the last bit of s. For positive x that are not denormal;
+// infinity and NaN come out as they went in.
+template <typename V> inline V natural_log(V x) {
+    using T = Lane<V>;
+    constexpr bool is_float = std::is_same_v<T, float>;
+    using Int = std::conditional_t<is_float, int32_t, int64_t>;
+    using IntVec = typename VectorOf<Int>::type;
+    constexpr int mantissa = is_float ? 23 : 52;
+    constexpr Int root_half = is_float ? Int(0x3f3504f3) : Int(0x3fe6a09e667f3bcd);
+    constexpr T largest = std::numeric_limits<T>::max();
+    const IntVec bits = reinterpret_cast<IntVec>(x);
+    const IntVec exponent = (bits - root_half) >> mantissa;
+    const V m = reinterpret_cast<V>(bits - (exponent << mantissa));
+    const V n = __builtin_convertvector(exponent, V), s = (m - 1) / (m + 1), square = s * s;
+    constexpr int terms = is_float ? 5 : 11;
+    V p = broadcast(T(1) / (2 * terms - 1));
+#pragma GCC unroll 16
+    for (int i = terms - 1; i >= 1; --i) p = p * square + T(1) / (2 * i - 1);
+    const V result = n * T(0.69314718055994531) + 2 * s * p;
+    return x <= largest ? result : x;
 }
 template <typename V> inline V square_root(V x) {
     V result;

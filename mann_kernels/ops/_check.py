@@ -39,11 +39,11 @@ def shape(sizes: dict[str, int], name: str, tensor: torch.Tensor | None, *want: 
 
 def not_empty(sizes: dict[str, int], *letters: str) -> None:
     """Sizes that must be at least 1 (an empty batch or an episode of no steps is fine; no slots is not)."""
-    words = {"N": "slots", "W": "columns", "R": "heads", "H": "hidden units"}
+    words = {"N": "slots", "W": "columns", "R": "heads", "H": "hidden units", "D": "hidden units"}
     for letter in letters:
         if sizes[letter] < 1:
             raise ValueError(
-                f"memory operators need at least one of each: got {sizes[letter]} {words[letter]} ({letter})"
+                f"the operators need at least one of each: got {sizes[letter]} {words[letter]} ({letter})"
             )
 
 
@@ -54,6 +54,14 @@ def heads_fit(sizes: dict[str, int]) -> None:
             f"num_heads: got {sizes['R']} heads (R) for {sizes['N']} slots (N), want num_heads <= num_slots: "
             "exactly R least-used slots are chosen at every step"
         )
+
+
+def preprocessing(p: float) -> None:
+    """Gradients count as small below e^-p; e^p itself must be a float32."""
+    if not isinstance(p, (int, float)):
+        raise TypeError(f"p: got {type(p).__name__}, want a number")
+    if not 0 < p <= 80:
+        raise ValueError(f"p: got {p}, want a number in (0, 80]")
 
 
 def choice(name: str, value: str, *allowed: str) -> None:
