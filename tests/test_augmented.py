@@ -143,7 +143,11 @@ def test_loss_gradients_without_grad_mode_and_with_frozen_weights():
             r"fast: got shape \[3, 3\], want \[\.\.\., 3, 2\]",
         ),
         (lambda: AugmentedLinear(2, 3)(torch.ones(4, 2), mix=torch.ones(4, 1)), ValueError, "mix: got weights"),
-        (lambda: network().split(torch.ones(2, 7)), ValueError, r"fast: got shape \[2, 7\], want \[\.\.\., P\] with P="),
+        (
+            lambda: network().split(torch.ones(2, 7)),
+            ValueError,
+            r"fast: got shape \[2, 7\], want \[\.\.\., P\] with P=",
+        ),
         (lambda: network()(normal(1, 1, 2, 7, 7), [None]), ValueError, "fast: got 1 tensors, want 4"),
     ],
 )

@@ -90,9 +90,7 @@ class AlgorithmOne:
 
     @staticmethod
     def preprocess(g):
-        return torch.stack(
-            [(torch.log(g.abs() + EPS) / 7).clamp(min=-1), (g * math.exp(7)).clamp(-1, 1)], -1
-        )
+        return torch.stack([(torch.log(g.abs() + EPS) / 7).clamp(min=-1), (g * math.exp(7)).clamp(-1, 1)], -1)
 
     def module(self, group, weight):
         return group["all" if "all" in group else "conv" if weight.dim() == 4 else "linear"]
@@ -169,7 +167,9 @@ def assert_same(metanet, logits, want):
         assert (grad is None) == (got[name] is None), name
         if grad is not None:
             scale = max(1.0, float(grad.abs().max()))
-            torch.testing.assert_close(got[name], grad, rtol=0, atol=1e-10 * scale, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                got[name], grad, rtol=0, atol=1e-10 * scale, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -276,7 +276,9 @@ def test_the_order_of_the_memory_does_not_matter():
     metanet = small()
     state = metanet.adapt(x, y)
     turned = MetaNetState(state.index[:, order], state.memory[:, order], state.task_fast)
-    torch.testing.assert_close(metanet.predict(queries, turned), metanet.predict(queries, state), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        metanet.predict(queries, turned), metanet.predict(queries, state), rtol=1e-12, atol=1e-12
+    )
     # with Q* given or absent, the support set's order does not matter either; d sees it
     again = metanet.adapt(x[:, order], y[:, order])
     torch.testing.assert_close(again.memory, state.memory[:, order], rtol=1e-12, atol=1e-12)
@@ -379,9 +381,7 @@ def test_module_manners():
 def test_pairs_are_random_different_and_repeatable():
     metanet = small()
     x, y, queries = draw(shots=3)
-    first, again, other = (
-        metanet(x, y, queries, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
-    )
+    first, again, other = (metanet(x, y, queries, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     from mann_kernels.modules.metanet import _random_pairs
@@ -411,7 +411,11 @@ def change(**changes):
         (change(x=lambda x: x[:, [0, 1, 2, 0]], y=lambda y: y[:, [0, 1, 2, 0]]), ValueError, "got 4 examples"),
         (change(queries=lambda q: q[:1]), ValueError, r"query_x: got shape .* want \[G, L, \.\.\.\] with G=2"),
         (change(queries=lambda q: q.float()), TypeError, "query_x: got dtype torch.float32, want torch.float64"),
-        (change(queries=lambda q: q[:, :0]), ValueError, r"query_x: got shape \[2, 0, 1, 6, 6\], want at least one query"),
+        (
+            change(queries=lambda q: q[:, :0]),
+            ValueError,
+            r"query_x: got shape \[2, 0, 1, 6, 6\], want at least one query",
+        ),
         (change(queries=lambda q: None), TypeError, "query_x: got NoneType, want a torch.Tensor"),
     ],
 )
@@ -430,7 +434,11 @@ def test_bad_state_and_bad_construction():
     for wrong, error, message in (
         (tuple(state), TypeError, "state: got tuple, want the MetaNetState"),
         (state._replace(memory=state.memory[..., 1:]), ValueError, rf"state.memory: got shape \[2, 3, {P - 1}\], want"),
-        (state._replace(memory=state.memory[:, 1:]), ValueError, r"state.index: got shape \[2, 3, 4\], want \[2, 2, 4\]"),
+        (
+            state._replace(memory=state.memory[:, 1:]),
+            ValueError,
+            r"state.index: got shape \[2, 3, 4\], want \[2, 2, 4\]",
+        ),
         (state._replace(task_fast=state.task_fast[:1]), ValueError, rf"state.task_fast: got .* want \[2, {Q}\]"),
         (state._replace(task_fast=None), ValueError, "state.task_fast: got None"),
     ):
