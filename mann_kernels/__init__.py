@@ -24,6 +24,8 @@ from mann_kernels.modules import (
     MetaNetState,
 )
 from mann_kernels.ops import (
+    augmented_conv2d,
+    augmented_linear,
     content_address,
     generate_fast_weights,
     lrua_sequence,
@@ -50,6 +52,8 @@ __all__ = [
     "MetaNet",
     "MetaNetState",
     "__version__",
+    "augmented_conv2d",
+    "augmented_linear",
     "backend",
     "content_address",
     "generate_fast_weights",

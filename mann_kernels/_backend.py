@@ -18,6 +18,8 @@ STEMS = (
     "lrua_step",
     "lrua_sequence",
     "mann_sequence",
+    "augmented_linear",
+    "augmented_conv2d",
     "generate_fast_weights",
     "summarize_gradients",
 )

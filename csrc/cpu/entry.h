@@ -84,6 +84,19 @@ class Call {
     const void *in(const std::optional<Tensor> &tensor, const char *name, Sizes sizes) {
         return tensor ? in(*tensor, dtype_, name, sizes) : nullptr;
     }
+    // Rows [G, S] of numbers that may lie apart: only the dimensions after the first two must be contiguous.
+    FastRows rows(const Tensor &tensor, const char *name, Sizes sizes) {
+        STD_TORCH_CHECK(tensor.dim() == int64_t(sizes.size()), name, ": wrong shape for the C++ kernel");
+        int64_t inner = 1;
+        bool contiguous = true;
+        for (int64_t d = tensor.dim() - 1; d > 1; inner *= tensor.size(d--))
+            contiguous &= tensor.size(d) == 1 || tensor.stride(d) == inner;
+        if (!contiguous) return {in(tensor, name, sizes), tensor.size(1) * inner, inner};
+        const auto got = tensor.sizes();
+        STD_TORCH_CHECK(tensor.scalar_type() == dtype_ && std::equal(sizes.begin(), sizes.end(), got.begin()), name,
+                        ": wrong dtype or shape for the C++ kernel");
+        return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+    }
     const int64_t *lengths(const std::optional<Tensor> &tensor, int64_t batch) {
         return tensor ? static_cast<const int64_t *>(in(*tensor, ScalarType::Long, "lengths", {batch})) : nullptr;
     }

@@ -20,6 +20,12 @@ struct StepOptions {
     double decay, eps;
 };
 
+// Rows [G, S] that may lie apart; strides in numbers.
+struct FastRows {
+    const void *data;
+    int64_t task_stride, row_stride;
+};
+
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 Isa isa(); // in isa.cpp
 

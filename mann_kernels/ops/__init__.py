@@ -1,5 +1,7 @@
 """The operators: schema, shape function, autograd and validation. One file per stem."""
 
+from mann_kernels.ops.augmented_conv2d import augmented_conv2d
+from mann_kernels.ops.augmented_linear import augmented_linear
 from mann_kernels.ops.content_address import content_address
 from mann_kernels.ops.generate_fast_weights import generate_fast_weights
 from mann_kernels.ops.lrua_sequence import lrua_sequence
@@ -10,6 +12,8 @@ from mann_kernels.ops.memory_update import memory_update
 from mann_kernels.ops.summarize_gradients import summarize_gradients
 
 __all__ = [
+    "augmented_conv2d",
+    "augmented_linear",
     "content_address",
     "generate_fast_weights",
     "lrua_sequence",

@@ -5,6 +5,8 @@ Shapes use B batch, T time, N slots, W slot width, R heads, H hidden, I input, D
 Equations, where no other paper is named, are those of Santoro et al. 2016, "One-shot Learning with Memory-Augmented Neural Networks" (arXiv 1605.06065).
 """
 
+from mann_kernels.reference.augmented_conv2d import augmented_conv2d
+from mann_kernels.reference.augmented_linear import augmented_linear
 from mann_kernels.reference.content_address import content_address
 from mann_kernels.reference.generate_fast_weights import generate_fast_weights
 from mann_kernels.reference.lrua_sequence import lrua_sequence
@@ -15,6 +17,8 @@ from mann_kernels.reference.memory_update import memory_update
 from mann_kernels.reference.summarize_gradients import summarize_gradients
 
 __all__ = [
+    "augmented_conv2d",
+    "augmented_linear",
     "content_address",
     "generate_fast_weights",
     "lrua_sequence",
