@@ -16,27 +16,30 @@ from rich.table import Table
 
 from bench import harness
 from bench.episodes import omniglot
-from bench.stems import SHAPES
-from mann_kernels import _backend, _library
+from bench.suites import SUITES, suite_of
+from mann_kernels import _library
 
 # wide enough for the table where no terminal says how wide it is
 console = Console(width=None if sys.stdout.isatty() else 140)
-SUITES = {"mann": _backend.STEMS}
 #: Steps of the loop that torch.compile unrolls: at 50 steps it compiles for minutes.
 LOOP_STEPS = 12
 
 
 def plan(stems, shapes, quick):
-    """(stem, shape name, Shape, unrolled loop) of everything to time."""
+    """(stem, shape name, shape, unrolled loop) of everything to time."""
     for stem in stems:
+        suite = suite_of(stem)
         for name in shapes:
+            if suite is not SUITES["mann"]:
+                yield stem, name, suite.shapes[name], False
+                continue
             if name == "long" and (quick or stem != "mann_sequence"):
                 continue
             if stem != "mann_sequence" and name not in ("paper", "wide"):
                 continue
-            yield stem, name, SHAPES[name], False
+            yield stem, name, suite.shapes[name], False
             if stem == "mann_sequence" and name != "long" and not quick:
-                yield stem, f"{name}@T={LOOP_STEPS}", SHAPES[name].at(LOOP_STEPS), True
+                yield stem, f"{name}@T={LOOP_STEPS}", suite.shapes[name].at(LOOP_STEPS), True
 
 
 def failures_table(rows):
@@ -79,9 +82,9 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def main(
-    suite: Annotated[str, typer.Option(help="Which operators: mann.")] = "mann",
+    suite: Annotated[str, typer.Option(help=f"Which operators: {' or '.join(SUITES)}.")] = "mann",
     stem: Annotated[list[str] | None, typer.Option(help="One operator of the suite; may be repeated.")] = None,
-    shape: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SHAPES)}; may be repeated.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="A shape of the suite; may be repeated.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads for every contestant.")] = 1,
     verify_only: Annotated[bool, typer.Option("--verify-only", help="Verify, time nothing.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, and no compiled loop.")] = False,
@@ -89,12 +92,13 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ):
     """Verify every kernel against its reference; only then time it, and what one would use otherwise, in one run."""
-    for name, value, known in (("--suite", [suite], SUITES), ("--shape", shape or [], SHAPES)):
-        for unknown in set(value) - set(known):
+    if suite not in SUITES:
+        raise typer.BadParameter(f"--suite: got {suite!r}, want one of {', '.join(SUITES)}")
+    chosen = SUITES[suite]
+    for name, value, known in (("--stem", stem, chosen.stems), ("--shape", shape, chosen.shapes)):
+        for unknown in set(value or []) - set(known):
             raise typer.BadParameter(f"{name}: got {unknown!r}, want one of {', '.join(known)}")
-    for unknown in set(stem or []) - set(SUITES[suite]):
-        raise typer.BadParameter(f"--stem: got {unknown!r}, want one of {', '.join(SUITES[suite])}")
-    stems = [name for name in SUITES[suite] if not stem or name in stem]
+    stems = [name for name in chosen.stems if not stem or name in stem]
     torch.set_num_threads(threads)
     result = {"machine": harness.machine(threads), "verification": [], "timings": []}
     console.print(f"python -m bench {shlex.join(sys.argv[1:])}")
@@ -113,7 +117,9 @@ def main(
         if _library.cpp_missing is not None:
             console.print(f"Nothing to time: {_library.cpp_missing}")
             raise typer.Exit(1)
-        for name, shape_name, size, loop in track(list(plan(stems, shape or SHAPES, quick)), "Timing", console=console):
+        for name, shape_name, size, loop in track(
+            list(plan(stems, shape or chosen.shapes, quick)), "Timing", console=console
+        ):
             real = data is not None and name == "mann_sequence" and size.I == 405
             x = omniglot(data, size.T, size.B) if real else None
             result["timings"] += harness.time_stem(name, shape_name, size, threads, quick, x, loop)

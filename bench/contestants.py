@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import mann_kernels
+from bench import metanet
 from bench.stems import Shape
 
 EPS, DECAY = 1e-6, 0.99
@@ -80,6 +81,7 @@ EAGER = {
     "lrua_step": step,
     "lrua_sequence": over_time("lrua_sequence", step),
     "mann_sequence": over_time("mann_sequence", mann_step),
+    **metanet.EAGER,
 }
 
 

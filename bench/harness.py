@@ -11,7 +11,7 @@ import torch
 
 import mann_kernels
 from bench import contestants
-from bench.stems import SHAPES, VERIFIED, Shape, inputs
+from bench.suites import SUITES, suite_of
 from mann_kernels import _backend, _library, reference
 from mann_kernels.testing import accuracy
 
@@ -58,12 +58,14 @@ def verify(stems, candidates=None) -> list[dict]:
     """Every stem, dtype and shape: outputs and all gradients of the kernel against the float64 reference."""
     rows = []
     for stem in stems:
+        suite = suite_of(stem)
         candidate = (candidates or {}).get(stem, getattr(mann_kernels, stem))
         for dtype_name, dtype in DTYPES.items():
             backend = _backend.default(stem, "cpu", dtype)[0]
-            for number, shape in enumerate(VERIFIED):
+            for number, shape in enumerate(suite.verified):
                 drawn = {
-                    name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs(stem, shape, number).items()
+                    name: t.to(dtype) if t.is_floating_point() else t
+                    for name, t in suite.inputs(stem, shape, number).items()
                 }
                 runs = []
                 kinds = (
@@ -155,9 +157,10 @@ def peak_mb(work: Work, function) -> float:
     return peak / 2**20
 
 
-def time_stem(stem, shape_name, shape: Shape, threads, quick, x=None, loop=False) -> list[dict]:
-    """All contestants of one stem and shape, both passes."""
-    work = Work(stem, inputs(stem, shape, x=x), torch.float32)
+def time_stem(stem, shape_name, shape, threads, quick, x=None, loop=False) -> list[dict]:
+    """All contestants of one stem and shape, both passes; x [T,B,I] replaces the random input of mann_sequence."""
+    tensors = suite_of(stem).inputs(stem, shape)
+    work = Work(stem, tensors if x is None else tensors | {"x": x.double()}, torch.float32)
     functions = {"mann_kernels": contestants.ours(stem), "eager": contestants.EAGER[stem]}
     heavy = shape_name == "long"
     if not heavy:
@@ -178,7 +181,8 @@ def time_stem(stem, shape_name, shape: Shape, threads, quick, x=None, loop=False
         for name, (forward, train) in others.items():
             runs["fwd"][name], runs["fwd+bwd"][name] = forward, train
     memory = {name: saved_mb(work, functions[name]) for name in ("mann_kernels", "eager")}
-    peaks = {name: peak_mb(work, functions[name]) for name in memory} if stem.endswith("sequence") else {}
+    whole = stem.endswith("sequence") or suite_of(stem) is SUITES["metanet"]  # and not a small part of something
+    peaks = {name: peak_mb(work, functions[name]) for name in functions} if whole else {}
     rows = []
     for name_of_pass, group in runs.items():
         seconds, rounds = (1.0, 5) if quick or heavy else (5.0, 11)
@@ -219,7 +223,9 @@ def pytest_benchmark_of(stem: str):
 
     def test_training_step(benchmark):
         assert all(row["ok"] for row in verify([stem]))
-        work = Work(stem, inputs(stem, SHAPES["paper"]), torch.float32)
+        suite = suite_of(stem)
+        paper = next(iter(suite.shapes.values()))
+        work = Work(stem, suite.inputs(stem, paper), torch.float32)
         benchmark(lambda: work.train(contestants.ours(stem)))
 
     return test_training_step

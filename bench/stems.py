@@ -30,8 +30,8 @@ SHAPES = {
 VERIFIED = (Shape(4, 3, 5, 9, 7, 5, 2), Shape(3, 2, 4, 17, 300, 9, 6), Shape(5, 4, 405, 200, 128, 40, 4))
 
 
-def inputs(stem: str, s: Shape, seed: int = 0, x: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """float64 inputs of a stem by name, those of an episode at its start; x replaces the random input [T,B,I]."""
+def inputs(stem: str, s: Shape, seed: int = 0) -> dict[str, torch.Tensor]:
+    """float64 inputs of a stem by name, those of an episode at its start."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -53,7 +53,7 @@ def inputs(stem: str, s: Shape, seed: int = 0, x: torch.Tensor | None = None) ->
         return {**state, "key": normal(s.T, s.B, s.R, s.W), "gate": normal(s.T, s.B, s.R)}
     words, k = s.R * s.W, s.H**-0.5
     return {
-        "x": normal(s.T, s.B, s.I) if x is None else x.double(),
+        "x": normal(s.T, s.B, s.I),
         "h": torch.zeros(s.B, s.H, dtype=torch.float64),
         "c": torch.zeros(s.B, s.H, dtype=torch.float64),
         "reads": torch.zeros(s.B, s.R, s.W, dtype=torch.float64),

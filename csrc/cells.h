@@ -8,27 +8,32 @@
 
 namespace mann::MANN_ISA {
 
-template <typename V> MANN_INLINE V sigmoid(V x) { return 1 / (1 + exponential(-x)); }
+// exponential and exponential_minus_one clamp their argument where their result would leave the exponent range.
+template <typename V> MANN_INLINE V sigmoid(V x) {
+    const V e = exponential(x);
+    return e / (1 + e);
+}
 
-// tanh x = (e^2x - 1) / (e^2x + 1), accurate to the last bits near zero too; beyond +-20 it is +-1 in float64 as well.
+// tanh x = (e^2x - 1) / (e^2x + 1), accurate to the last bits near zero too.
 template <typename V> MANN_INLINE V hyperbolic_tangent(V x) {
-    x = x > 20 ? V{} + 20 : x; // false for NaN, which comes out as NaN
-    x = x < -20 ? V{} - 20 : x;
     const V e = exponential_minus_one(x + x);
     return e / (e + 2);
 }
 
-// Eq. 9 to 16. The four gates enter before, and leave after, their activation.
-template <typename V> struct LstmCell {
-    V c, h, squashed; // squashed is tanh c
-};
-template <typename V> MANN_INLINE LstmCell<V> lstm_cell(V &gate_in, V &gate_forget, V &cell, V &gate_out, V c) {
+// Eq. 9 to 15: the new c. The four gates enter before, and leave after, their activation.
+template <typename V> MANN_INLINE V lstm_cell_state(V &gate_in, V &gate_forget, V &cell, V &gate_out, V c) {
     gate_in = sigmoid(gate_in);
     gate_forget = sigmoid(gate_forget);
     cell = hyperbolic_tangent(cell);
     gate_out = sigmoid(gate_out);
-    const V new_c = gate_forget * c + gate_in * cell, squashed = hyperbolic_tangent(new_c);
-    return {new_c, gate_out * squashed, squashed};
+    return gate_forget * c + gate_in * cell;
+}
+template <typename V> struct LstmCell {
+    V c, h;
+};
+template <typename V> MANN_INLINE LstmCell<V> lstm_cell(V &gate_in, V &gate_forget, V &cell, V &gate_out, V c) {
+    const V new_c = lstm_cell_state(gate_in, gate_forget, cell, gate_out, c);
+    return {new_c, gate_out * hyperbolic_tangent(new_c)}; // eq. 16
 }
 
 // Gradients before the activations, and of the previous c; squashed is tanh of the cell state after the step, c the one

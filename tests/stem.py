@@ -159,7 +159,7 @@ class StemTests:
 
     def test_zero_rows_and_ties(self):
         inputs = self.inputs(2, 2, 9, 4, 3, **self.options[0])
-        for name in ("memory", "usage", "key", "reads", "h", "c"):
+        for name in ("memory", "usage", "key", "reads", "h", "c", "grads"):
             if name in inputs:
                 inputs[name] = torch.zeros_like(inputs[name])
         _, grads = run(self.function, inputs)

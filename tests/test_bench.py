@@ -7,9 +7,10 @@ import torch
 from typer.testing import CliRunner
 
 import mann_kernels
-from bench import contestants, harness
+from bench import contestants, harness, metanet
 from bench.episodes import omniglot
 from bench.stems import SHAPES, Shape, flops, inputs
+from bench.suites import SUITES, suite_of
 from mann_kernels import _backend, reference
 
 TINY = Shape(3, 2, 4, 5, 9, 6, 2)
@@ -17,7 +18,8 @@ TINY = Shape(3, 2, 4, 5, 9, 6, 2)
 
 @pytest.mark.parametrize("stem", _backend.STEMS)
 def test_eager_contestant_is_right(stem):
-    drawn = inputs(stem, TINY).values()
+    suite = suite_of(stem)
+    drawn = suite.inputs(stem, TINY if suite is SUITES["mann"] else metanet.VERIFIED[0]).values()
     got, want = (function(*drawn) for function in (contestants.EAGER[stem], getattr(reference, stem)))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, check_dtype=False)

@@ -24,6 +24,7 @@ CHOICES = {
     "write": st.sampled_from(["key", "add"]),
     "key_strength": st.booleans(),
     "squash": st.sampled_from(["tanh", "identity"]),
+    "p": st.sampled_from([7.0, 4.0, 20.0]),
 }
 OPTIONS = {
     "content_address": ("beta",),
@@ -32,6 +33,8 @@ OPTIONS = {
     "lrua_step": ("beta", "add", "lru", "erase", "decay", "eps"),
     "lrua_sequence": ("beta", "add", "lengths", "lru", "erase", "decay", "eps"),
     "mann_sequence": ("lengths", "lru", "erase", "decay", "eps", "write", "key_strength", "squash"),
+    "generate_fast_weights": ("p",),
+    "summarize_gradients": ("p",),
 }
 
 
@@ -49,7 +52,7 @@ def tie(inputs):
 
 
 def zero_rows(inputs):
-    for name in ("memory", "key", "x", "h"):
+    for name in ("memory", "key", "x", "h", "grads"):
         if name in inputs:
             inputs[name][..., ::2, :] = 0
 

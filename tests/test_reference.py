@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from stem import compare
+from stem import compare, outputs_of
 from test_properties import class_of
 
 import mann_kernels
 from mann_kernels import _backend, reference
+from mann_kernels.reference.generate_fast_weights import preprocess_gradients
 from mann_kernels.testing import assert_accurate
 
 
@@ -96,6 +97,32 @@ def test_mann_sequence_without_reads_is_nn_lstm():
         torch.testing.assert_close(a, b)
 
 
+def test_generate_fast_weights_by_hand():
+    """One unit a layer. Features (-1/2, 1) and (-1/2, -1) above e^-7, (-1, 1/2) below, (0, 1) at one."""
+    grads = tensor(math.exp(-3.5), -math.exp(-3.5), math.exp(-7) / 2, 1.0)
+    one = torch.ones(1, dtype=torch.float64)
+    weights = tensor(1.0, 1.0), 0.5 * one, tensor(2.0), -one, tensor(-3.0), 4 * one
+    # max(x + y + 1/2, 0), then max(2 x - 1, 0), then 4 - 3 x
+    want = torch.tensor([[4 - 3.0, 4.0, 4.0, 4 - 3 * 2.0]], dtype=torch.float64)
+    torch.testing.assert_close(reference.generate_fast_weights(grads, *weights), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_summarize_gradients_is_nn_lstm(steps):
+    """The coordinates are the batch of an nn.LSTM with a linear layer on its last hidden state."""
+    inputs = class_of("summarize_gradients").inputs(1, 3, 7, 5, steps)
+    lstm = torch.nn.LSTM(2, 5, dtype=torch.float64)
+    bias = inputs["bias"]
+    with torch.no_grad():
+        for parameter, weight in zip(
+            lstm.parameters(), (inputs["weight_ih"], inputs["weight_hh"], bias, torch.zeros_like(bias)), strict=True
+        ):
+            parameter.copy_(weight)
+    features = preprocess_gradients(inputs["grads"], 7.0).flatten(1, 2)
+    want = torch.nn.functional.linear(lstm(features)[0][-1], inputs["weight_out"], inputs["bias_out"])
+    torch.testing.assert_close(reference.summarize_gradients(**inputs), want.view(3, 7))
+
+
 class _Off(torch.autograd.Function):
     """The identity with a gradient that is 1 % too large."""
 
@@ -123,7 +150,7 @@ def test_the_checks_can_fail(stem, dtype):
                 )
 
     def off(**call):
-        first, *rest = function(**call) if stem not in ("content_address", "memory_update") else [function(**call)]
+        first, *rest = outputs_of(function, call)
         return (first * 1.01, *rest)
 
     with pytest.raises(AssertionError, match="output 0:"):

@@ -52,9 +52,8 @@ template <typename T> struct Preprocessing {
     void features(const T *grads, T *magnitude, T *sign) const {
         for (int64_t i = 0; i < kBlock<T>; i += kLanes<T>) {
             const Vec<T> g = load(grads + i), large = log_size(g), small = g * scale;
-            store(magnitude + i, large < -1 ? broadcast(T(-1)) : large);
-            const Vec<T> capped = small > 1 ? broadcast(T(1)) : small;
-            store(sign + i, capped < -1 ? broadcast(T(-1)) : capped);
+            store(magnitude + i, maximum(broadcast(T(-1)), large)); // NaN passes all three
+            store(sign + i, maximum(broadcast(T(-1)), minimum(broadcast(T(1)), small)));
         }
     }
     void backward(const T *grads, const T *dmagnitude, const T *dsign, T *dgrads) const {

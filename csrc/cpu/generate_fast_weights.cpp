@@ -58,7 +58,7 @@ template <typename T> struct Layers {
     // relu(weight in + bias), to the rows of `out`.
     void layer(const T *weight, int64_t inner, const T *in, T *out) const {
         multiply(D, inner + 1, weight, inner + 1, 1, in, [=](int64_t j, int v, Vec<T> sum) {
-            store(out + j * kBlock<T> + v * kLanes<T>, sum < 0 ? Vec<T>{} : sum);
+            store(out + j * kBlock<T> + v * kLanes<T>, maximum(Vec<T>{}, sum)); // NaN passes
         });
     }
     void hidden(const Preprocessing<T> &preprocessing) const {

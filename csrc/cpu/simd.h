@@ -9,6 +9,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define MANN_VECTOR_BYTES 64
 #define MANN_VECTOR_REGISTERS 32
@@ -89,7 +93,30 @@ template <int largest, typename F> inline void in_groups(int64_t count, F &&f, i
     }
 }
 
-template <typename V> inline V minimum(V a, V b) { return a < b ? a : b; } // b where a is NaN
+// a < b ? a : b and a > b ? a : b, so b where one is NaN: one instruction, which the compiler does not find by itself.
+// The masks of all lanes are for GCC, which takes the unmasked form for a use of what is not initialised.
+template <typename V> inline V minimum(V a, V b) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<Lane<V>, float>) return _mm512_maskz_min_ps(0xffff, a, b);
+    else return _mm512_maskz_min_pd(0xff, a, b);
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<Lane<V>, float>) return _mm256_min_ps(a, b);
+    else return _mm256_min_pd(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+template <typename V> inline V maximum(V a, V b) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<Lane<V>, float>) return _mm512_maskz_max_ps(0xffff, a, b);
+    else return _mm512_maskz_max_pd(0xff, a, b);
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<Lane<V>, float>) return _mm256_max_ps(a, b);
+    else return _mm256_max_pd(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 namespace detail {
 template <int by, typename V, int... lane> inline V rotate(V v, std::integer_sequence<int, lane...>) {
@@ -233,9 +260,9 @@ inline void transpose(const From *source, int64_t source_stride, int64_t rows, i
     }
 }
 
-// e^x - 1 = (2^n - 1) + 2^n p(r), x = n ln 2 + r, |r| <= ln(2)/2, p the Taylor polynomial of e^r - 1: its first dropped
-// term is below a quarter of the last bit (r^9/9! for float, r^15/15! for double). Arguments beyond the exponent range
-// are clamped.
+// e^x - 1 = (2^n - 1) + 2^n p(r), x = n ln 2 + r, |r| <= ln(2)/2. p is e^r - 1 to a quarter of its last bit: for float
+// a polynomial fitted to its relative error, for double the Taylor polynomial up to r^14/14!. Arguments beyond the
+// exponent range are clamped.
 template <typename V> struct ExpParts {
     V scale, p;
 };
@@ -245,38 +272,26 @@ template <typename V> inline ExpParts<V> exp_parts(V x) {
     using Int = std::conditional_t<is_float, int32_t, int64_t>;
     using IntVec = typename VectorOf<Int>::type;
     constexpr T highest = is_float ? T(88.0) : T(709.0), lowest = is_float ? T(-87.0) : T(-708.0);
-    // A comparison with NaN is false: NaN passes both, and comes out of the polynomial as NaN.
-    x = x > highest ? broadcast(highest) : x;
-    x = x < lowest ? broadcast(lowest) : x;
-    // Adding 1.5 * 2^mantissa leaves the rounded integer in the low bits.
+    x = maximum(broadcast(lowest), minimum(broadcast(highest), x)); // NaN passes both
+    // Adding 1.5 * 2^mantissa leaves the rounded integer in the low bits, from where it is shifted into the exponent.
     constexpr T shifter = is_float ? T(12582912.0) : T(6755399441055744.0);
     constexpr int mantissa = is_float ? 23 : 52;
-    constexpr Int bias = is_float ? 127 : 1023;
     const V shifted = x * T(1.4426950408889634) + shifter;
     const V n = shifted - shifter;
-    const IntVec bits = reinterpret_cast<IntVec>(shifted) - reinterpret_cast<IntVec>(broadcast(shifter));
-    const V scale = reinterpret_cast<V>((bits + bias) << mantissa);
+    const V scale = reinterpret_cast<V>((reinterpret_cast<IntVec>(shifted) << mantissa) +
+                                        reinterpret_cast<IntVec>(broadcast(T(1))));
     constexpr T ln2_high = is_float ? T(0.693145751953125) : T(0.69314718036912382);
     constexpr T ln2_low = is_float ? T(1.4286068203094173e-06) : T(1.9082149292705877e-10);
     const V r = (x - n * ln2_high) - n * ln2_low;
-    constexpr T inverse_factorial[] = {T(1),
-                                       T(1) / 2,
-                                       T(1) / 6,
-                                       T(1) / 24,
-                                       T(1) / 120,
-                                       T(1) / 720,
-                                       T(1) / 5040,
-                                       T(1) / 40320,
-                                       T(1) / 362880,
-                                       T(1) / 3628800,
-                                       T(1) / 39916800,
-                                       T(1) / 479001600,
-                                       T(1) / 6227020800,
-                                       T(1) / 87178291200};
-    constexpr int degree = is_float ? 8 : 14;
-    V p = broadcast(inverse_factorial[degree - 1]);
+    static constexpr float fitted[] = {1, 0.49999997f, 0.16666543f, 0.0416672f, 0.00836658f, 0.00138825f};
+    static constexpr double taylor[] = {
+        1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,        1. / 5040,
+        1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800, 1. / 87178291200};
+    constexpr auto coefficient = [](int i) { return is_float ? T(fitted[i < 6 ? i : 0]) : T(taylor[i]); };
+    constexpr int degree = is_float ? 6 : 14;
+    V p = broadcast(coefficient(degree - 1));
 #pragma GCC unroll 16
-    for (int i = degree - 2; i >= 0; --i) p = p * r + inverse_factorial[i];
+    for (int i = degree - 2; i >= 0; --i) p = p * r + coefficient(i);
     return {scale, p * r};
 }
 template <typename V> inline V exponential(V x) {

@@ -56,16 +56,17 @@ template <typename T> struct Lstm {
         const int64_t skip = first ? D : 0;
         multiply(4 * D, inputs - skip, gates + skip, inputs, 1, input + skip * C,
                  [=](int64_t j, int v, Vec<T> sum) { store(gate + j * C + v * kLanes<T>, sum); });
+        // In two loops: the next squashed c does not wait for this one.
         for (int64_t at = 0; at < D * C; at += kLanes<T>) {
             Vec<T> of[4];
             for (int i = 0; i < 4; ++i) of[i] = load(gate + i * D * C + at);
-            const auto cell = lstm_cell(of[0], of[1], of[2], of[3], first ? Vec<T>{} : load(c + at));
-            if (squashed) {
-                for (int i = 0; i < 4; ++i) store(gate + i * D * C + at, of[i]);
-                store(squashed + at, cell.squashed);
-            }
-            store(new_c + at, cell.c);
-            store(h + at, cell.h);
+            store(new_c + at, lstm_cell_state(of[0], of[1], of[2], of[3], first ? Vec<T>{} : load(c + at)));
+            for (int i = 0; i < 4; ++i) store(gate + i * D * C + at, of[i]);
+        }
+        for (int64_t at = 0; at < D * C; at += kLanes<T>) {
+            const Vec<T> bounded = hyperbolic_tangent(load(new_c + at));
+            if (squashed) store(squashed + at, bounded);
+            store(h + at, load(gate + 3 * D * C + at) * bounded);
         }
     }
 

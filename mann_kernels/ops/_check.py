@@ -42,9 +42,7 @@ def not_empty(sizes: dict[str, int], *letters: str) -> None:
     words = {"N": "slots", "W": "columns", "R": "heads", "H": "hidden units", "D": "hidden units"}
     for letter in letters:
         if sizes[letter] < 1:
-            raise ValueError(
-                f"the operators need at least one of each: got {sizes[letter]} {words[letter]} ({letter})"
-            )
+            raise ValueError(f"the operators need at least one of each: got {sizes[letter]} {words[letter]} ({letter})")
 
 
 def heads_fit(sizes: dict[str, int]) -> None:

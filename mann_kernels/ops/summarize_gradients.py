@@ -88,5 +88,7 @@ def summarize_gradients(
     backend = _backend.select("summarize_gradients", grads)
     if backend == "reference":
         return reference.summarize_gradients(grads, *weights.values(), p=p)
-    fast = _SummarizeGradients.apply(grads.flatten(1) if grads.dim() > 1 else grads[:, None], *weights.values(), p, backend)
+    fast = _SummarizeGradients.apply(
+        grads.flatten(1) if grads.dim() > 1 else grads[:, None], *weights.values(), p, backend
+    )
     return fast.view(grads.shape[1:])

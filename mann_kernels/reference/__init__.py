@@ -2,7 +2,8 @@
 
 Everything here is differentiable (twice), runs in any floating dtype on any device, and loops over time in Python.
 Shapes use B batch, T time, N slots, W slot width, R heads, H hidden, I input, D hidden units of a generator.
-Equations, where no other paper is named, are those of Santoro et al. 2016, "One-shot Learning with Memory-Augmented Neural Networks" (arXiv 1605.06065).
+Equations, where no other paper is named, are those of Santoro et al. 2016,
+"One-shot Learning with Memory-Augmented Neural Networks" (arXiv 1605.06065).
 """
 
 from mann_kernels.reference.augmented_conv2d import augmented_conv2d

@@ -1,0 +1,53 @@
+"""What the kernels share that put every coordinate of a gradient through one small network.
+
+A program takes a block of BP coordinates; a row of a tile [BP,BD] is a coordinate, its columns are hidden units. Backward, a
+program goes over every PROGRAMS-th block and keeps its own sums of the weight gradients, which are added up in order at the
+end: which program takes which block depends on nothing but their number, so results repeat bit for bit.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+#: Coordinates of a block. A float32 product without TF32 keeps its operands in registers: rows of 32 hidden units and 32
+#: coordinates are what 256 threads hold without spilling.
+BLOCK = 32
+#: Programs of a backward kernel, one or two for each multiprocessor of the largest chips. Each has its own sums.
+PROGRAMS = 256
+
+
+def launch(hidden: int, p: float) -> dict[str, float]:
+    """BP, BD (for `hidden` units and what stands beside them), the two numbers of the preprocessing, num_warps."""
+    wide = max(16, triton.next_power_of_2(hidden))
+    return {"BP": BLOCK, "BD": wide, "POWER": p, "SCALE": math.exp(p), "num_warps": 8}
+
+
+def programs_of(count: int) -> int:
+    return min(PROGRAMS, triton.cdiv(count, BLOCK))
+
+
+@triton.jit
+def load_matrix(matrix_ptr, rows, columns, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """[rows,columns] -> [BM,BN], filled with zeros."""
+    o_m, o_n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    return tl.load(matrix_ptr + o_m * columns + o_n, mask=(o_m < rows) & (o_n < columns), other=0.0).to(ACC)
+
+
+@triton.jit
+def features(g, POWER: tl.constexpr, SCALE: tl.constexpr):
+    """The gradient preprocessing; NaN passes."""
+    magnitude = tl.log(tl.abs(g) + 1.1920928955078125e-07) / POWER
+    sign = g * SCALE
+    sign = tl.where(sign > 1.0, 1.0, sign)
+    return tl.where(magnitude < -1.0, -1.0, magnitude), tl.where(sign < -1.0, -1.0, sign)
+
+
+@triton.jit
+def features_backward(g, dmagnitude, dsign, POWER: tl.constexpr, SCALE: tl.constexpr):
+    """What a gradient of the two features is to g."""
+    size = tl.abs(g) + 1.1920928955078125e-07
+    slope = dmagnitude / (size * POWER)
+    slope = tl.where(g > 0.0, slope, tl.where(g < 0.0, -slope, 0.0))
+    through_log = tl.where(tl.log(size) / POWER >= -1.0, slope, 0.0)
+    return through_log + tl.where(tl.abs(g) * SCALE <= 1.0, dsign * SCALE, 0.0)

@@ -1,0 +1,193 @@
+"""Triton kernels of summarize_gradients.
+
+A step's input is the row (h, 1, magnitude, sign), so that the products with the gates' weights [4D,D+3] hold the recurrent part,
+the bias and the input part, and the gradients of all three are one product too.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from mann_kernels.triton._coordinates import features, features_backward, launch, programs_of
+from mann_kernels.triton._launch import acc_of, contiguous
+from mann_kernels.triton._step import exact_dot, sigmoid, tanh
+
+
+@triton.jit
+def load_gate(
+    weight_ih_ptr, weight_hh_ptr, bias_ptr, GATE: tl.constexpr, D, ACC: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """The weights [BD,BD] of one gate: row j has (weight_hh[j], bias[j], weight_ih[j])."""
+    o_j, o_k = tl.arange(0, BD)[:, None], tl.arange(0, BD)[None, :]
+    row = GATE * D + o_j
+    recurrent = tl.load(weight_hh_ptr + row * D + o_k, mask=(o_j < D) & (o_k < D), other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + row + 0 * o_k, mask=(o_j < D) & (o_k == D), other=0.0).to(ACC)
+    at = row * 2 + o_k - D - 1
+    return recurrent + bias + tl.load(weight_ih_ptr + at, mask=(o_j < D) & (o_k > D) & (o_k < D + 3), other=0.0).to(ACC)
+
+
+@triton.jit
+def input_of(h, magnitude, sign, D, BD: tl.constexpr):
+    """The input rows [BP,BD] of a step; h is zero from column D on."""
+    o_k = tl.arange(0, BD)[None, :]
+    beside = tl.where(o_k == D + 1, magnitude[:, None], tl.where(o_k == D + 2, sign[:, None], 0.0))
+    return tl.where(o_k < D, h, tl.where(o_k == D, 1.0, beside))
+
+
+@triton.jit
+def gates_of(x, gate_in, gate_forget, candidate, gate_out, ACC: tl.constexpr):
+    """The four gates after their activation, each [BP,BD]."""
+    return (
+        sigmoid(exact_dot(x, tl.trans(gate_in), ACC)),
+        sigmoid(exact_dot(x, tl.trans(gate_forget), ACC)),
+        tanh(exact_dot(x, tl.trans(candidate), ACC)),
+        sigmoid(exact_dot(x, tl.trans(gate_out), ACC)),
+    )
+
+
+@triton.jit
+def summarize_gradients_fwd_kernel(
+    grads_ptr,  # [T,P]
+    weight_ih_ptr, weight_hh_ptr, bias_ptr, weight_out_ptr, bias_out_ptr,  # [4D,2], [4D,D], [4D], [1,D], [1]
+    fast_ptr,  # [P] out
+    T, P, D,
+    POWER: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    o_p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    o_d = tl.arange(0, BD)
+    w_in = load_gate(weight_ih_ptr, weight_hh_ptr, bias_ptr, 0, D, ACC, BD)
+    w_forget = load_gate(weight_ih_ptr, weight_hh_ptr, bias_ptr, 1, D, ACC, BD)
+    w_candidate = load_gate(weight_ih_ptr, weight_hh_ptr, bias_ptr, 2, D, ACC, BD)
+    w_out = load_gate(weight_ih_ptr, weight_hh_ptr, bias_ptr, 3, D, ACC, BD)
+    h, c = tl.zeros([BP, BD], ACC), tl.zeros([BP, BD], ACC)
+    for t in range(T):
+        g = tl.load(grads_ptr + t.to(tl.int64) * P + o_p, mask=o_p < P, other=0.0).to(ACC)
+        magnitude, sign = features(g, POWER, SCALE)
+        x = input_of(h, magnitude, sign, D, BD)
+        gate_in, gate_forget, candidate, gate_out = gates_of(x, w_in, w_forget, w_candidate, w_out, ACC)
+        c = gate_forget * c + gate_in * candidate
+        h = gate_out * tanh(c)
+    weight_out = tl.load(weight_out_ptr + o_d, mask=o_d < D, other=0.0).to(ACC)
+    fast = tl.sum(h * weight_out[None, :], axis=1) + tl.load(bias_out_ptr).to(ACC)
+    tl.store(fast_ptr + o_p, fast, mask=o_p < P)
+
+
+@triton.jit
+def store_gate(sums_ptr, GATE: tl.constexpr, dweight, D, BD: tl.constexpr):
+    """dweight [BD,BD] of one gate to its rows of [4D,D+3]."""
+    o_j, o_k = tl.arange(0, BD)[:, None], tl.arange(0, BD)[None, :]
+    tl.store(sums_ptr + (GATE * D + o_j) * (D + 3) + o_k, dweight, mask=(o_j < D) & (o_k < D + 3))
+
+
+@triton.jit
+def summarize_gradients_bwd_kernel(
+    dfast_ptr, grads_ptr,  # [P], [T,P]
+    weight_ih_ptr, weight_hh_ptr, bias_ptr, weight_out_ptr,  # [4D,2], [4D,D], [4D], [1,D]
+    dgrads_ptr,  # [T,P] out
+    work_sums_ptr,  # [programs, 4D*(D+3) + D + 1] of ACC out: of the gates, dweight_out, dbias_out
+    work_states_ptr,  # [programs,T,5,BP,BD] of ACC: the gates and c of every step of the block in hand
+    T, P, D,
+    POWER: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    i_program = tl.program_id(0).to(tl.int64)
+    w_in = load_gate(weight_ih_ptr, weight_hh_ptr, bias_ptr, 0, D, ACC, BD)
+    w_forget = load_gate(weight_ih_ptr, weight_hh_ptr, bias_ptr, 1, D, ACC, BD)
+    w_candidate = load_gate(weight_ih_ptr, weight_hh_ptr, bias_ptr, 2, D, ACC, BD)
+    w_out = load_gate(weight_ih_ptr, weight_hh_ptr, bias_ptr, 3, D, ACC, BD)
+    weight_out = tl.load(weight_out_ptr + o_d, mask=m_d, other=0.0).to(ACC)
+    dw_in, dw_forget = tl.zeros([BD, BD], ACC), tl.zeros([BD, BD], ACC)
+    dw_candidate, dw_out = tl.zeros([BD, BD], ACC), tl.zeros([BD, BD], ACC)
+    dweight_out, dbias_out = tl.zeros([BD], ACC), tl.zeros([BP], ACC)
+    TILE: tl.constexpr = BP * BD
+    states = work_states_ptr + i_program * T * 5 * TILE + tl.arange(0, BP)[:, None] * BD + o_d[None, :]
+    for i_p in range(tl.program_id(0), tl.cdiv(P, BP), tl.num_programs(0)):
+        o_p = i_p.to(tl.int64) * BP + tl.arange(0, BP)
+        h, c = tl.zeros([BP, BD], ACC), tl.zeros([BP, BD], ACC)
+        for t in range(T):
+            g = tl.load(grads_ptr + t.to(tl.int64) * P + o_p, mask=o_p < P, other=0.0).to(ACC)
+            magnitude, sign = features(g, POWER, SCALE)
+            x = input_of(h, magnitude, sign, D, BD)
+            gate_in, gate_forget, candidate, gate_out = gates_of(x, w_in, w_forget, w_candidate, w_out, ACC)
+            c = gate_forget * c + gate_in * candidate
+            h = gate_out * tanh(c)
+            at = states + t * 5 * TILE
+            tl.store(at, gate_in)
+            tl.store(at + TILE, gate_forget)
+            tl.store(at + 2 * TILE, candidate)
+            tl.store(at + 3 * TILE, gate_out)
+            tl.store(at + 4 * TILE, c)
+        tl.debug_barrier()
+        dfast = tl.load(dfast_ptr + o_p, mask=o_p < P, other=0.0).to(ACC)
+        dweight_out += tl.sum(dfast[:, None] * h, axis=0)
+        dbias_out += dfast
+        dh, dc = dfast[:, None] * weight_out[None, :], tl.zeros([BP, BD], ACC)
+        for step in range(T):
+            t = T - 1 - step
+            at = states + t * 5 * TILE
+            before = at - 5 * TILE
+            gate_in, gate_forget = tl.load(at), tl.load(at + TILE)
+            candidate, gate_out = tl.load(at + 2 * TILE), tl.load(at + 3 * TILE)
+            squashed = tanh(tl.load(at + 4 * TILE))
+            c_before = tl.load(before + 4 * TILE, mask=t + 0 * o_d[None, :] > 0, other=0.0)
+            h_before = tl.load(before + 3 * TILE, mask=t + 0 * o_d[None, :] > 0, other=0.0) * tanh(c_before)
+            dc += dh * gate_out * (1.0 - squashed * squashed)
+            din = dc * candidate * gate_in * (1.0 - gate_in)
+            dforget = dc * c_before * gate_forget * (1.0 - gate_forget)
+            dcandidate = dc * gate_in * (1.0 - candidate * candidate)
+            dout = dh * squashed * gate_out * (1.0 - gate_out)
+            dc = dc * gate_forget
+            g = tl.load(grads_ptr + t.to(tl.int64) * P + o_p, mask=o_p < P, other=0.0).to(ACC)
+            magnitude, sign = features(g, POWER, SCALE)
+            x = input_of(h_before, magnitude, sign, D, BD)
+            dw_in += exact_dot(tl.trans(din), x, ACC)
+            dw_forget += exact_dot(tl.trans(dforget), x, ACC)
+            dw_candidate += exact_dot(tl.trans(dcandidate), x, ACC)
+            dw_out += exact_dot(tl.trans(dout), x, ACC)
+            dx = exact_dot(din, w_in, ACC) + exact_dot(dforget, w_forget, ACC)
+            dx += exact_dot(dcandidate, w_candidate, ACC) + exact_dot(dout, w_out, ACC)
+            dh = tl.where(m_d[None, :], dx, 0.0)
+            dmagnitude = tl.sum(tl.where(o_d[None, :] == D + 1, dx, 0.0), axis=1)
+            dsign = tl.sum(tl.where(o_d[None, :] == D + 2, dx, 0.0), axis=1)
+            dg = features_backward(g, dmagnitude, dsign, POWER, SCALE)
+            tl.store(dgrads_ptr + t.to(tl.int64) * P + o_p, dg, mask=o_p < P)
+        tl.debug_barrier()
+    sums = work_sums_ptr + i_program * (4 * D * (D + 3) + D + 1)
+    store_gate(sums, 0, dw_in, D, BD)
+    store_gate(sums, 1, dw_forget, D, BD)
+    store_gate(sums, 2, dw_candidate, D, BD)
+    store_gate(sums, 3, dw_out, D, BD)
+    tl.store(sums + 4 * D * (D + 3) + o_d, dweight_out, mask=m_d)
+    tl.store(sums + 4 * D * (D + 3) + D, tl.sum(dbias_out, axis=0))
+
+
+def forward(grads, weight_ih, weight_hh, bias, weight_out, bias_out, p):
+    """The operator summarize_gradients: same arguments and results as its schema."""
+    inputs = contiguous(grads, weight_ih, weight_hh, bias, weight_out, bias_out)
+    (steps, count), hidden = grads.shape, weight_hh.shape[1]
+    sizes, fast = launch(hidden + 3, p), grads.new_empty(count)
+    if count:
+        summarize_gradients_fwd_kernel[(triton.cdiv(count, sizes["BP"]),)](
+            *inputs, fast, steps, count, hidden, ACC=acc_of(grads.dtype).triton, **sizes
+        )
+    return fast
+
+
+def backward(dfast, grads, weight_ih, weight_hh, bias, weight_out, bias_out, p):
+    """The operator summarize_gradients_backward: same arguments and results as its schema."""
+    inputs = contiguous(dfast, grads, weight_ih, weight_hh, bias, weight_out)
+    (steps, count), hidden, acc = grads.shape, weight_hh.shape[1], acc_of(grads.dtype)
+    sizes, dgrads = launch(hidden + 3, p), torch.empty_like(inputs[1])
+    gates = 4 * hidden * (hidden + 3)
+    sums = grads.new_empty(programs_of(count), gates + hidden + 1, dtype=acc.torch)
+    states = grads.new_empty(len(sums), steps, 5, sizes["BP"], sizes["BD"], dtype=acc.torch)
+    if count:
+        summarize_gradients_bwd_kernel[(len(sums),)](
+            *inputs, dgrads, sums, states, steps, count, hidden, ACC=acc.triton, **sizes
+        )
+    total = sums.sum(0).to(grads.dtype)
+    dgates, dresult = total[:gates].view(4 * hidden, hidden + 3), total[gates:]
+    parts = (dgates[:, hidden + 1 :], dgates[:, :hidden], dgates[:, hidden], dresult[None, :hidden], dresult[hidden:])
+    # clones: results of an operator do not share memory
+    return dgrads, *(part.clone(memory_format=torch.contiguous_format) for part in parts)
