@@ -24,6 +24,14 @@ CHOICES = {
     "write": st.sampled_from(["key", "add"]),
     "key_strength": st.booleans(),
     "squash": st.sampled_from(["tanh", "identity"]),
+    "kind": st.sampled_from(["mixture", "task mixture", "shared", "task shared", "per example", "per task"]),
+    "bias": st.booleans(),
+    "form": st.sampled_from(["hidden", "output"]),
+    "activation": st.sampled_from(["relu", "gelu", "tanh", "identity"]),
+    "size": st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    "kernel": st.integers(1, 3),
+    "padding": st.integers(1, 2),
+    "pool": st.booleans(),
     "p": st.sampled_from([7.0, 4.0, 20.0]),
 }
 OPTIONS = {
@@ -33,6 +41,8 @@ OPTIONS = {
     "lrua_step": ("beta", "add", "lru", "erase", "decay", "eps"),
     "lrua_sequence": ("beta", "add", "lengths", "lru", "erase", "decay", "eps"),
     "mann_sequence": ("lengths", "lru", "erase", "decay", "eps", "write", "key_strength", "squash"),
+    "augmented_linear": ("kind", "bias", "form", "activation"),
+    "augmented_conv2d": ("kind", "bias", "form", "activation", "size", "kernel", "padding", "pool"),
     "generate_fast_weights": ("p",),
     "summarize_gradients": ("p",),
 }
@@ -40,7 +50,7 @@ OPTIONS = {
 
 def class_of(stem):
     """The test class of a stem, which knows how to draw its inputs (by module: a name here would be collected again)."""
-    name = "Test" + "".join(word.title() for word in stem.split("_"))
+    name = "Test" + "".join(word.capitalize() for word in stem.split("_"))
     return getattr(importlib.import_module(f"test_{stem}"), name)()
 
 

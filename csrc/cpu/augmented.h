@@ -48,8 +48,9 @@ template <typename T> inline Activated<T> activate(int64_t activation, Vec<T> x)
     if (activation == kRelu) return {x <= zero ? zero : x, x <= zero ? zero : one}; // NaN stays NaN
     if (activation == kGelu) return gelu<T>(x);
     if (activation == kTanh) {
-        const Vec<T> y = hyperbolic_tangent(x);
-        return {y, 1 - y * y};
+        // 1 - tanh^2 without the difference, in which the rounding of tanh would count twice
+        const Vec<T> e = exponential(x < zero ? x + x : -x - x);
+        return {hyperbolic_tangent(x), 4 * e / ((1 + e) * (1 + e))};
     }
     return {x, one};
 }

@@ -71,7 +71,8 @@ augmented_conv2d_backward_cpu(Tensor dy, Tensor x, Tensor weight, Tensor fast, s
     const int64_t blocks = (s.O + kTogetherOutputs - 1) / kTogetherOutputs;
     args.dots = call.scratch(blocks * G * L * S), args.bias_sums = call.scratch(s.O);
     const double work = 2.0 * G * L * P * s.O * s.K();
-    if (need_dx) call.run(augmented_conv2d_backward_x_pick(), &args, G * L, AugmentedConv2dBackwardXPlan(s, S).size, work);
+    if (need_dx)
+        call.run(augmented_conv2d_backward_x_pick(), &args, G * L, AugmentedConv2dBackwardXPlan(s, S).size, work);
     call.run(augmented_conv2d_backward_w_pick(), &args, blocks, AugmentedConv2dBackwardWPlan(s, S, s.O).size, work);
     augmented_conv2d_finish_pick()(call.storage(), &args, 0, 1, nullptr);
     return {dx, dweight, dfast, dmix, dbias};

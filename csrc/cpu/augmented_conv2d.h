@@ -36,7 +36,8 @@ struct ConvShape {
     }
 };
 
-// A saved code: which of the four pixels was the largest, and whether the slow and the fast side let a gradient through.
+// A saved code: which of the four pixels was the largest, and whether the slow and the fast side let a gradient
+// through.
 constexpr int kPixelBits = 3, kSlowBit = 4, kFastBit = 8;
 
 struct AugmentedConv2dArgs {
@@ -82,7 +83,8 @@ struct AugmentedConv2dForwardPlan {
     }
 };
 
-// Backward has rows of K numbers as vectors: [channel vector][tap], or, where channels are too few to fill vectors, [K].
+// Backward has rows of K numbers as vectors: [channel vector][tap], or, where channels are too few to fill vectors,
+// [K].
 struct ConvRows {
     bool unfold;
     int64_t taps, positions; // of the image that the rows are read from
@@ -136,7 +138,7 @@ struct AugmentedConv2dBackwardXPlan {
         dx = plan.take(together * image);
         dy = plan.take(3 * s.pooled_pixels() * s.padded_outputs());
         entries = plan.take(together * 2 * 2 * s.pooled_pixels() * s.O + 2); // one past the last is written
-        lists = plan.take(together * 2 * 4 * s.pixels()); // a list is two int64
+        lists = plan.take(together * 2 * 4 * s.pixels());                    // a list is two int64
         mix = plan.take(together * S);
         size = plan.size;
     }

@@ -1,5 +1,6 @@
-// augmented_conv2d backward. After pooling at most one pixel of a window has a gradient, and ReLU leaves out more, so the
-// products go over lists of what is there: a list entry adds a number times a row of vectors that stay in registers.
+// augmented_conv2d backward. After pooling at most one pixel of a window has a gradient, and ReLU leaves out more, so
+// the products go over lists of what is there: a list entry adds a number times a row of vectors that stay in
+// registers.
 #pragma once
 
 #include "augmented_conv2d.h"
@@ -27,12 +28,6 @@ template <typename T> struct Rows {
         vectors = r.unfold ? (s.K() + kLanes<T> - 1) / kLanes<T> : (s.C + kLanes<T> - 1) / kLanes<T> * r.taps;
     }
     int64_t in_block(int64_t first) const { return std::min(kRowVectors, vectors - first); }
-    // Number `lane` of vector `v` is number k of a row of the weight; K or more is padding.
-    int64_t k_of(int64_t v, int64_t lane) const {
-        if (r.unfold) return v * kLanes<T> + lane;
-        const int64_t c = v / r.taps * kLanes<T> + lane;
-        return c < s.C ? c * r.taps + v % r.taps : s.K();
-    }
     // From the position of an output pixel to vector v of its row.
     int64_t offset(int64_t v) const {
         if (r.unfold) return v * r.positions * kLanes<T>;
@@ -44,55 +39,69 @@ template <typename T> struct Rows {
     }
 };
 
-// Outputs [first, last) of a weight [O, K] into rows of vectors, and back.
+// Calls f(k, step, count, at) for every vector of `outputs` rows of a weight [O, K]: its numbers are k + i * step, i <
+// count, of the weight, and stand at `at` among the rows of vectors.
+template <typename T, typename F> inline void for_vectors(const Rows<T> &rows, int64_t outputs, F &&f) {
+    const int64_t K = rows.s.K(), taps = rows.r.unfold ? 1 : rows.r.taps, lengths = rows.r.unfold ? K : rows.s.C;
+    int64_t at = 0;
+    for (int64_t first = 0; first < rows.vectors; first += kRowVectors) {
+        int64_t k[kRowVectors], count[kRowVectors];
+        const int64_t n = rows.in_block(first);
+        for (int64_t v = 0; v < n; ++v) {
+            const int64_t channel = (first + v) / taps * kLanes<T>;
+            k[v] = channel * taps + (first + v) % taps;
+            count[v] = std::min<int64_t>(kLanes<T>, lengths - channel);
+        }
+        for (int64_t o = 0; o < outputs; ++o)
+            for (int64_t v = 0; v < n; ++v, at += kLanes<T>) f(o * K + k[v], taps, count[v], at);
+    }
+}
+
+// A weight [outputs, K] as rows of vectors, filled with zeros, and back.
 template <typename S>
 inline void pack_rows(const Rows<Arith<S>> &rows, const S *source, int64_t outputs, Arith<S> *target) {
     using T = Arith<S>;
-    const int64_t K = rows.s.K();
-    for (int64_t v0 = 0; v0 < rows.vectors; v0 += kRowVectors)
-        for (int64_t o = 0; o < outputs; ++o)
-            for (int64_t v = v0; v < v0 + rows.in_block(v0); ++v)
-                for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-                    const int64_t k = rows.k_of(v, lane);
-                    *target++ = k < K ? to_arith(source[o * K + k]) : T(0);
-                }
+    for_vectors(rows, outputs, [=](int64_t k, int64_t step, int64_t count, int64_t at) {
+        if (count < kLanes<T>) store(target + at, Vec<T>{});
+        for (int64_t i = 0; i < count; ++i) target[at + i] = to_arith(source[k + i * step]);
+    });
 }
 template <typename S>
 inline void unpack_rows(const Rows<Arith<S>> &rows, const Arith<S> *source, int64_t outputs, S *target) {
-    using T = Arith<S>;
-    const int64_t K = rows.s.K();
-    for (int64_t v0 = 0; v0 < rows.vectors; v0 += kRowVectors)
-        for (int64_t o = 0; o < outputs; ++o)
-            for (int64_t v = v0; v < v0 + rows.in_block(v0); ++v)
-                for (int64_t lane = 0; lane < kLanes<T>; ++lane, ++source) {
-                    const int64_t k = rows.k_of(v, lane);
-                    if (k < K) target[o * K + k] = to_storage<S>(*source);
-                }
+    for_vectors(rows, outputs, [=](int64_t k, int64_t step, int64_t count, int64_t at) {
+        for (int64_t i = 0; i < count; ++i) target[k + i * step] = to_storage<S>(source[at + i]);
+    });
 }
 
+// The vectors of a row: side by side, or each `offsets` away.
+enum class Place { kTogether, kApart };
+
 namespace detail {
-template <int n, typename T>
-inline void gather_block(List<T> list, const T *base, int64_t stride, const int64_t *offsets, Vec<T> *sum) {
-    Vec<T> acc[n];
+template <int n, Place rows, typename T>
+inline void add_block(List<T> list, const T *base, int64_t stride, const int64_t *offsets, T *target) {
+    const auto row_at = [&](int v) { return rows == Place::kApart ? offsets[v] : int64_t(v * kLanes<T>); };
+    const auto target_at = [&](int v) { return rows == Place::kApart ? int64_t(v * kLanes<T>) : offsets[v]; };
+    Vec<T> sum[n];
     int64_t at[n];
 #pragma GCC unroll 9
-    for (int v = 0; v < n; ++v) acc[v] = sum[v], at[v] = offsets[v];
+    for (int v = 0; v < n; ++v) sum[v] = load(target + target_at(v)), at[v] = row_at(v);
     for (int64_t i = 0; i < list.count; ++i) {
         const Vec<T> value = broadcast(list.entries[i].value);
         const T *row = base + list.entries[i].index * stride;
 #pragma GCC unroll 9
-        for (int v = 0; v < n; ++v) acc[v] += value * load(row + at[v]);
+        for (int v = 0; v < n; ++v) sum[v] += value * load(row + at[v]);
     }
 #pragma GCC unroll 9
-    for (int v = 0; v < n; ++v) sum[v] = acc[v];
+    for (int v = 0; v < n; ++v) store(target + target_at(v), sum[v]);
 }
 } // namespace detail
 
-// sum[v] += sum over the list of value * the vector at base + index * stride + offsets[v], v < n <= kRowVectors.
-template <typename T, int vectors = int(kRowVectors)>
-inline void gather(int64_t n, List<T> list, const T *base, int64_t stride, const int64_t *offsets, Vec<T> *sum) {
-    if (n == vectors) return detail::gather_block<vectors>(list, base, stride, offsets, sum);
-    if constexpr (vectors > 1) gather<T, vectors - 1>(n, list, base, stride, offsets, sum);
+// target[v] += sum over the list of value * vector v of the row at base + index * stride, v < n <= kRowVectors. Either
+// the vectors of a row are apart and those of the target together, or the other way round.
+template <Place rows, typename T, int vectors = int(kRowVectors)>
+inline void add_rows(int64_t n, List<T> list, const T *base, int64_t stride, const int64_t *offsets, T *target) {
+    if (n == vectors) return detail::add_block<vectors, rows>(list, base, stride, offsets, target);
+    if constexpr (vectors > 1) add_rows<rows, T, vectors - 1>(n, list, base, stride, offsets, target);
 }
 
 // ---- the gradient of x
@@ -137,8 +146,7 @@ void lists_by_pixel(const AugmentedConv2dBackwardArgs &a, int64_t example, Arith
 }
 
 // From vectors of channels, or from unfolded patches, to the image [C, H, W].
-template <typename S>
-void give_image(const Rows<Arith<S>> &rows, const Arith<S> *source, S *target) {
+template <typename S> void give_image(const Rows<Arith<S>> &rows, const Arith<S> *source, S *target) {
     using T = Arith<S>;
     const ConvShape &s = rows.s;
     if (!rows.r.unfold) {
@@ -170,15 +178,10 @@ template <typename T>
 inline void scatter_rows(const Rows<T> &rows, int64_t first, const List<T> *lists, const T *weight,
                          const int64_t *offsets, T *dx) {
     const int64_t n = rows.in_block(first);
-    int64_t in_row[kRowVectors];
-    for (int64_t v = 0; v < n; ++v) in_row[v] = v * kLanes<T>;
-    for (int64_t pixel = 0; pixel < rows.s.pixels(); ++pixel) {
-        if (lists[pixel].count == 0) continue;
-        Vec<T> sum[kRowVectors] = {};
-        gather(n, lists[pixel], weight, n * kLanes<T>, in_row, sum);
-        T *at = dx + rows.position(pixel) * kLanes<T>;
-        for (int64_t v = 0; v < n; ++v) store(at + offsets[v], load(at + offsets[v]) + sum[v]);
-    }
+    for (int64_t pixel = 0; pixel < rows.s.pixels(); ++pixel)
+        if (lists[pixel].count > 0)
+            add_rows<Place::kTogether>(n, lists[pixel], weight, n * kLanes<T>, offsets,
+                                       dx + rows.position(pixel) * kLanes<T>);
 }
 
 template <typename S>
@@ -199,9 +202,8 @@ void augmented_conv2d_backward_x(const AugmentedConv2dBackwardArgs &a, int64_t b
         if (first / a.L != task) {
             task = first / a.L;
             for (int64_t r = 0; r < a.S; ++r)
-                pack_rows(rows,
-                          static_cast<const S *>(a.fast.data) + task * a.fast.task_stride + r * a.fast.row_stride, s.O,
-                          fast + r * weight);
+                pack_rows(rows, static_cast<const S *>(a.fast.data) + task * a.fast.task_stride + r * a.fast.row_stride,
+                          s.O, fast + r * weight);
         }
         const T *of_example = fast;
         if (a.mix) {
@@ -231,8 +233,7 @@ void augmented_conv2d_backward_x(const AugmentedConv2dBackwardArgs &a, int64_t b
 // ---- the gradients of the weights
 
 // The image [C, H, W] as vectors of channels with a frame of zeros, or as unfolded patches.
-template <typename S>
-void take_image(const Rows<Arith<S>> &rows, const S *source, Arith<S> *padded, Arith<S> *target) {
+template <typename S> void take_image(const Rows<Arith<S>> &rows, const S *source, Arith<S> *padded, Arith<S> *target) {
     using T = Arith<S>;
     const ConvShape &s = rows.s;
     if (!rows.r.unfold) {
@@ -249,12 +250,13 @@ void take_image(const Rows<Arith<S>> &rows, const S *source, Arith<S> *padded, A
             for (int64_t w = 0; w < s.width(); ++w)
                 for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
                     const int64_t k = v * kLanes<T> + lane, c = k / rows.r.taps, tap = k % rows.r.taps;
-                    *target++ = k < s.K() ? padded[c * s.plane() + (h + tap / s.k) * s.padded_width() + w + tap % s.k]
-                                          : T(0);
+                    *target++ =
+                        k < s.K() ? padded[c * s.plane() + (h + tap / s.k) * s.padded_width() + w + tap % s.k] : T(0);
                 }
 }
 
-// The gradients of one output of one example as lists: entry.index is the position of the pixel. Returns the slow ones' sum.
+// The gradients of one output of one example as lists: entry.index is the position of the pixel. Returns the slow ones'
+// sum.
 template <typename S>
 Arith<S> lists_of_output(const AugmentedConv2dBackwardArgs &a, int64_t example, int64_t o, const int64_t *positions,
                          Entry<Arith<S>> *entries, List<Arith<S>> &slow, List<Arith<S>> &fast) {
@@ -282,10 +284,11 @@ Arith<S> lists_of_output(const AugmentedConv2dBackwardArgs &a, int64_t example, 
 }
 
 namespace detail {
-// With the gradient of an example's own weight, rows [examples][n]: drow += sum_e mix[e] rows[e], dots[e] += <rows[e], row>.
+// With the gradient of an example's own weight, rows [examples][n]: drow += sum_e mix[e] rows[e], dots[e] += <rows[e],
+// row>.
 template <int examples, typename T>
-inline void unmix_some(int64_t n, const Vec<T> *rows, const T *mix, int64_t mix_stride, const T *row, T *drow,
-                       Vec<T> *dots, int64_t dots_stride) {
+inline void unmix_some(int64_t n, const T *rows, const T *mix, int64_t mix_stride, const T *row, T *drow, Vec<T> *dots,
+                       int64_t dots_stride) {
     Vec<T> dot[examples], weight[examples];
     for (int e = 0; e < examples; ++e) dot[e] = dots[e * dots_stride], weight[e] = broadcast(mix[e * mix_stride]);
     for (int64_t v = 0; v < n; ++v) {
@@ -293,7 +296,7 @@ inline void unmix_some(int64_t n, const Vec<T> *rows, const T *mix, int64_t mix_
         Vec<T> sum = load(drow + v * kLanes<T>);
 #pragma GCC unroll 4
         for (int e = 0; e < examples; ++e) {
-            const Vec<T> value = rows[e * kRowVectors + v];
+            const Vec<T> value = load(rows + (e * kRowVectors + v) * kLanes<T>);
             dot[e] += value * m;
             sum += weight[e] * value;
         }
@@ -304,10 +307,10 @@ inline void unmix_some(int64_t n, const Vec<T> *rows, const T *mix, int64_t mix_
 } // namespace detail
 
 template <typename T, int examples = 4>
-inline void unmix(int64_t count, int64_t n, const Vec<T> *rows, const T *mix, int64_t mix_stride, const T *row,
-                  T *drow, Vec<T> *dots, int64_t dots_stride) {
-    for (; count >= examples; count -= examples, rows += examples * kRowVectors, mix += examples * mix_stride,
-                              dots += examples * dots_stride)
+inline void unmix(int64_t count, int64_t n, const T *rows, const T *mix, int64_t mix_stride, const T *row, T *drow,
+                  Vec<T> *dots, int64_t dots_stride) {
+    for (; count >= examples; count -= examples, rows += examples * kRowVectors * kLanes<T>,
+                              mix += examples * mix_stride, dots += examples * dots_stride)
         detail::unmix_some<examples>(n, rows, mix, mix_stride, row, drow, dots, dots_stride);
     if constexpr (examples > 1) {
         if (count) unmix<T, examples / 2>(count, n, rows, mix, mix_stride, row, drow, dots, dots_stride);
@@ -329,7 +332,7 @@ template <typename S> struct BackwardWeights {
     Entry<T> *entries() const { return reinterpret_cast<Entry<T> *>(scratch + plan.entries); }
     List<T> *lists() const { return reinterpret_cast<List<T> *>(scratch + plan.lists); }
     int64_t *positions() const { return reinterpret_cast<int64_t *>(scratch + plan.positions); }
-    Vec<T> *own_rows() const { return reinterpret_cast<Vec<T> *>(scratch + plan.rows); }
+    T *own_rows() const { return scratch + plan.rows; }
     Vec<T> *dots() const { return reinterpret_cast<Vec<T> *>(scratch + plan.dots); }
 
     void set_positions() const {
@@ -359,18 +362,16 @@ template <typename S> struct BackwardWeights {
     }
     // A weight that all the examples share.
     void add_shared(int64_t examples, int64_t o, int64_t n, int64_t side, const int64_t *offsets, T *target) const {
-        Vec<T> sum[kRowVectors];
-        for (int64_t v = 0; v < n; ++v) sum[v] = load(target + v * kLanes<T>);
         for (int64_t e = 0; e < examples; ++e)
-            gather(n, lists()[(e * kTogetherOutputs + o) * 2 + side], image(e), kLanes<T>, offsets, sum);
-        for (int64_t v = 0; v < n; ++v) store(target + v * kLanes<T>, sum[v]);
+            add_rows<Place::kApart>(n, lists()[(e * kTogetherOutputs + o) * 2 + side], image(e), kLanes<T>, offsets,
+                                    target);
     }
     // Each example's own weight, a mixture (eq. 9 backward).
     void add_mixed(int64_t examples, int64_t o, int64_t n, const int64_t *offsets, int64_t at) const {
-        std::memset(own_rows(), 0, examples * kRowVectors * sizeof(Vec<T>));
+        std::memset(own_rows(), 0, examples * kRowVectors * kLanes<T> * sizeof(T));
         for (int64_t e = 0; e < examples; ++e)
-            gather(n, lists()[(e * kTogetherOutputs + o) * 2 + 1], image(e), kLanes<T>, offsets,
-                   own_rows() + e * kRowVectors);
+            add_rows<Place::kApart>(n, lists()[(e * kTogetherOutputs + o) * 2 + 1], image(e), kLanes<T>, offsets,
+                                    own_rows() + e * kRowVectors * kLanes<T>);
         for (int64_t r = 0; r < a.S; ++r)
             unmix(examples, n, own_rows(), scratch + plan.mix + r, a.S, fast(r) + at, dfast(r) + at, dots() + r, a.S);
     }
@@ -407,8 +408,7 @@ template <typename S> struct BackwardWeights {
         }
         for (int64_t l = 0; l < a.L; l += plan.together) examples(g * a.L + l, std::min(plan.together, a.L - l));
         for (int64_t r = 0; r < a.S; ++r)
-            unpack_rows(rows, dfast(r), outputs,
-                        static_cast<S *>(a.dfast) + ((g * a.S + r) * a.shape.O + o_begin) * K);
+            unpack_rows(rows, dfast(r), outputs, static_cast<S *>(a.dfast) + ((g * a.S + r) * a.shape.O + o_begin) * K);
     }
 };
 
@@ -418,8 +418,8 @@ void augmented_conv2d_backward_w(const AugmentedConv2dBackwardArgs &a, int64_t b
     using T = Arith<S>;
     const ConvShape &s = a.shape;
     const int64_t first = begin * kTogetherOutputs, outputs = std::min(end * kTogetherOutputs, s.O) - first;
-    const BackwardWeights<S> part{
-        a, Rows<T>(s), AugmentedConv2dBackwardWPlan(s, a.S, outputs), first, outputs, static_cast<T *>(memory)};
+    const BackwardWeights<S> part{a,     Rows<T>(s), AugmentedConv2dBackwardWPlan(s, a.S, outputs),
+                                  first, outputs,    static_cast<T *>(memory)};
     part.set_positions();
     std::memset(part.dslow(), 0, outputs * part.rows.vectors * kLanes<T> * sizeof(T));
     std::memset(static_cast<T *>(a.bias_sums) + first, 0, outputs * sizeof(T));

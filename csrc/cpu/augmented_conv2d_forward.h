@@ -1,12 +1,12 @@
-// augmented_conv2d forward: the product of weight panels with an image that is never unfolded, slow and fast side by side,
-// activation and pooling before the next band of the image.
+// augmented_conv2d forward: the product of weight panels with an image that is never unfolded, slow and fast side by
+// side, activation and pooling before the next band of the image.
 #pragma once
 
 #include "augmented_conv2d.h"
 
 namespace mann::MANN_ISA {
 
-constexpr int kConvRows = 6;                                       // pixels of a block
+constexpr int kConvRows = 6;                                      // pixels of a block
 constexpr int kConvVectors = MANN_VECTOR_REGISTERS == 32 ? 4 : 2; // and vectors of outputs
 template <typename T> constexpr int kConvColumns = kConvVectors * kLanes<T>;
 constexpr int64_t kConvDepth = 96; // rows of a panel that stay in the first-level cache

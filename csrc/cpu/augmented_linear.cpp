@@ -1,5 +1,5 @@
-// A fully connected layer with a slow and a fast weight: augmented_linear and its backward. The products with all rows of a
-// task's memory are one matrix product that its examples share; they are mixed afterwards.
+// A fully connected layer with a slow and a fast weight: augmented_linear and its backward. The products with all rows
+// of a task's memory are one matrix product that its examples share; they are mixed afterwards.
 #include "augmented_linear.h"
 #include "gemm.h"
 
@@ -15,8 +15,7 @@ inline void stack_rows(const S *fast, int64_t row_stride, int64_t rows, int64_t 
 }
 
 // out[o] = <x, weight[o]>; x is filled with zeros to whole vectors.
-template <typename S>
-inline void dot_rows(const S *weight, int64_t O, int64_t I, const Arith<S> *x, Arith<S> *out) {
+template <typename S> inline void dot_rows(const S *weight, int64_t O, int64_t I, const Arith<S> *x, Arith<S> *out) {
     using T = Arith<S>;
     constexpr int64_t together = 4;
     for (int64_t o = 0; o < O; o += together) {
@@ -32,8 +31,7 @@ inline void dot_rows(const S *weight, int64_t O, int64_t I, const Arith<S> *x, A
 }
 
 // out [I] = sum_o dy[o] weight[o].
-template <typename S>
-inline void add_rows(const S *weight, int64_t O, int64_t I, const Arith<S> *dy, Arith<S> *out) {
+template <typename S> inline void add_rows(const S *weight, int64_t O, int64_t I, const Arith<S> *dy, Arith<S> *out) {
     using T = Arith<S>;
     for (int64_t i = 0; i < I; i += kLanes<T>) {
         Vec<T> sum{};
@@ -70,8 +68,7 @@ template <typename S> void augmented_linear(const AugmentedLinearArgs &a, int64_
     T *scratch = static_cast<T *>(memory), *x = scratch + plan.x, *slow = scratch + plan.slow,
       *fast = scratch + plan.fast, *mix = scratch + plan.mix, *bias = scratch + plan.bias;
     const int64_t x_stride = round_up(a.I, 16);
-    const Packed<T> slow_panels =
-        pack(static_cast<const S *>(a.weight), true, a.I, a.O, scratch + plan.slow_panels);
+    const Packed<T> slow_panels = pack(static_cast<const S *>(a.weight), true, a.I, a.O, scratch + plan.slow_panels);
     if (a.bias) convert(static_cast<const S *>(a.bias), bias, a.O);
     int64_t task = -1;
     for (int64_t first = begin, count; first < end; first += count) {
@@ -126,8 +123,7 @@ void augmented_linear_backward_x(const AugmentedLinearBackwardArgs &a, int64_t b
     T *dslow = static_cast<T *>(a.dslow), *dfast = static_cast<T *>(a.dfast_y);
     const T *slopes = static_cast<const T *>(a.slopes);
     const int64_t all = a.G * a.L * a.O;
-    const Packed<T> slow_panels =
-        pack(static_cast<const S *>(a.weight), false, a.O, a.I, scratch + plan.slow_panels);
+    const Packed<T> slow_panels = pack(static_cast<const S *>(a.weight), false, a.O, a.I, scratch + plan.slow_panels);
     int64_t task = -1;
     for (int64_t first = begin, count; first < end; first += count) {
         count = std::min({end - first, kLinearRows, a.L - first % a.L});
@@ -156,8 +152,7 @@ void augmented_linear_backward_x(const AugmentedLinearBackwardArgs &a, int64_t b
         if (a.mix) convert(static_cast<const S *>(a.mix) + first * a.S, mix, count * a.S);
         for (int64_t l = 0; l < count; ++l) {
             convert_rows(static_cast<const S *>(a.x) + (first + l) * a.I, x, 1, a.I, round_up(a.I, 16));
-            unmix_products<S>(a, first + l, x, products + l * a.S * a.I, a.mix ? mix + l * a.S : nullptr,
-                              dx + l * a.I);
+            unmix_products<S>(a, first + l, x, products + l * a.S * a.I, a.mix ? mix + l * a.S : nullptr, dx + l * a.I);
         }
         convert(dx, static_cast<S *>(a.dx) + first * a.I, count * a.I);
     }
@@ -220,7 +215,8 @@ MANN_KERNEL(augmented_linear_backward_w, AugmentedLinearBackwardArgs)
 
 namespace mann {
 
-template <typename Args> static Args linear_args(const Tensor &x, const Tensor &weight, const Tensor &fast, bool mixed) {
+template <typename Args>
+static Args linear_args(const Tensor &x, const Tensor &weight, const Tensor &fast, bool mixed) {
     STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2 && fast.dim() == 4, "augmented_linear: wrong dimensions");
     Args args{};
     args.G = x.size(0), args.L = x.size(1), args.I = x.size(2), args.O = weight.size(0), args.S = fast.size(1);
@@ -248,9 +244,10 @@ static std::tuple<Tensor, Tensor> augmented_linear_cpu(Tensor x, Tensor weight, 
     return {y, slopes};
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
-augmented_linear_backward_cpu(Tensor dy, Tensor x, Tensor weight, Tensor fast, std::optional<Tensor> mix,
-                              Tensor slopes) {
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> augmented_linear_backward_cpu(Tensor dy, Tensor x,
+                                                                                        Tensor weight, Tensor fast,
+                                                                                        std::optional<Tensor> mix,
+                                                                                        Tensor slopes) {
     Call call(x);
     auto args = linear_args<AugmentedLinearBackwardArgs>(x, weight, fast, mix.has_value());
     const auto [G, L, S, I, O] = std::tuple{args.G, args.L, args.S, args.I, args.O};

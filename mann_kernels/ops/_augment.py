@@ -45,7 +45,6 @@ def canonical(x, weight, fast, mix, bias, layer: tuple[str, ...], example: tuple
     return x if tasks else x[:, None], fast[:, None], None
 
 
-
 def of_canonical(reference, **options):
     """A reference as a function of the canonical tensors: without a mixture, the S = 1 fast weight is that of the task."""
 

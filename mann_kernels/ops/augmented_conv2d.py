@@ -3,7 +3,6 @@
 import torch
 
 from mann_kernels import _backend, _library, reference
-from mann_kernels.ops import _check
 from mann_kernels.ops._augment import ACTIVATION, activation_number, canonical, keeps_slopes, of_canonical
 from mann_kernels.ops._vjp import reference_vjp
 from mann_kernels.ops.lrua_sequence import arithmetic_dtype

@@ -5,9 +5,7 @@ import torch.nn.functional as F
 from mann_kernels.reference.augmented_linear import ACTIVATIONS, fast_weights
 
 
-def augmented_conv2d(
-    x, weight, fast, mix=None, bias=None, *, padding=1, form="hidden", activation="relu", pool=False
-):
+def augmented_conv2d(x, weight, fast, mix=None, bias=None, *, padding=1, form="hidden", activation="relu", pool=False):
     """x [L,C,H,W] or [G,L,C,H,W], weight [O,C,k,k], bias [O]?
     fast and mix as in augmented_linear, with [O,C,k,k] in place of [O,I]
     -> [L,O,H',W'] or [G,L,O,H',W'], H' = H + 2*padding - k + 1; pool halves H' and W', rounding up.

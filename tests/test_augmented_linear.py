@@ -1,0 +1,169 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from stem import DTYPES, Inputs, StemTests, compare, draw, loss_of, replace, run
+
+from mann_kernels.ops._augment import ACTIVATION
+
+#: How fast weights may come: one for everything, one per example, one per task, a mixture; of one task or of several.
+FORMS = ("mixture", "task mixture", "shared", "task shared", "per example", "per task")
+
+
+def draw_layer(seed, kind, lead, rows, layer, example, bias=True):
+    """Inputs of an augmented layer; the weight has sizes `layer`, an example has sizes `example`, and lead is (G, L)."""
+    lead = lead if kind.startswith("task") or kind == "per task" else lead[1:]
+    fast = lead[:1] if kind in ("per example", "per task") else ()
+    fast = (*lead[:-1], rows) if kind.endswith("mixture") else fast
+    fan_in = torch.Size(layer[1:]).numel()
+    drawn = draw(seed, x=(*lead, *example), weight=layer, fast=(*fast, *layer), mix=(*lead, rows), bias=layer[:1])
+    drawn["weight"], drawn["fast"] = (drawn[name] * fan_in**-0.5 for name in ("weight", "fast"))
+    drawn["mix"] = torch.softmax(drawn["mix"], -1) if kind.endswith("mixture") else None
+    drawn["bias"] = drawn["bias"] if bias else None
+    return drawn
+
+
+class LayerTests(StemTests):
+    """What the two augmented layers have in common. Subclasses say how a large one is made for `test_memory`."""
+
+    large: str
+
+    def test_zero_fast_weights_give_the_slow_layer(self):
+        for options in self.options:
+            inputs = self.inputs(4, 3, 7, 5, 2, **{**options, "activation": "relu"})
+            inputs["fast"] = torch.zeros_like(inputs["fast"])
+            torch.testing.assert_close(self.function(**inputs), self.slow(inputs))
+
+    def test_rows_of_a_larger_memory(self):
+        """Slices of a memory [G, S, P] give the same bits."""
+        for options in self.options:
+            inputs = self.inputs(5, 6, 7, 5, 3, **options).to(torch.float32)
+            want, want_grads = run(self.function, inputs)
+            layer_dims = inputs["weight"].dim()
+            rows = inputs["fast"].flatten(-layer_dims)
+            memory = torch.randn(*rows.shape[:-1], rows.shape[-1] + 5)
+            memory[..., 2:-3] = rows
+            memory.requires_grad_()
+            got = self.function(**{**inputs, "fast": memory[..., 2:-3].unflatten(-1, inputs["weight"].shape)})
+            assert torch.equal(got, want[0])
+            (grad,) = torch.autograd.grad(loss_of((got,)), memory)
+            assert torch.equal(grad[..., 2:-3], want_grads["fast"].flatten(-layer_dims))
+
+    def test_gradients_one_percent_off_are_seen(self):
+        """What the comparison of this class would say of a wrong kernel."""
+
+        class Wrong(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, tensor):
+                return tensor.clone()
+
+            @staticmethod
+            def backward(ctx, grad):
+                return 1.01 * grad
+
+        for name in ("x", "weight", "fast", "mix", "bias"):
+
+            def wrong(name=name, **inputs):
+                return self.function(**{**inputs, name: Wrong.apply(inputs[name])})
+
+            with pytest.raises(AssertionError, match=f"gradient of {name}"):
+                compare(self.stem, self.inputs(6, 5, 7, 5, 3), torch.float32, wrong)
+
+    @pytest.mark.compiles
+    def test_memory(self):
+        """In a mixture no weight of an example is built, and rows that are slices of a memory are not copied.
+
+        A process of its own, whose highest resident memory rises by less than one or the other would take.
+        """
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY_SCRIPT.format(large=self.large)],
+            cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        grown, of_examples, of_rows = map(int, done.stdout.split())
+        assert grown < of_rows < of_examples
+
+
+MEMORY_SCRIPT = """
+import resource, torch, mann_kernels
+torch.set_num_threads(1)
+
+def highest():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def step(function, x, memory, weight, examples, rows):
+    x, weight = (tensor.detach().requires_grad_() for tensor in (x, weight))
+    mix = torch.rand(examples, rows).requires_grad_()
+    fast = memory[:rows, 1 : 1 + weight.numel()].unflatten(-1, weight.shape)
+    return function(x, weight, fast, mix)
+
+{large}
+memory = torch.randn(rows, weight.numel() + 3)
+step(function, x[:8], memory, weight, 8, 2).sum().backward()  # what is allocated once
+before = highest()
+step(function, x, memory, weight, len(x), rows)
+print(highest() - before, len(x) * weight.numel() * 4, memory.numel() * 4)
+"""
+
+
+BAD_LAYER = (
+    (replace("x", lambda x: x.float()), TypeError, "weight: got dtype torch.float64, want torch.float32"),
+    (replace("x", lambda x: x.numpy()), TypeError, "x: got ndarray, want a torch.Tensor"),
+    (replace("fast", lambda f: f.long()), TypeError, "fast: got dtype torch.int64, want a floating"),
+    (replace("weight", lambda w: w.to("meta")), ValueError, "weight: got device meta"),
+    (replace("x", lambda x: x[0, 0]), ValueError, r"x: got shape .* want \["),
+    (replace("weight", lambda w: w[0]), ValueError, r"weight: got shape .* want \[O, "),
+    (replace("bias", lambda _: torch.zeros(4).double()), ValueError, r"bias: got shape \[4\], want \[O\] with O=3"),
+    (replace("mix", lambda m: m[..., :1]), ValueError, "fast: got shape .* want .* with .*S=1"),
+    (replace("mix", lambda m: m[:1]), ValueError, r"mix: got shape .* want \[.*L, S\] with"),
+    (replace("mix", lambda _: None), ValueError, "fast: got shape .* want"),
+    (lambda _: {"form": "sum"}, ValueError, "form: got 'sum', want one of 'hidden', 'output'"),
+    (lambda _: {"activation": "elu"}, ValueError, "activation: got 'elu', want one of"),
+)
+
+
+class TestAugmentedLinear(LayerTests):
+    """B, N, W and R of the drawn sizes are L, I, O and S."""
+
+    stem = "augmented_linear"
+    options = (
+        {},
+        {"kind": "task mixture", "form": "output"},
+        {"kind": "shared", "activation": "tanh", "bias": False},
+        {"kind": "task shared", "activation": "identity"},
+        {"kind": "per example"},
+        {"kind": "per task", "activation": "gelu"},
+        {"kind": "task mixture", "activation": "gelu"},
+    )
+    bad = (
+        *BAD_LAYER,
+        (replace("x", lambda x: x[..., :-1]), ValueError, r"x: got shape \[2, 2, 4\], want \[G, L, I\] with .*I=5"),
+        (
+            lambda i: {"x": i["x"][..., :0], "weight": i["weight"][:, :0], "fast": i["fast"][..., :0]},
+            ValueError,
+            "at least one of each size: got I=0",
+        ),
+    )
+
+    large = (
+        "x, weight, rows = torch.randn(600, 256), torch.randn(256, 256), 64; function = mann_kernels.augmented_linear"
+    )
+
+    @staticmethod
+    def slow(inputs):
+        z = F.linear(inputs["x"], inputs["weight"], inputs["bias"])
+        return z if inputs.get("form") == "output" else z.relu()
+
+    def inputs(self, seed, B, N, W, R, kind="mixture", bias=True, **options):
+        return Inputs(draw_layer(seed, kind, (2, B), R, (W, N), (N,), bias), **options)
+
+    @pytest.mark.parametrize("kind", FORMS)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_forms(self, kind, dtype):
+        """Every form, hidden and output, with every activation; many examples, few, and one."""
+        for examples in (1, 3, 70):
+            for activation in ACTIVATION:
+                compare(self.stem, self.inputs(examples, examples, 19, 18, 3, kind, activation=activation), dtype)
+            compare(self.stem, self.inputs(examples, examples, 19, 18, 3, kind, form="output"), dtype)
