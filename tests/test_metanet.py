@@ -378,6 +378,19 @@ def test_module_manners():
     torch.testing.assert_close(without, metanet(x, y, queries))
 
 
+@pytest.mark.compiles
+def test_compiles():
+    metanet = small("metanet+")
+    x, y, queries = draw()
+    want = metanet(x, y, queries)
+    got = torch.compile(metanet, backend="aot_eager")(x, y, queries)
+    torch.testing.assert_close(got, want)
+    want = gradients_of(want, metanet)
+    for name, grad in gradients_of(got, metanet).items():
+        if grad is not None:
+            torch.testing.assert_close(grad, want[name])
+
+
 def test_pairs_are_random_different_and_repeatable():
     metanet = small()
     x, y, queries = draw(shots=3)

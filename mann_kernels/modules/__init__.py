@@ -8,9 +8,8 @@ from mann_kernels.modules.metanet import (
     FastWeightMemory,
     GradientSummarizer,
     MetaNet,
-    MetaNetState,
 )
-from mann_kernels.modules.state import MANNState
+from mann_kernels.modules.state import MANNState, MetaNetState
 
 __all__ = [
     "MANN",

@@ -2,6 +2,8 @@
 
 import torch
 
+from mann_kernels.modules.state import MetaNetState
+
 
 def check_support(support_x, support_y, ways: int) -> None:
     """Examples [S, ...] or [G, S, ...] and their labels [S] or [G, S], each class at least once in each task."""
@@ -37,8 +39,6 @@ def check_support(support_x, support_y, ways: int) -> None:
 
 def check_state(state, metanet) -> bool:
     """What `adapt` returned, for this network. True if without the dimension G."""
-    from mann_kernels.modules.metanet import MetaNetState
-
     if not isinstance(state, MetaNetState):
         raise TypeError(f"state: got {type(state).__name__}, want the MetaNetState that adapt returns")
     alone = state.memory.dim() == 2

@@ -187,6 +187,7 @@ class AugmentedSequential(nn.Sequential):
     def _plain(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
+    @torch.compiler.disable  # a gradient taken within the forward pass: torch.compile runs this part as it is
     def loss_gradients(self, x: torch.Tensor, losses, *, create_graph: bool = False) -> list[torch.Tensor]:
         """The gradients of many losses with respect to the slow weights of the augmented layers, from one pass.
 

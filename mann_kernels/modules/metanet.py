@@ -1,7 +1,5 @@
 """Meta Networks (Munkhdalai & Yu 2017): slow weights, fast weights generated from loss gradients, and a memory of them."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,41 +7,13 @@ from torch import nn
 from mann_kernels.modules._init import check_sizes
 from mann_kernels.modules._metanet_input import check_queries, check_state, check_support
 from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedLinear, AugmentedSequential
+from mann_kernels.modules.state import MetaNetState
 from mann_kernels.ops import content_address, generate_fast_weights, summarize_gradients
 from mann_kernels.ops._check import choice
 
 VARIANTS = ("metanet-", "metanet", "metanet+")
 #: How much smaller than usual the last layers of m and d start, so that the fast branch begins as a small addition.
 FIRST_FAST = 0.1
-
-
-class MetaNetState(NamedTuple):
-    """What a support set has taught a MetaNet; every field is a tensor, so it can be saved, moved and detached.
-
-    Attributes:
-        index: [G, S, K], the keys of the support examples.
-        memory: [G, S, P], the fast weights of the base learner, a row for each support example; with "metanet+" a last
-            row S holds the task-level ones.
-        task_fast: [G, Q], the task-level fast weights of the embedding; None with "metanet-".
-
-    From a support set without the dimension G, none of them has it.
-    """
-
-    index: torch.Tensor
-    memory: torch.Tensor
-    task_fast: torch.Tensor | None = None
-
-    def map(self, function) -> "MetaNetState":
-        """The state with `function` applied to each of its tensors."""
-        return MetaNetState(*(None if field is None else function(field) for field in self))
-
-    def detach(self) -> "MetaNetState":
-        """The same numbers without their history."""
-        return self.map(torch.Tensor.detach)
-
-    def to(self, *args, **kwargs) -> "MetaNetState":
-        """The state on another device or in another dtype, with the arguments of torch.Tensor.to."""
-        return self.map(lambda field: field.to(*args, **kwargs))
 
 
 class FastWeightGenerator(nn.Module):
