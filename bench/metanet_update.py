@@ -1,4 +1,4 @@
-"""One whole update of MetaNet, 5-way 1-shot with 50 queries on the paper's Omniglot network: ours, and the algorithm written out."""
+"""One whole update of MetaNet, 5-way 1-shot with 50 queries on the paper's Omniglot network: ours, and Algorithm 1 written out."""
 
 import functools
 
