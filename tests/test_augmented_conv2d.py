@@ -35,6 +35,10 @@ class TestAugmentedConv2d(LayerTests):
         "function = lambda *tensors: mann_kernels.augmented_conv2d(*tensors, pool=True)"
     )
 
+    @property
+    def small(self):
+        return self.inputs(0, 2, 5, 3, 2, **self.options[-1], size=(3, 2))
+
     @staticmethod
     def slow(inputs):
         x = inputs["x"]

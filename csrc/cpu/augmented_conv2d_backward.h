@@ -81,10 +81,10 @@ template <int n, Place rows, typename T>
 inline void add_block(List<T> list, const T *base, int64_t stride, const int64_t *offsets, T *target) {
     const auto row_at = [&](int v) { return rows == Place::kApart ? offsets[v] : int64_t(v * kLanes<T>); };
     const auto target_at = [&](int v) { return rows == Place::kApart ? int64_t(v * kLanes<T>) : offsets[v]; };
-    Vec<T> sum[n];
+    Vec<T> sum[n] = {}; // added to the target as a whole, which rounds less than number by number
     int64_t at[n];
 #pragma GCC unroll 9
-    for (int v = 0; v < n; ++v) sum[v] = load(target + target_at(v)), at[v] = row_at(v);
+    for (int v = 0; v < n; ++v) at[v] = row_at(v);
     for (int64_t i = 0; i < list.count; ++i) {
         const Vec<T> value = broadcast(list.entries[i].value);
         const T *row = base + list.entries[i].index * stride;
@@ -92,7 +92,7 @@ inline void add_block(List<T> list, const T *base, int64_t stride, const int64_t
         for (int v = 0; v < n; ++v) sum[v] += value * load(row + at[v]);
     }
 #pragma GCC unroll 9
-    for (int v = 0; v < n; ++v) store(target + target_at(v), sum[v]);
+    for (int v = 0; v < n; ++v) store(target + target_at(v), load(target + target_at(v)) + sum[v]);
 }
 } // namespace detail
 
@@ -245,14 +245,20 @@ template <typename S> void take_image(const Rows<Arith<S>> &rows, const S *sourc
         return;
     }
     pad_image(s, source, padded);
-    for (int64_t v = 0; v < rows.vectors; ++v)
+    for (int64_t v = 0; v < rows.vectors; ++v) {
+        const int64_t count = std::min<int64_t>(kLanes<T>, s.K() - v * kLanes<T>);
+        int64_t offsets[kLanes<T>];
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t k = v * kLanes<T> + i, tap = k % rows.r.taps;
+            offsets[i] = k / rows.r.taps * s.plane() + tap / s.k * s.padded_width() + tap % s.k;
+        }
         for (int64_t h = 0; h < s.height(); ++h)
-            for (int64_t w = 0; w < s.width(); ++w)
-                for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-                    const int64_t k = v * kLanes<T> + lane, c = k / rows.r.taps, tap = k % rows.r.taps;
-                    *target++ =
-                        k < s.K() ? padded[c * s.plane() + (h + tap / s.k) * s.padded_width() + w + tap % s.k] : T(0);
-                }
+            for (int64_t w = 0; w < s.width(); ++w, target += kLanes<T>) {
+                store(target, Vec<T>{});
+                const T *patch = padded + h * s.padded_width() + w;
+                for (int64_t i = 0; i < count; ++i) target[i] = patch[offsets[i]];
+            }
+    }
 }
 
 // The gradients of one output of one example as lists: entry.index is the position of the pixel. Returns the slow ones'

@@ -1,4 +1,4 @@
-"""What the two augmented layers share: the forms in which fast weights come, brought to one, and the options."""
+"""What the two augmented layers share: the forms in which fast weights come, and how the operators take them."""
 
 from mann_kernels.ops import _check
 
@@ -6,11 +6,11 @@ FORM = ("hidden", "output")
 ACTIVATION = ("relu", "gelu", "tanh", "identity")
 
 
-def activation_number(form: str, activation: str) -> int:
-    """The operators take a number. slow + fast, the output form, is the hidden form without an activation."""
+def activation_of(form: str, activation: str) -> str:
+    """slow + fast, the output form, is the hidden form without an activation. The operators take its place in ACTIVATION."""
     _check.choice("form", form, *FORM)
     _check.choice("activation", activation, *ACTIVATION)
-    return ACTIVATION.index("identity" if form == "output" else activation)
+    return "identity" if form == "output" else activation
 
 
 def keeps_slopes(activation: int) -> bool:
@@ -18,16 +18,12 @@ def keeps_slopes(activation: int) -> bool:
     return ACTIVATION[activation] in ("gelu", "tanh")
 
 
-def canonical(x, weight, fast, mix, bias, layer: tuple[str, ...], example: tuple[str, ...]):
-    """Checks the tensors of a layer whose weight has the sizes `layer` and whose examples have the sizes `example`.
-
-    Returns x [G,L,...], fast [G,S,...], mix [G,L,S] or None (S = 1): views, but for an x that cannot be one.
-    """
+def check_layer(x, weight, fast, mix, bias, layer: tuple[str, ...], example: tuple[str, ...]) -> None:
+    """The tensors of a layer whose weight has the sizes `layer` and whose examples have the sizes `example`."""
     sizes: dict[str, int] = {}
     _check.same_kind(x=x, weight=weight, fast=fast, mix=mix, bias=bias)
     _check.shape(sizes, "weight", weight, *layer)
-    tasks = x.dim() == len(example) + 2
-    lead = ("G", "L") if tasks else ("L",)
+    lead = ("G", "L") if x.dim() == len(example) + 2 else ("L",)
     _check.shape(sizes, "x", x, *lead, *example)
     _check.shape(sizes, "bias", bias, "O")
     if mix is not None:
@@ -38,17 +34,15 @@ def canonical(x, weight, fast, mix, bias, layer: tuple[str, ...], example: tuple
     for letter in (*layer, "S"):
         if sizes.get(letter, 1) < 1:
             raise ValueError(f"an augmented layer needs at least one of each size: got {letter}=0")
+
+
+def canonical(x, weight, fast, mix, tasks: bool):
+    """x [G,L,...], fast [G,S,...] and mix [G,L,S] (or None, then S = 1) of the operators: views, but for an x that cannot be one.
+
+    tasks: whether x has a dimension of tasks.
+    """
     if mix is not None:
         return (x, fast, mix) if tasks else (x[None], fast[None], mix[None])
     if fast.dim() == weight.dim():
         return (x.flatten(0, 1) if tasks else x)[None], fast[None, None], None
     return x if tasks else x[:, None], fast[:, None], None
-
-
-def of_canonical(reference, **options):
-    """A reference as a function of the canonical tensors: without a mixture, the S = 1 fast weight is that of the task."""
-
-    def function(x, weight, fast, mix, bias):
-        return reference(x, weight, fast.squeeze(1) if mix is None else fast, mix, bias, **options)
-
-    return function

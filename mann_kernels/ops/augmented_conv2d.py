@@ -1,9 +1,11 @@
 """A convolution with a slow and a fast weight, and the max-pooling that follows it."""
 
+import functools
+
 import torch
 
 from mann_kernels import _backend, _library, reference
-from mann_kernels.ops._augment import ACTIVATION, activation_number, canonical, keeps_slopes, of_canonical
+from mann_kernels.ops._augment import ACTIVATION, activation_of, canonical, check_layer, keeps_slopes
 from mann_kernels.ops._vjp import reference_vjp
 from mann_kernels.ops.lrua_sequence import arithmetic_dtype
 
@@ -45,27 +47,30 @@ _library.define(
 class _AugmentedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, fast, mix, bias, padding, activation, pool, save, backend):
+        images, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 5)
         y, codes, slopes = _library.operators(backend).augmented_conv2d(
-            x, weight, fast, mix, bias, padding, activation, pool, save
+            images, weight, fast_rows, mix_rows, bias, padding, ACTIVATION.index(activation), pool, save
         )
         ctx.save_for_backward(x, weight, fast, mix, bias, codes, slopes)
-        ctx.options = {"padding": padding, "activation": ACTIVATION[activation], "pool": pool}
+        ctx.options = {"padding": padding, "activation": activation, "pool": pool}
         ctx.backend = backend
-        return y
+        return y.view(*x.shape[:-3], *y.shape[2:])
 
     @staticmethod
     def backward(ctx, dy):
         *inputs, codes, slopes = ctx.saved_tensors
         if torch.is_grad_enabled():
-            function = of_canonical(reference.augmented_conv2d, **ctx.options)
+            function = functools.partial(reference.augmented_conv2d, **ctx.options)
             return *reference_vjp(function, inputs, (dy,)), *[None] * 5
         x, weight, fast, mix, bias = inputs
+        images, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 5)
         need_dx = ctx.needs_input_grad[0]
         dx, dweight, dfast, dmix, dbias = _library.operators(ctx.backend).augmented_conv2d_backward(
-            *(dy, x, weight, fast, mix, codes, slopes, ctx.options["padding"], ctx.options["pool"], need_dx)
+            *(dy.reshape(*images.shape[:2], *dy.shape[-3:]), images, weight, fast_rows, mix_rows, codes, slopes),
+            *(ctx.options["padding"], ctx.options["pool"], need_dx),
         )
-        dmix, dbias = None if mix is None else dmix, None if bias is None else dbias
-        return dx if need_dx else None, dweight, dfast, dmix, dbias, *[None] * 5
+        dmix, dbias = None if mix is None else dmix.view(mix.shape), None if bias is None else dbias
+        return dx.view(x.shape) if need_dx else None, dweight, dfast.view(fast.shape), dmix, dbias, *[None] * 5
 
 
 def augmented_conv2d(
@@ -109,8 +114,8 @@ def augmented_conv2d(
     Kept for the backward pass, beside the inputs: a byte per output number (with gelu and tanh also two slopes), which
     says which pixel was the largest and which side was above zero. Differentiable twice.
     """
-    number = activation_number(form, activation)
-    inputs = canonical(x, weight, fast, mix, bias, ("O", "C", "k", "k"), ("C", "H", "W"))
+    function = activation_of(form, activation)
+    check_layer(x, weight, fast, mix, bias, ("O", "C", "k", "k"), ("C", "H", "W"))
     if not isinstance(padding, int) or isinstance(padding, bool):
         raise TypeError(f"padding: got {type(padding).__name__}, want an int")
     if padding < 0 or min(x.shape[-2:]) + 2 * padding < weight.shape[-1]:
@@ -120,8 +125,6 @@ def augmented_conv2d(
         )
     backend = _backend.select("augmented_conv2d", x)
     if backend == "reference":
-        options = {"padding": padding, "form": form, "activation": activation, "pool": pool}
-        return reference.augmented_conv2d(x, weight, fast, mix, bias, **options)
+        return reference.augmented_conv2d(x, weight, fast, mix, bias, padding=padding, activation=function, pool=pool)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, fast, mix, bias))
-    y = _AugmentedConv2d.apply(inputs[0], weight, *inputs[1:], bias, padding, number, bool(pool), save, backend)
-    return y.reshape(*x.shape[:-3], *y.shape[2:])
+    return _AugmentedConv2d.apply(x, weight, fast, mix, bias, padding, function, bool(pool), save, backend)

@@ -1,9 +1,11 @@
 """A fully connected layer with a slow and a fast weight."""
 
+import functools
+
 import torch
 
 from mann_kernels import _backend, _library, reference
-from mann_kernels.ops._augment import ACTIVATION, activation_number, canonical, of_canonical
+from mann_kernels.ops._augment import ACTIVATION, activation_of, canonical, check_layer
 from mann_kernels.ops._vjp import reference_vjp
 from mann_kernels.ops.lrua_sequence import arithmetic_dtype
 
@@ -35,22 +37,27 @@ _library.define(
 class _AugmentedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, fast, mix, bias, activation, save, backend):
-        y, slopes = _library.operators(backend).augmented_linear(x, weight, fast, mix, bias, activation, save)
+        rows, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 3)
+        y, slopes = _library.operators(backend).augmented_linear(
+            rows, weight, fast_rows, mix_rows, bias, ACTIVATION.index(activation), save
+        )
         ctx.save_for_backward(x, weight, fast, mix, bias, slopes)
         ctx.activation, ctx.backend = activation, backend
-        return y
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, dy):
         *inputs, slopes = ctx.saved_tensors
         if torch.is_grad_enabled():
-            function = of_canonical(reference.augmented_linear, activation=ACTIVATION[ctx.activation])
+            function = functools.partial(reference.augmented_linear, activation=ctx.activation)
             return *reference_vjp(function, inputs, (dy,)), None, None, None
         x, weight, fast, mix, bias = inputs
+        rows, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 3)
         dx, dweight, dfast, dmix, dbias = _library.operators(ctx.backend).augmented_linear_backward(
-            dy, x, weight, fast, mix, slopes
+            dy.reshape(*rows.shape[:2], weight.shape[0]), rows, weight, fast_rows, mix_rows, slopes
         )
-        return dx, dweight, dfast, None if mix is None else dmix, None if bias is None else dbias, None, None, None
+        dmix, dbias = None if mix is None else dmix.view(mix.shape), None if bias is None else dbias
+        return dx.view(x.shape), dweight, dfast.view(fast.shape), dmix, dbias, None, None, None
 
 
 def augmented_linear(
@@ -88,11 +95,10 @@ def augmented_linear(
 
     Kept for the backward pass, beside the inputs: two slopes of the activation per output number. Differentiable twice.
     """
-    number = activation_number(form, activation)
-    inputs = canonical(x, weight, fast, mix, bias, ("O", "I"), ("I",))
+    function = activation_of(form, activation)
+    check_layer(x, weight, fast, mix, bias, ("O", "I"), ("I",))
     backend = _backend.select("augmented_linear", x)
     if backend == "reference":
-        return reference.augmented_linear(x, weight, fast, mix, bias, form=form, activation=activation)
+        return reference.augmented_linear(x, weight, fast, mix, bias, activation=function)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, fast, mix, bias))
-    y = _AugmentedLinear.apply(inputs[0], weight, *inputs[1:], bias, number, save, backend)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return _AugmentedLinear.apply(x, weight, fast, mix, bias, function, save, backend)

@@ -60,7 +60,7 @@ def generate_fast_weights_bwd_kernel(
     dweight2, dbias2 = tl.zeros([BD, BD], ACC), tl.zeros([BD], ACC)
     dweight3, dbias3 = tl.zeros([BD], ACC), tl.zeros([BP], ACC)
     for i_p in range(tl.program_id(0), tl.cdiv(P, BP), tl.num_programs(0)):
-        o_p = i_p.to(tl.int64) * BP + tl.arange(0, BP)
+        o_p = i_p * BP + tl.arange(0, BP).to(tl.int64)
         g = tl.load(grads_ptr + o_p, mask=o_p < P, other=0.0).to(ACC)
         dfast = tl.load(dfast_ptr + o_p, mask=o_p < P, other=0.0).to(ACC)
         magnitude, sign = features(g, POWER, SCALE)

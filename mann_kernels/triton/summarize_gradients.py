@@ -61,7 +61,7 @@ def summarize_gradients_fwd_kernel(
     w_out = load_gate(weight_ih_ptr, weight_hh_ptr, bias_ptr, 3, D, ACC, BD)
     h, c = tl.zeros([BP, BD], ACC), tl.zeros([BP, BD], ACC)
     for t in range(T):
-        g = tl.load(grads_ptr + t.to(tl.int64) * P + o_p, mask=o_p < P, other=0.0).to(ACC)
+        g = tl.load(grads_ptr + tl.full([BP], t, tl.int64) * P + o_p, mask=o_p < P, other=0.0).to(ACC)
         magnitude, sign = features(g, POWER, SCALE)
         x = input_of(h, magnitude, sign, D, BD)
         gate_in, gate_forget, candidate, gate_out = gates_of(x, w_in, w_forget, w_candidate, w_out, ACC)
@@ -103,10 +103,10 @@ def summarize_gradients_bwd_kernel(
     TILE: tl.constexpr = BP * BD
     states = work_states_ptr + i_program * T * 5 * TILE + tl.arange(0, BP)[:, None] * BD + o_d[None, :]
     for i_p in range(tl.program_id(0), tl.cdiv(P, BP), tl.num_programs(0)):
-        o_p = i_p.to(tl.int64) * BP + tl.arange(0, BP)
+        o_p = i_p * BP + tl.arange(0, BP).to(tl.int64)
         h, c = tl.zeros([BP, BD], ACC), tl.zeros([BP, BD], ACC)
         for t in range(T):
-            g = tl.load(grads_ptr + t.to(tl.int64) * P + o_p, mask=o_p < P, other=0.0).to(ACC)
+            g = tl.load(grads_ptr + tl.full([BP], t, tl.int64) * P + o_p, mask=o_p < P, other=0.0).to(ACC)
             magnitude, sign = features(g, POWER, SCALE)
             x = input_of(h, magnitude, sign, D, BD)
             gate_in, gate_forget, candidate, gate_out = gates_of(x, w_in, w_forget, w_candidate, w_out, ACC)
@@ -138,7 +138,7 @@ def summarize_gradients_bwd_kernel(
             dcandidate = dc * gate_in * (1.0 - candidate * candidate)
             dout = dh * squashed * gate_out * (1.0 - gate_out)
             dc = dc * gate_forget
-            g = tl.load(grads_ptr + t.to(tl.int64) * P + o_p, mask=o_p < P, other=0.0).to(ACC)
+            g = tl.load(grads_ptr + tl.full([BP], t, tl.int64) * P + o_p, mask=o_p < P, other=0.0).to(ACC)
             magnitude, sign = features(g, POWER, SCALE)
             x = input_of(h_before, magnitude, sign, D, BD)
             dw_in += exact_dot(tl.trans(din), x, ACC)
@@ -151,7 +151,7 @@ def summarize_gradients_bwd_kernel(
             dmagnitude = tl.sum(tl.where(o_d[None, :] == D + 1, dx, 0.0), axis=1)
             dsign = tl.sum(tl.where(o_d[None, :] == D + 2, dx, 0.0), axis=1)
             dg = features_backward(g, dmagnitude, dsign, POWER, SCALE)
-            tl.store(dgrads_ptr + t.to(tl.int64) * P + o_p, dg, mask=o_p < P)
+            tl.store(dgrads_ptr + tl.full([BP], t, tl.int64) * P + o_p, dg, mask=o_p < P)
         tl.debug_barrier()
     sums = work_sums_ptr + i_program * (4 * D * (D + 3) + D + 1)
     store_gate(sums, 0, dw_in, D, BD)

@@ -30,7 +30,9 @@ BUDGETS = Path(__file__).with_name("budgets.json")
 #: Bytes of shared memory that one program may have (NVIDIA: the opt-in limit of the compute capability; AMD: LDS).
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 IN_MAKE_TEST = ("sm_90", "gfx942")
-SLOTS, WIDTH, HEADS = 128, 40, 4
+#: The step's backward is that of a sequence; a layer has two, for x and for the weights.
+KERNELS = {"lrua_step": 1, "augmented_linear": 3, "augmented_conv2d": 3}
+SLOTS, WIDTH, HEADS, HIDDEN_OF_GENERATORS = 128, 40, 4, 20
 
 
 def target_of(name):
@@ -42,19 +44,26 @@ def kernels_of(stem, package="mann_kernels.triton"):
     return {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
 
 
-def source_of(kernel, dtype):
-    """The kernel with every option on, at the paper's shape, for storage type `dtype`."""
+def sizes_of(kernel):
+    """How a kernel is launched at the paper's shape."""
+    from mann_kernels.triton import _augment, _coordinates
     from mann_kernels.triton._launch import RESTART_EVERY, launch
     from mann_kernels.triton.mann_sequence import TILES
 
-    sizes = {
-        **launch(SLOTS, WIDTH, HEADS),
-        **TILES,
-        "ACC": tl.float32,
-        "S": getattr(tl, dtype),
-        "RESTART": RESTART_EVERY,
-    }
+    names = [parameter.name for parameter in kernel.params]
+    if "BM" in names:
+        return {**_augment.TILES, "KERNEL": 3, "PADDING": 1, "ACT": 0}
+    if "BP" in names:
+        return _coordinates.launch(HIDDEN_OF_GENERATORS + 3, 7.0)  # the same number, in both generators
+    return {**launch(SLOTS, WIDTH, HEADS), **TILES, "RESTART": RESTART_EVERY}
+
+
+def source_of(kernel, dtype):
+    """The kernel with every option on, at the paper's shape, for storage type `dtype`."""
+    sizes = {**sizes_of(kernel), "ACC": tl.float32, "S": getattr(tl, dtype)}
     working = ("x_ptr", "heads_ptr", "cells_ptr", "rows_ptr", "restarts_ptr", "gates_ptr", "head_ptr", "weights_ptr")
+    if "BM" in sizes:  # a layer, whose x is its input
+        working = ("slopes_ptr", "dots_ptr")
     signature, constants = {}, {}
     for parameter in kernel.params:
         name = parameter.name
@@ -64,6 +73,8 @@ def source_of(kernel, dtype):
             signature[name] = "fp32"
         elif not name.endswith("_ptr"):
             signature[name] = "i32"
+        elif name == "codes_ptr":
+            signature[name] = "*u8"
         elif name == "slots_ptr":
             signature[name] = "*i32"
         elif name == "lengths_ptr":
@@ -97,10 +108,10 @@ def test_compiles_and_fits(stem, target, request, tmp_path):
     if not everything and target not in IN_MAKE_TEST:
         pytest.skip("with --all-targets")
     found = kernels_of(stem)
-    assert len(found) == (1 if stem == "lrua_step" else 2)  # the step's backward is that of a sequence
+    assert len(found) == KERNELS.get(stem, 2)
     for name, kernel in found.items():
         for dtype in ("float32", "bfloat16") if everything else ("float32",):
-            warps = {"num_warps": 8}
+            warps = {"num_warps": sizes_of(kernel)["num_warps"]}
             compiled = triton.compile(source_of(kernel, dtype), target=target_of(target), options=warps)
             assert compiled.metadata.shared <= SHARED_MEMORY[target], name
             label, found = f"{name}[{dtype}]", resources_of(compiled, tmp_path)

@@ -24,6 +24,8 @@ from bench.stems import SHAPES, inputs
 from mann_kernels import _backend, reference
 
 SIZE = (2, 37, 5, 2)
+#: Of a training step: forward, and backward, which for a layer are two, the gradient of x and that of the weights.
+LAUNCHES = {"augmented_linear": 3, "augmented_conv2d": 3}
 
 
 @pytest.mark.parametrize("stem", _backend.STEMS)
@@ -32,7 +34,7 @@ def test_every_access_is_sound(stem):
         extra = {"T": 9} if stem.endswith("sequence") else {}  # once past a restart
         with mann_kernels.backend("triton"), MemoryGuard() as guard:
             run(getattr(mann_kernels, stem), inputs_of(stem, 1, SIZE, **options, **extra).to(torch.float32))
-        assert guard.launches == 2
+        assert guard.launches == LAUNCHES.get(stem, 2)
 
 
 def test_a_step_reads_and_writes_memory_once():
