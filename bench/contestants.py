@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import mann_kernels
-from bench import metanet
+from bench import metanet, metanet_update
 from bench.stems import Shape
+from mann_kernels import reference
 
 EPS, DECAY = 1e-6, 0.99
 # What an earlier run compiled would hide how long compiling takes.
@@ -82,6 +83,7 @@ EAGER = {
     "lrua_sequence": over_time("lrua_sequence", step),
     "mann_sequence": over_time("mann_sequence", mann_step),
     **metanet.EAGER,
+    metanet_update.STEM: metanet_update.eager,
 }
 
 
@@ -97,7 +99,12 @@ def compiled_loop(stem):
 
 
 def ours(stem):
-    return getattr(mann_kernels, stem)
+    return metanet_update.ours if stem == metanet_update.STEM else getattr(mann_kernels, stem)
+
+
+def definition(stem):
+    """What `ours` is verified against: the reference; for a whole update, which has none, the algorithm written out."""
+    return EAGER[stem] if stem == metanet_update.STEM else getattr(reference, stem)
 
 
 def lstm(s: Shape, x: torch.Tensor):

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import torch
 
-import mann_kernels
 from bench import contestants
 from bench.suites import SUITES, suite_of
-from mann_kernels import _backend, _library, reference
+from mann_kernels import _backend, _library
 from mann_kernels.testing import accuracy
 
 # The profiler would write lines of its own between the bench's.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 #: Inputs without a gradient in every contestant: data and the state an episode starts from.
-CONSTANT = {"x", "usage", "h", "c", "reads", "least_used"}
+CONSTANT = {"x", "usage", "h", "c", "reads", "least_used", "support_x", "query_x"}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -59,9 +58,11 @@ def verify(stems, candidates=None) -> list[dict]:
     rows = []
     for stem in stems:
         suite = suite_of(stem)
-        candidate = (candidates or {}).get(stem, getattr(mann_kernels, stem))
-        for dtype_name, dtype in DTYPES.items():
-            backend = _backend.default(stem, "cpu", dtype)[0]
+        candidate = (candidates or {}).get(stem) or contestants.ours(stem)
+        definition = contestants.definition(stem)
+        for dtype_name in suite.dtypes:
+            dtype = DTYPES[dtype_name]
+            backend = _backend.default(stem, "cpu", dtype)[0] if stem in _backend.STEMS else "the defaults"
             for number, shape in enumerate(suite.verified):
                 drawn = {
                     name: t.to(dtype) if t.is_floating_point() else t
@@ -70,8 +71,8 @@ def verify(stems, candidates=None) -> list[dict]:
                 runs = []
                 kinds = (
                     (candidate, dtype),
-                    (getattr(reference, stem), dtype),
-                    (getattr(reference, stem), torch.float64),
+                    (definition, dtype),
+                    (definition, torch.float64),
                 )
                 for function, kind in kinds:
                     work = Work(stem, drawn, kind)
@@ -181,7 +182,7 @@ def time_stem(stem, shape_name, shape, threads, quick, x=None, loop=False) -> li
         for name, (forward, train) in others.items():
             runs["fwd"][name], runs["fwd+bwd"][name] = forward, train
     memory = {name: saved_mb(work, functions[name]) for name in ("mann_kernels", "eager")}
-    whole = stem.endswith("sequence") or suite_of(stem) is SUITES["metanet"]  # and not a small part of something
+    whole = stem.endswith("sequence") or suite_of(stem) is not SUITES["mann"]  # and not a small part of something
     peaks = {name: peak_mb(work, functions[name]) for name in functions} if whole else {}
     rows = []
     for name_of_pass, group in runs.items():

@@ -9,6 +9,11 @@ from bench.metanet import generate, summarize
 from mann_kernels import MetaNet
 
 STEM = "metanet_update"
+#: The filters of a convolution.
+SHAPES = {"omniglot": 64}
+#: In float64 alone: the logarithm of tiny gradients makes of float32's rounding what no rule bounds. Each operator is verified
+#: in every dtype.
+VERIFIED = (3, 8)
 WAYS, QUERIES = 5, 50
 CONVOLUTIONS = 5
 
@@ -19,8 +24,8 @@ def network(filters: int, dtype: torch.dtype) -> MetaNet:
     return MetaNet.omniglot(WAYS, filters=filters, dtype=dtype)
 
 
-def inputs(filters: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """float64: images, and the parameters by name; fast weights as large as those of a network that has learned."""
+def inputs(stem: str, filters: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """float64: images of five patterns under noise, and the parameters by name."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(WAYS, 1, 7, 7, generator=generator, dtype=torch.float64).round().repeat_interleave(4, 2)
     images = coarse.repeat_interleave(4, 3)

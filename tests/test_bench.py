@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import mann_kernels
-from bench import contestants, harness, metanet
+from bench import contestants, harness, metanet, metanet_update
 from bench.episodes import omniglot
 from bench.stems import SHAPES, Shape, flops, inputs
 from bench.suites import SUITES, suite_of
@@ -25,11 +25,11 @@ def test_eager_contestant_is_right(stem):
         torch.testing.assert_close(a, b, check_dtype=False)
 
 
-@pytest.mark.parametrize("stem", _backend.STEMS)
+@pytest.mark.parametrize("stem", [*_backend.STEMS, metanet_update.STEM])
 def test_kernels_verify(stem):
     rows = harness.verify([stem])
     assert all(row["ok"] for row in rows)
-    assert {row["dtype"] for row in rows} == set(harness.DTYPES)
+    assert {row["dtype"] for row in rows} == set(suite_of(stem).dtypes)
     assert set(rows[0]) == {"stem", "backend", "dtype", "shape", "quantity", "error", "budget", "ok"}
 
 
@@ -48,6 +48,16 @@ def test_a_gradient_one_percent_off_is_refused():
         {"content_address": lambda memory, key: mann_kernels.content_address(Wrong.apply(memory), key)},
     )
     assert {row["quantity"] for row in rows if not row["ok"]} == {"dmemory"}
+
+
+def test_a_whole_update_with_one_wrong_gradient_is_refused():
+    def wrong(*tensors):
+        tensors = [*tensors[:2], tensors[2] + 0.01 * (tensors[2] - tensors[2].detach()), *tensors[3:]]
+        return metanet_update.ours(*tensors)
+
+    rows = harness.verify([metanet_update.STEM], {metanet_update.STEM: wrong})
+    assert len(rows) == 2 * 36
+    assert {row["quantity"] for row in rows if not row["ok"]} == {"dbase_learner.0.weight"}
 
 
 def test_nothing_is_timed_after_a_failed_verification(monkeypatch, tmp_path):
