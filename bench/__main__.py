@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bench import harness
 from bench.episodes import omniglot
-from bench.suites import SUITES, suite_of
+from bench.suites import SUITES, family_of, in_metanet
 from mann_kernels import _library
 
 # wide enough for the table where no terminal says how wide it is
@@ -28,18 +28,19 @@ LOOP_STEPS = 12
 def plan(stems, shapes, quick):
     """(stem, shape name, shape, unrolled loop) of everything to time."""
     for stem in stems:
-        suite = suite_of(stem)
+        known = family_of(stem).shapes
         for name in shapes:
-            if suite is not SUITES["mann"]:
-                yield stem, name, suite.shapes[name], False
+            if in_metanet(stem):
+                if name in known:
+                    yield stem, name, known[name], False
                 continue
             if name == "long" and (quick or stem != "mann_sequence"):
                 continue
             if stem != "mann_sequence" and name not in ("paper", "wide"):
                 continue
-            yield stem, name, suite.shapes[name], False
+            yield stem, name, known[name], False
             if stem == "mann_sequence" and name != "long" and not quick:
-                yield stem, f"{name}@T={LOOP_STEPS}", suite.shapes[name].at(LOOP_STEPS), True
+                yield stem, f"{name}@T={LOOP_STEPS}", known[name].at(LOOP_STEPS), True
 
 
 def failures_table(rows):
@@ -94,11 +95,12 @@ def main(
     """Verify every kernel against its reference; only then time it, and what one would use otherwise, in one run."""
     if suite not in SUITES:
         raise typer.BadParameter(f"--suite: got {suite!r}, want one of {', '.join(SUITES)}")
-    chosen = SUITES[suite]
-    for name, value, known in (("--stem", stem, chosen.stems), ("--shape", shape, chosen.shapes)):
+    all_stems = [name for family in SUITES[suite] for name in family.stems]
+    all_shapes = {name: None for family in SUITES[suite] for name in family.shapes}
+    for name, value, known in (("--stem", stem, all_stems), ("--shape", shape, all_shapes)):
         for unknown in set(value or []) - set(known):
             raise typer.BadParameter(f"{name}: got {unknown!r}, want one of {', '.join(known)}")
-    stems = [name for name in chosen.stems if not stem or name in stem]
+    stems = [name for name in all_stems if not stem or name in stem]
     torch.set_num_threads(threads)
     result = {"machine": harness.machine(threads), "verification": [], "timings": []}
     console.print(f"python -m bench {shlex.join(sys.argv[1:])}")
@@ -118,7 +120,7 @@ def main(
             console.print(f"Nothing to time: {_library.cpp_missing}")
             raise typer.Exit(1)
         for name, shape_name, size, loop in track(
-            list(plan(stems, shape or chosen.shapes, quick)), "Timing", console=console
+            list(plan(stems, shape or all_shapes, quick)), "Timing", console=console
         ):
             real = data is not None and name == "mann_sequence" and size.I == 405
             x = omniglot(data, size.T, size.B) if real else None

@@ -3,11 +3,13 @@
 The plain ones take the tensors of `bench.stems.inputs` in order and return what the reference returns.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 import mann_kernels
-from bench import metanet, metanet_update
+from bench import metanet, metanet_augmented, metanet_update
 from bench.stems import Shape
 from mann_kernels import reference
 
@@ -83,8 +85,10 @@ EAGER = {
     "lrua_sequence": over_time("lrua_sequence", step),
     "mann_sequence": over_time("mann_sequence", mann_step),
     **metanet.EAGER,
+    **metanet_augmented.EAGER,
     metanet_update.STEM: metanet_update.eager,
 }
+ALTERNATIVES, OPTIONS = metanet_augmented.ALTERNATIVES, metanet_augmented.OPTIONS
 
 
 def compiled_step(stem):
@@ -99,12 +103,16 @@ def compiled_loop(stem):
 
 
 def ours(stem):
-    return metanet_update.ours if stem == metanet_update.STEM else getattr(mann_kernels, stem)
+    if stem == metanet_update.STEM:
+        return metanet_update.ours
+    return functools.partial(getattr(mann_kernels, stem), **OPTIONS.get(stem, {}))
 
 
-def definition(stem):
-    """What `ours` is verified against: the reference; for a whole update, which has none, the algorithm written out."""
-    return EAGER[stem] if stem == metanet_update.STEM else getattr(reference, stem)
+def plain(stem):
+    """What `ours` is verified against: the reference; a whole update, which has none, against the algorithm written out."""
+    if stem == metanet_update.STEM:
+        return metanet_update.eager
+    return functools.partial(getattr(reference, stem), **OPTIONS.get(stem, {}))
 
 
 def lstm(s: Shape, x: torch.Tensor):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench import contestants
-from bench.suites import SUITES, suite_of
+from bench.suites import family_of, in_metanet
 from mann_kernels import _backend, _library
 from mann_kernels.testing import accuracy
 
@@ -57,22 +57,21 @@ def verify(stems, candidates=None) -> list[dict]:
     """Every stem, dtype and shape: outputs and all gradients of the kernel against the float64 reference."""
     rows = []
     for stem in stems:
-        suite = suite_of(stem)
-        candidate = (candidates or {}).get(stem) or contestants.ours(stem)
-        definition = contestants.definition(stem)
-        for dtype_name in suite.dtypes:
+        family = family_of(stem)
+        candidate = (candidates or {}).get(stem, contestants.ours(stem))
+        for dtype_name in family.dtypes:
             dtype = DTYPES[dtype_name]
             backend = _backend.default(stem, "cpu", dtype)[0] if stem in _backend.STEMS else "the defaults"
-            for number, shape in enumerate(suite.verified):
+            for number, shape in enumerate(family.verified):
                 drawn = {
                     name: t.to(dtype) if t.is_floating_point() else t
-                    for name, t in suite.inputs(stem, shape, number).items()
+                    for name, t in family.inputs(stem, shape, number).items()
                 }
                 runs = []
                 kinds = (
                     (candidate, dtype),
-                    (definition, dtype),
-                    (definition, torch.float64),
+                    (contestants.plain(stem), dtype),
+                    (contestants.plain(stem), torch.float64),
                 )
                 for function, kind in kinds:
                     work = Work(stem, drawn, kind)
@@ -160,9 +159,10 @@ def peak_mb(work: Work, function) -> float:
 
 def time_stem(stem, shape_name, shape, threads, quick, x=None, loop=False) -> list[dict]:
     """All contestants of one stem and shape, both passes; x [T,B,I] replaces the random input of mann_sequence."""
-    tensors = suite_of(stem).inputs(stem, shape)
+    tensors = family_of(stem).inputs(stem, shape)
     work = Work(stem, tensors if x is None else tensors | {"x": x.double()}, torch.float32)
     functions = {"mann_kernels": contestants.ours(stem), "eager": contestants.EAGER[stem]}
+    functions |= contestants.ALTERNATIVES.get(stem, {})
     heavy = shape_name == "long"
     if not heavy:
         kind = contestants.compiled_loop if loop else contestants.compiled_step
@@ -184,7 +184,7 @@ def time_stem(stem, shape_name, shape, threads, quick, x=None, loop=False) -> li
     # torch.func, in a whole update written out, does not run under hooks on what is saved
     counted = ("mann_kernels", "eager") if stem in _backend.STEMS else ()
     memory = {name: saved_mb(work, functions[name]) for name in counted}
-    whole = stem.endswith("sequence") or suite_of(stem) is not SUITES["mann"]  # and not a small part of something
+    whole = stem.endswith("sequence") or in_metanet(stem)  # and not a small part of something
     peaks = {name: peak_mb(work, functions[name]) for name in functions} if whole else {}
     rows = []
     for name_of_pass, group in runs.items():
@@ -226,9 +226,9 @@ def pytest_benchmark_of(stem: str):
 
     def test_training_step(benchmark):
         assert all(row["ok"] for row in verify([stem]))
-        suite = suite_of(stem)
-        paper = next(iter(suite.shapes.values()))
-        work = Work(stem, suite.inputs(stem, paper), torch.float32)
+        family = family_of(stem)
+        paper = next(iter(family.shapes.values()))
+        work = Work(stem, family.inputs(stem, paper), torch.float32)
         benchmark(lambda: work.train(contestants.ours(stem)))
 
     return test_training_step

@@ -7,29 +7,30 @@ import torch
 from typer.testing import CliRunner
 
 import mann_kernels
-from bench import contestants, harness, metanet, metanet_update
+from bench import contestants, harness, metanet_update
 from bench.episodes import omniglot
 from bench.stems import SHAPES, Shape, flops, inputs
-from bench.suites import SUITES, suite_of
-from mann_kernels import _backend, reference
+from bench.suites import family_of, in_metanet
+from mann_kernels import _backend
 
 TINY = Shape(3, 2, 4, 5, 9, 6, 2)
 
 
 @pytest.mark.parametrize("stem", _backend.STEMS)
 def test_eager_contestant_is_right(stem):
-    suite = suite_of(stem)
-    drawn = suite.inputs(stem, TINY if suite is SUITES["mann"] else metanet.VERIFIED[0]).values()
-    got, want = (function(*drawn) for function in (contestants.EAGER[stem], getattr(reference, stem)))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, check_dtype=False)
+    family = family_of(stem)
+    drawn = family.inputs(stem, family.verified[0] if in_metanet(stem) else TINY).values()
+    want = contestants.plain(stem)(*drawn)
+    for function in (contestants.EAGER[stem], *contestants.ALTERNATIVES.get(stem, {}).values()):
+        for a, b in zip(function(*drawn), want, strict=True):
+            torch.testing.assert_close(a, b, check_dtype=False)
 
 
 @pytest.mark.parametrize("stem", [*_backend.STEMS, metanet_update.STEM])
 def test_kernels_verify(stem):
     rows = harness.verify([stem])
     assert all(row["ok"] for row in rows)
-    assert {row["dtype"] for row in rows} == set(suite_of(stem).dtypes)
+    assert {row["dtype"] for row in rows} == set(family_of(stem).dtypes)
     assert set(rows[0]) == {"stem", "backend", "dtype", "shape", "quantity", "error", "budget", "ok"}
 
 

@@ -59,13 +59,21 @@ namespace detail {
 template <int examples, typename T>
 inline void mix_some(int64_t S, int64_t n, const T *mix, const T *rows, int64_t row_stride, T *out,
                      int64_t out_stride) {
-    for (int64_t i = 0; i < n; i += kLanes<T>) {
-        Vec<T> sum[examples] = {};
+    constexpr int vectors = 2; // that share a broadcast
+    for (int64_t i = 0; i < n; i += vectors * kLanes<T>) {
+        Vec<T> sum[examples][vectors] = {};
         for (int64_t s = 0; s < S; ++s) {
-            const Vec<T> row = load(rows + s * row_stride + i);
-            for (int e = 0; e < examples; ++e) sum[e] += broadcast(mix[e * S + s]) * row;
+            const T *at = rows + s * row_stride + i;
+            const Vec<T> first = load(at), second = load(at + kLanes<T>);
+#pragma GCC unroll 4
+            for (int e = 0; e < examples; ++e) {
+                const Vec<T> weight = broadcast(mix[e * S + s]);
+                sum[e][0] += weight * first;
+                sum[e][1] += weight * second;
+            }
         }
-        for (int e = 0; e < examples; ++e) store(out + e * out_stride + i, sum[e]);
+        for (int e = 0; e < examples; ++e)
+            for (int v = 0; v < vectors; ++v) store(out + e * out_stride + i + v * kLanes<T>, sum[e][v]);
     }
 }
 } // namespace detail
@@ -73,7 +81,8 @@ inline void mix_some(int64_t S, int64_t n, const T *mix, const T *rows, int64_t 
 // Examples that are mixed together read the rows once.
 constexpr int64_t kMixed = 4;
 
-// Eq. 9: out[e] = sum_s mix[e, s] rows[s], n numbers each, a multiple of the lanes, for at most kMixed examples.
+// Eq. 9: out[e] = sum_s mix[e, s] rows[s], n numbers each, for at most kMixed examples. Whole pairs of vectors are read
+// and written.
 template <int examples = int(kMixed), typename T>
 inline void mix_rows(int64_t count, int64_t S, int64_t n, const T *mix, const T *rows, int64_t row_stride, T *out,
                      int64_t out_stride) {

@@ -124,7 +124,7 @@ struct AugmentedConv2dBackwardArgs {
 constexpr int64_t kTogetherOutputs = 8;
 
 struct AugmentedConv2dBackwardXPlan {
-    int64_t together, row, image;
+    int64_t together, row, image, weight; // numbers in a weight
     int64_t slow, fast, mixed, dx, dy, entries, lists, mix, size;
 
     AugmentedConv2dBackwardXPlan(const ConvShape &s, int64_t S) {
@@ -132,9 +132,10 @@ struct AugmentedConv2dBackwardXPlan {
         together = std::clamp<int64_t>(64 / s.pixels(), 1, 4);
         row = rows.bound, image = round_up(rows.image_bound(), 16);
         Plan plan;
-        slow = plan.take(s.O * row);
-        fast = plan.take(S * s.O * row);
-        mixed = plan.take(together * s.O * row);
+        weight = round_up(s.O * row, 32); // pairs of vectors are mixed
+        slow = plan.take(weight);
+        fast = plan.take(S * weight);
+        mixed = plan.take(together * weight);
         dx = plan.take(together * image);
         dy = plan.take(3 * s.pooled_pixels() * s.padded_outputs());
         entries = plan.take(together * 2 * 2 * s.pooled_pixels() * s.O + 2); // one past the last is written
@@ -150,8 +151,8 @@ struct AugmentedConv2dBackwardWPlan {
 
     AugmentedConv2dBackwardWPlan(const ConvShape &s, int64_t S, int64_t outputs) {
         const ConvRows r(s);
-        together = std::clamp<int64_t>(8192 / (16 * r.positions), 1, 8);
         row = r.bound, image = round_up(r.image_bound(), 16);
+        together = std::clamp<int64_t>(8192 / (16 * r.positions), 1, 8); // a part of their images in 32 KiB
         Plan plan;
         padded = plan.take(s.C * s.plane());
         x = plan.take(together * image);

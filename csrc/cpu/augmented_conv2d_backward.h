@@ -194,7 +194,7 @@ void augmented_conv2d_backward_x(const AugmentedConv2dBackwardArgs &a, int64_t b
       *dx = scratch + plan.dx, *mix = scratch + plan.mix;
     Entry<T> *entries = reinterpret_cast<Entry<T> *>(scratch + plan.entries);
     List<T> *lists = reinterpret_cast<List<T> *>(scratch + plan.lists);
-    const int64_t weight = s.O * plan.row, pixels = s.pixels();
+    const int64_t weight = plan.weight, pixels = s.pixels();
     pack_rows(rows, static_cast<const S *>(a.weight), s.O, slow);
     int64_t task = -1;
     for (int64_t first = begin, count; first < end; first += count) {

@@ -13,14 +13,20 @@ import triton.language as tl
 #: Coordinates of a block. A float32 product without TF32 keeps its operands in registers: with 16 coordinates and 32 hidden
 #: units, 4 warps hold the backward kernels without spilling on all five targets; 8 warps, or 32 coordinates, do not.
 BLOCK = 16
+#: Columns of the widest tile of hidden units that fits every chip.
+WIDEST = 64
 #: Programs of a backward kernel, about three for each multiprocessor of the largest chips. Each has its own sums.
 PROGRAMS = 512
 
 
-def launch(hidden: int, p: float) -> dict[str, float]:
-    """BP, BD (for `hidden` units and what stands beside them), the two numbers of the preprocessing, num_warps."""
-    wide = max(16, triton.next_power_of_2(hidden))
-    return {"BP": BLOCK, "BD": wide, "POWER": p, "SCALE": math.exp(p), "num_warps": 4}
+def launch(hidden: int, beside: int, p: float) -> dict[str, float]:
+    """BP, BD (for `hidden` units and so many columns beside them), the numbers of the preprocessing, warps and stages."""
+    wide = max(16, triton.next_power_of_2(hidden + beside))
+    if wide > WIDEST:
+        raise ValueError(f"the Triton kernels take at most {WIDEST - beside} hidden units (D), got {hidden}")
+    # Four gates' weights of 64 x 64 and loads ahead of time do not fit the shared memory of every chip together.
+    how = {"num_warps": 4} if wide <= 32 else {"num_warps": 8, "num_stages": 1}
+    return {"BP": BLOCK, "BD": wide, "POWER": p, "SCALE": math.exp(p), **how}
 
 
 def programs_of(count: int) -> int:

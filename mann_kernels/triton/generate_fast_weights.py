@@ -93,7 +93,7 @@ def generate_fast_weights_bwd_kernel(
 def forward(grads, weight1, bias1, weight2, bias2, weight3, bias3, p):
     """The operator generate_fast_weights: same arguments and results as its schema."""
     inputs = contiguous(grads, weight1, bias1, weight2, bias2, weight3, bias3)
-    count, sizes, fast = grads.numel(), launch(bias1.numel(), p), torch.empty_like(inputs[0])
+    count, sizes, fast = grads.numel(), launch(bias1.numel(), 0, p), torch.empty_like(inputs[0])
     if count:
         generate_fast_weights_fwd_kernel[(triton.cdiv(count, sizes["BP"]),)](
             *inputs, fast, count, bias1.numel(), ACC=acc_of(grads.dtype).triton, **sizes
@@ -110,7 +110,7 @@ def backward(dfast, grads, weight1, bias1, weight2, bias2, weight3, bias3, p):
     sums = grads.new_empty(programs_of(count), sum(lengths), dtype=acc.torch)
     if count:
         generate_fast_weights_bwd_kernel[(len(sums),)](
-            *inputs, dgrads, sums, count, bias1.numel(), ACC=acc.triton, **launch(bias1.numel(), p)
+            *inputs, dgrads, sums, count, bias1.numel(), ACC=acc.triton, **launch(bias1.numel(), 0, p)
         )
     parts = sums.sum(0).to(grads.dtype).split(lengths)
     # clones: results of an operator do not share memory

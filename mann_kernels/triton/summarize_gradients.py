@@ -20,10 +20,11 @@ def load_gate(
     """The weights [BD,BD] of one gate: row j has (weight_hh[j], bias[j], weight_ih[j])."""
     o_j, o_k = tl.arange(0, BD)[:, None], tl.arange(0, BD)[None, :]
     row = GATE * D + o_j
-    recurrent = tl.load(weight_hh_ptr + row * D + o_k, mask=(o_j < D) & (o_k < D), other=0.0).to(ACC)
-    bias = tl.load(bias_ptr + row + 0 * o_k, mask=(o_j < D) & (o_k == D), other=0.0).to(ACC)
-    at = row * 2 + o_k - D - 1
-    return recurrent + bias + tl.load(weight_ih_ptr + at, mask=(o_j < D) & (o_k > D) & (o_k < D + 3), other=0.0).to(ACC)
+    m_j = o_j < D
+    recurrent = tl.load(weight_hh_ptr + row * D + o_k, mask=m_j & (o_k < D), other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + row + o_k - D, mask=m_j & (o_k == D), other=0.0).to(ACC)
+    beside = tl.load(weight_ih_ptr + row * 2 + o_k - D - 1, mask=m_j & (o_k > D) & (o_k < D + 3), other=0.0).to(ACC)
+    return recurrent + bias + beside
 
 
 @triton.jit
@@ -130,8 +131,9 @@ def summarize_gradients_bwd_kernel(
             gate_in, gate_forget = tl.load(at), tl.load(at + TILE)
             candidate, gate_out = tl.load(at + 2 * TILE), tl.load(at + 3 * TILE)
             squashed = tanh(tl.load(at + 4 * TILE))
-            c_before = tl.load(before + 4 * TILE, mask=t + 0 * o_d[None, :] > 0, other=0.0)
-            h_before = tl.load(before + 3 * TILE, mask=t + 0 * o_d[None, :] > 0, other=0.0) * tanh(c_before)
+            m_before = tl.full([1, BD], t, tl.int32) > 0
+            c_before = tl.load(before + 4 * TILE, mask=m_before, other=0.0)
+            h_before = tl.load(before + 3 * TILE, mask=m_before, other=0.0) * tanh(c_before)
             dc += dh * gate_out * (1.0 - squashed * squashed)
             din = dc * candidate * gate_in * (1.0 - gate_in)
             dforget = dc * c_before * gate_forget * (1.0 - gate_forget)
@@ -166,7 +168,7 @@ def forward(grads, weight_ih, weight_hh, bias, weight_out, bias_out, p):
     """The operator summarize_gradients: same arguments and results as its schema."""
     inputs = contiguous(grads, weight_ih, weight_hh, bias, weight_out, bias_out)
     (steps, count), hidden = grads.shape, weight_hh.shape[1]
-    sizes, fast = launch(hidden + 3, p), grads.new_empty(count)
+    sizes, fast = launch(hidden, 3, p), grads.new_empty(count)
     if count:
         summarize_gradients_fwd_kernel[(triton.cdiv(count, sizes["BP"]),)](
             *inputs, fast, steps, count, hidden, ACC=acc_of(grads.dtype).triton, **sizes
@@ -178,7 +180,7 @@ def backward(dfast, grads, weight_ih, weight_hh, bias, weight_out, bias_out, p):
     """The operator summarize_gradients_backward: same arguments and results as its schema."""
     inputs = contiguous(dfast, grads, weight_ih, weight_hh, bias, weight_out)
     (steps, count), hidden, acc = grads.shape, weight_hh.shape[1], acc_of(grads.dtype)
-    sizes, dgrads = launch(hidden + 3, p), torch.empty_like(inputs[1])
+    sizes, dgrads = launch(hidden, 3, p), torch.empty_like(inputs[1])
     gates = 4 * hidden * (hidden + 3)
     sums = grads.new_empty(programs_of(count), gates + hidden + 1, dtype=acc.torch)
     states = grads.new_empty(len(sums), steps, 5, sizes["BP"], sizes["BD"], dtype=acc.torch)

@@ -54,7 +54,7 @@ def sizes_of(kernel):
     if "BM" in names:
         return {**_augment.TILES, "KERNEL": 3, "PADDING": 1, "ACT": 0}
     if "BP" in names:
-        return _coordinates.launch(HIDDEN_OF_GENERATORS + 3, 7.0)  # the same number, in both generators
+        return _coordinates.launch(HIDDEN_OF_GENERATORS, 3, 7.0)  # the same number, in both generators
     return {**launch(SLOTS, WIDTH, HEADS), **TILES, "RESTART": RESTART_EVERY}
 
 
@@ -111,7 +111,8 @@ def test_compiles_and_fits(stem, target, request, tmp_path):
     assert len(found) == KERNELS.get(stem, 2)
     for name, kernel in found.items():
         for dtype in ("float32", "bfloat16") if everything else ("float32",):
-            warps = {"num_warps": sizes_of(kernel)["num_warps"]}
+            sizes = sizes_of(kernel)
+            warps = {name: sizes[name] for name in ("num_warps", "num_stages") if name in sizes}
             compiled = triton.compile(source_of(kernel, dtype), target=target_of(target), options=warps)
             assert compiled.metadata.shared <= SHARED_MEMORY[target], name
             label, found = f"{name}[{dtype}]", resources_of(compiled, tmp_path)

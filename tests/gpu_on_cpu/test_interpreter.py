@@ -64,3 +64,17 @@ def test_segments_and_restarts(stem, every, monkeypatch):
     monkeypatch.setattr(importlib.import_module(f"mann_kernels.ops.{stem}"), "CHECKPOINT_EVERY", every)
     compare(stem, inputs_of(stem, 2, (2, 12, 6, 2), T=10, lengths=True), torch.float32)
     compare(stem, inputs_of(stem, 2, (2, 12, 6, 2), T=0), torch.float32)
+
+
+@pytest.mark.parametrize(("stem", "most"), [("generate_fast_weights", 64), ("summarize_gradients", 61)])
+def test_hidden_units_of_the_generators(stem, most):
+    """What is the most there is runs, and one more is a clear error; the blocks go around the programs of backward."""
+    compare(stem, inputs_of(stem, 1, (1, 21, most, 2)), torch.float32)
+    with pytest.raises(ValueError, match=f"at most {most} hidden units"):
+        compare(stem, inputs_of(stem, 1, (1, 3, most + 1, 2)), torch.float32)
+
+
+@pytest.mark.parametrize("stem", ["generate_fast_weights", "summarize_gradients"])
+def test_programs_take_several_blocks(stem, monkeypatch):
+    monkeypatch.setattr("mann_kernels.triton._coordinates.PROGRAMS", 3)
+    matches(stem, inputs_of(stem, 1, (5, 33, 6, 3)), torch.float32)
