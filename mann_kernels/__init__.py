@@ -1,7 +1,7 @@
 """Fast, exact, drop-in memory-augmented network layers for PyTorch.
 
 Operators: content_address, lrua_write_weights, memory_update, lrua_step, lrua_sequence, mann_sequence,
-generate_fast_weights, summarize_gradients.
+augmented_linear, augmented_conv2d, generate_fast_weights, summarize_gradients.
 Layers: MANN, MANNCell (and their MANNState), ContentAddressing; MetaNet (and its MetaNetState), AugmentedLinear, AugmentedConv2d,
 AugmentedSequential, FastWeightMemory, FastWeightGenerator, GradientSummarizer. `with backend(name):` asks for one implementation.
 """

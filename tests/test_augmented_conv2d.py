@@ -31,7 +31,7 @@ class TestAugmentedConv2d(LayerTests):
     )
 
     large = (
-        "x, weight, rows = torch.randn(300, 48, 7, 7), torch.randn(64, 48, 3, 3), 64;"
+        "x, layer = torch.randn(1500, 48, 2, 2).requires_grad_(), (64, 48, 3, 3);"
         "function = lambda *tensors: mann_kernels.augmented_conv2d(*tensors, pool=True)"
     )
 
