@@ -304,7 +304,8 @@ def test_rows_of_metanet_on_a_gpu(gpu, stem):
     assert [row["contestant"] for row in rows] == [*plain, *(f"{name} graph" for name in plain)] * 2
     assert {(row["device"], row["note"]) for row in rows} == {("cuda", None)}
     kept = {row["contestant"] for row in rows if row["saved_mb"] is not None}
-    assert kept == set(plain) - {"compile_step"}
+    # torch.func, in a whole update written out, does not run under hooks on what is saved
+    assert kept == set(plain) - {"compile_step"} - ({"eager"} if stem == metanet_update.STEM else set())
     assert {row["contestant"] for row in rows if row["peak_mb"] is not None} == set(plain)
 
 
