@@ -19,8 +19,7 @@ from rich.table import Table
 from bench import harness
 from bench.devices import DeviceLost, devices, why_no_gpu
 from bench.episodes import omniglot
-from bench.suites import SUITES
-from mann_kernels import _backend
+from bench.suites import SUITES, backend_of
 
 
 class Device(Enum):
@@ -136,7 +135,7 @@ def with_kernels(stems, device):
     """The stems that have a kernel on the device: what runs as plain PyTorch is not what is to be timed."""
     found = []
     for stem in stems:
-        why = _backend.default(stem, device.type, torch.float32)[1]
+        why = backend_of(stem, device.type, torch.float32)[1]
         if why is None:
             found.append(stem)
         else:

@@ -12,14 +12,12 @@ from pathlib import Path
 import torch
 
 from bench.devices import WARM_UP, attempt, devices
-from bench.suites import Case, Suite, suite_of
-from mann_kernels import _backend, _library
+from bench.suites import DTYPES, Case, Suite, backend_of, suite_of
+from mann_kernels import _library
 from mann_kernels.testing import accuracy
 
 # The profiler would write lines of its own between the bench's.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
 class Work:
@@ -66,8 +64,8 @@ def verify(stems, device, candidates=None) -> list[dict]:
     for stem in stems:
         suite = suite_of(stem)
         candidate = (candidates or {}).get(stem, suite.ours(stem))
-        for dtype in device.verified:
-            backend = _backend.default(stem, device.type, DTYPES[dtype])[0]
+        for dtype in (name for name in device.verified if name in suite.dtypes(stem)):
+            backend = backend_of(stem, device.type, DTYPES[dtype])[0]
             for number, shape in enumerate(suite.verified(stem)):
                 head = {"stem": stem, "device": device.type, "backend": backend, "dtype": dtype, "shape": str(shape)}
                 drawn = suite.inputs(stem, shape, number)

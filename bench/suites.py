@@ -1,13 +1,15 @@
 """The suites: for each family of operators its stems, and what verification and timing need to know of them."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 import mann_kernels
-from bench import contestants, metanet, metanet_augmented, stems
-from mann_kernels import reference
+from bench import contestants, metanet, metanet_augmented, metanet_update, stems
+from mann_kernels import _backend, reference
 
 
 @dataclass(frozen=True)
@@ -24,17 +26,22 @@ class Case:
 @dataclass(frozen=True)
 class Suite:
     stems: tuple[str, ...]
+    #: operators(stem) -> the operators that it runs: itself, or the several that it is made of.
+    operators: Callable[[str], tuple[str, ...]]
     #: Sizes by name, of all its stems; the first that is planned for a stem is the paper's.
     shapes: Mapping[str, Any]
     #: Names of the sizes that are timed unless others are asked for, by device type.
     usual: Mapping[str, tuple[str, ...]]
     #: verified(stem) -> the sizes that its kernels are verified on.
     verified: Callable[[str], tuple]
+    #: dtypes(stem) -> the names of the dtypes that its kernels are verified in, as far as a device takes them.
+    dtypes: Callable[[str], Collection[str]]
     #: inputs(stem, shape, seed=0) -> float64 CPU tensors by name, in the order of the operator's arguments.
     inputs: Callable
     #: constant(stem) -> the names of inputs that are data or state and get no gradient.
     constant: Callable[[str], set[str]]
-    #: ours(stem), plain(stem) -> the operator and its reference, with the options that it is measured with.
+    #: ours(stem), plain(stem) -> the operator and its reference, with the options that it is measured with; what is made of
+    #: several has no reference and is verified against the eager one.
     ours: Callable[[str], Callable]
     plain: Callable[[str], Callable]
     #: What one would write in plain PyTorch, by stem: the same arguments, the same results.
@@ -49,8 +56,12 @@ class Suite:
     plan: Callable[[Iterable[str], Iterable[str], bool], Iterable[Case]]
 
 
-def _called(module, options):
-    return lambda stem: functools.partial(getattr(module, stem), **options.get(stem, {}))
+#: By name, those that every operator takes.
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+
+
+def _called(module, options, others):
+    return lambda stem: others.get(stem) or functools.partial(getattr(module, stem), **options.get(stem, {}))
 
 
 #: Steps of the loop that torch.compile unrolls: at 50 steps it compiles for minutes.
@@ -73,13 +84,15 @@ def _mann_plan(chosen, shapes, quick):
 
 MANN = Suite(
     stems=tuple(contestants.EAGER),
+    operators=lambda stem: (stem,),
     shapes=stems.SHAPES,
     usual={"cpu": tuple(name for name in stems.SHAPES if name != "batch"), "cuda": tuple(stems.SHAPES)},
     verified=lambda stem: stems.VERIFIED,
+    dtypes=lambda stem: DTYPES,
     inputs=stems.inputs,
     constant=stems.constant,
-    ours=_called(mann_kernels, {}),
-    plain=_called(reference, {}),
+    ours=_called(mann_kernels, {}, {}),
+    plain=_called(reference, {}, {}),
     eager=contestants.EAGER,
     alternatives={},
     compiled=contestants.compiled,
@@ -87,14 +100,15 @@ MANN = Suite(
     plan=_mann_plan,
 )
 
-_METANET_EAGER = metanet.EAGER | metanet_augmented.EAGER
+_UPDATE = metanet_update.STEM
+_METANET_EAGER = metanet.EAGER | metanet_augmented.EAGER | {_UPDATE: metanet_update.eager}
 _METANET_SHAPES = dict.fromkeys(metanet.STEMS, metanet.SHAPES) | metanet_augmented.SHAPES
+_METANET_SHAPES |= {_UPDATE: metanet_update.SHAPES}
 _METANET_VERIFIED = dict.fromkeys(metanet.STEMS, metanet.VERIFIED) | metanet_augmented.VERIFIED
+_METANET_VERIFIED |= {_UPDATE: metanet_update.VERIFIED}
+_METANET_INPUTS = dict.fromkeys(metanet.STEMS, metanet.inputs)
+_METANET_INPUTS |= dict.fromkeys(metanet_augmented.STEMS, metanet_augmented.inputs) | {_UPDATE: metanet_update.inputs}
 _METANET_NAMES = {name: shape for shapes in _METANET_SHAPES.values() for name, shape in shapes.items()}
-
-
-def _metanet_inputs(stem, shape, seed=0):
-    return (metanet if stem in metanet.STEMS else metanet_augmented).inputs(stem, shape, seed)
 
 
 def _metanet_plan(chosen, shapes, quick):
@@ -106,13 +120,15 @@ def _metanet_plan(chosen, shapes, quick):
 
 METANET = Suite(
     stems=tuple(_METANET_EAGER),
+    operators=lambda stem: metanet_update.OPERATORS if stem == _UPDATE else (stem,),
     shapes=_METANET_NAMES,
     usual={"cpu": tuple(_METANET_NAMES), "cuda": tuple(_METANET_NAMES)},
     verified=_METANET_VERIFIED.__getitem__,
-    inputs=_metanet_inputs,
-    constant=lambda stem: {"x"},
-    ours=_called(mann_kernels, metanet_augmented.OPTIONS),
-    plain=_called(reference, metanet_augmented.OPTIONS),
+    dtypes=lambda stem: metanet_update.DTYPES if stem == _UPDATE else DTYPES,
+    inputs=lambda stem, shape, seed=0: _METANET_INPUTS[stem](stem, shape, seed),
+    constant=lambda stem: {"x", "support_x", "query_x"},
+    ours=_called(mann_kernels, metanet_augmented.OPTIONS, {_UPDATE: metanet_update.ours}),
+    plain=_called(reference, metanet_augmented.OPTIONS, {_UPDATE: metanet_update.eager}),
     eager=_METANET_EAGER,
     alternatives=metanet_augmented.ALTERNATIVES,
     compiled=lambda stem, loop: contestants.compiled_anew(_METANET_EAGER[stem]),
@@ -125,3 +141,9 @@ SUITES: dict[str, Suite] = {"mann": MANN, "metanet": METANET}
 
 def suite_of(stem: str) -> Suite:
     return next(suite for suite in SUITES.values() if stem in suite.stems)
+
+
+def backend_of(stem: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The implementations of a stem's operators there, and why one of them is not a kernel (None if each is one)."""
+    found = [_backend.default(operator, device, dtype) for operator in suite_of(stem).operators(stem)]
+    return ", ".join(sorted({name for name, _ in found})), next((why for _, why in found if why is not None), None)

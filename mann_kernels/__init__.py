@@ -2,13 +2,27 @@
 
 Operators: content_address, lrua_write_weights, memory_update, lrua_step, lrua_sequence, mann_sequence,
 augmented_linear, augmented_conv2d, generate_fast_weights, summarize_gradients.
-Layers: MANN, MANNCell (and their MANNState), ContentAddressing. `with backend(name):` asks for one implementation.
+Layers: MANN, MANNCell (and their MANNState), ContentAddressing; MetaNet (and its MetaNetState), AugmentedLinear, AugmentedConv2d,
+AugmentedSequential, FastWeightMemory, FastWeightGenerator, GradientSummarizer. `with backend(name):` asks for one implementation.
 """
 
 from mann_kernels import _library
 from mann_kernels._backend import backend
 from mann_kernels._version import __version__
-from mann_kernels.modules import MANN, ContentAddressing, MANNCell, MANNState
+from mann_kernels.modules import (
+    MANN,
+    AugmentedConv2d,
+    AugmentedLinear,
+    AugmentedSequential,
+    ContentAddressing,
+    FastWeightGenerator,
+    FastWeightMemory,
+    GradientSummarizer,
+    MANNCell,
+    MANNState,
+    MetaNet,
+    MetaNetState,
+)
 from mann_kernels.ops import (
     augmented_conv2d,
     augmented_linear,
@@ -26,9 +40,17 @@ _library.load_cpp()
 
 __all__ = [
     "MANN",
+    "AugmentedConv2d",
+    "AugmentedLinear",
+    "AugmentedSequential",
     "ContentAddressing",
+    "FastWeightGenerator",
+    "FastWeightMemory",
+    "GradientSummarizer",
     "MANNCell",
     "MANNState",
+    "MetaNet",
+    "MetaNetState",
     "__version__",
     "augmented_conv2d",
     "augmented_linear",

@@ -1,7 +1,27 @@
 """Layers: thin modules over the operators."""
 
 from mann_kernels.modules.addressing import ContentAddressing
+from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedLinear, AugmentedSequential
 from mann_kernels.modules.mann import MANN, MANNCell
-from mann_kernels.modules.state import MANNState
+from mann_kernels.modules.metanet import (
+    FastWeightGenerator,
+    FastWeightMemory,
+    GradientSummarizer,
+    MetaNet,
+)
+from mann_kernels.modules.state import MANNState, MetaNetState
 
-__all__ = ["MANN", "ContentAddressing", "MANNCell", "MANNState"]
+__all__ = [
+    "MANN",
+    "AugmentedConv2d",
+    "AugmentedLinear",
+    "AugmentedSequential",
+    "ContentAddressing",
+    "FastWeightGenerator",
+    "FastWeightMemory",
+    "GradientSummarizer",
+    "MANNCell",
+    "MANNState",
+    "MetaNet",
+    "MetaNetState",
+]

@@ -1,4 +1,4 @@
-"""What a MANN carries from one step to the next."""
+"""What a MANN carries from one step to the next, and what a MetaNet has learned from a support set."""
 
 from typing import NamedTuple
 
@@ -36,5 +36,34 @@ class MANNState(NamedTuple):
         return self.map(torch.Tensor.clone)
 
     def to(self, *args, **kwargs) -> "MANNState":
+        """The state on another device or in another dtype, with the arguments of torch.Tensor.to."""
+        return self.map(lambda field: field.to(*args, **kwargs))
+
+
+class MetaNetState(NamedTuple):
+    """What a support set has taught a MetaNet; every field is a tensor, so it can be saved, moved and detached.
+
+    Attributes:
+        index: [G, S, K], the keys of the support examples.
+        memory: [G, S, P], the fast weights of the base learner, a row for each support example; with "metanet+" a last
+            row S holds the task-level ones.
+        task_fast: [G, Q], the task-level fast weights of the embedding; None with "metanet-".
+
+    From a support set without the dimension G, none of them has it.
+    """
+
+    index: torch.Tensor
+    memory: torch.Tensor
+    task_fast: torch.Tensor | None = None
+
+    def map(self, function) -> "MetaNetState":
+        """The state with `function` applied to each of its tensors."""
+        return MetaNetState(*(None if field is None else function(field) for field in self))
+
+    def detach(self) -> "MetaNetState":
+        """The same numbers without their history."""
+        return self.map(torch.Tensor.detach)
+
+    def to(self, *args, **kwargs) -> "MetaNetState":
         """The state on another device or in another dtype, with the arguments of torch.Tensor.to."""
         return self.map(lambda field: field.to(*args, **kwargs))

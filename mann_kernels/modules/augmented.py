@@ -1,0 +1,225 @@
+"""Layers whose output is the slow layer's plus that of fast weights ("layer augmentation", Munkhdalai & Yu 2017, section 3.3)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mann_kernels.ops import augmented_conv2d, augmented_linear
+from mann_kernels.ops._check import choice
+
+FORMS = ("hidden", "output")
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh, "identity": lambda x: x}
+
+
+class _Augmented:
+    """What the augmented layers have in common beside nn.Linear and nn.Conv2d, which they extend."""
+
+    def _set_form(self, form: str, activation: str) -> None:
+        choice("form", form, *FORMS)
+        choice("activation", activation, *ACTIVATIONS)
+        self.form, self.activation = form, activation
+
+    def _checked(self, x, fast, mix) -> None:
+        if fast is None and mix is not None:
+            raise ValueError("mix: got weights for a mixture without fast weights, want fast as well")
+        if isinstance(fast, torch.Tensor) and fast.shape[-self.weight.dim() :] != self.weight.shape:
+            raise ValueError(
+                f"fast: got shape {list(fast.shape)}, want [..., {', '.join(map(str, self.weight.shape))}], "
+                "ending in the shape of weight"
+            )
+
+    def activate(self, z: torch.Tensor) -> torch.Tensor:
+        """From the slow branch alone, before its activation, to the layer's output: what zero fast weights give."""
+        return ACTIVATIONS[self.activation](z) if self.form == "hidden" else z
+
+
+class AugmentedLinear(_Augmented, nn.Linear):
+    """nn.Linear that takes fast weights beside its own (slow) ones (Munkhdalai & Yu 2017, section 3.3).
+
+    Args:
+        in_features, out_features, bias, device, dtype: as nn.Linear, whose parameters it has.
+        form: "output": `x W^T + b + x F^T`, no activation, so that without fast weights it is nn.Linear;
+            "hidden": `act(x W^T + b) + act(x F^T)`, and `act(x W^T + b)` without fast weights.
+        activation: "relu", "gelu", "tanh" or "identity", of the hidden form.
+
+    Shapes: x, fast and mix as in mann_kernels.augmented_linear; without fast x is [..., in_features].
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it wants.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        form: str = "output", activation: str = "relu", device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._set_form(form, activation)
+
+    def forward(
+        self, x: torch.Tensor, fast: torch.Tensor | None = None, mix: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self._checked(x, fast, mix)
+        if fast is None:
+            return self.activate(self.slow(x))
+        return augmented_linear(x, self.weight, fast, mix, self.bias, form=self.form, activation=self.activation)
+
+    def slow(self, x: torch.Tensor) -> torch.Tensor:
+        """`x W^T + b`."""
+        return F.linear(x, self.weight, self.bias)
+
+    def weight_gradients(self, x: torch.Tensor, dz: torch.Tensor) -> torch.Tensor:
+        """Gradients of n losses: x [n, m, I], dz [n, m, O], the gradients at `slow(x)` -> [n, O, I], each over its m rows."""
+        return dz.transpose(1, 2) @ x
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, form={self.form!r}, activation={self.activation!r}"
+
+
+class AugmentedConv2d(_Augmented, nn.Conv2d):
+    """nn.Conv2d that takes fast weights beside its own (slow) ones (Munkhdalai & Yu 2017, section 3.3).
+
+    Args:
+        in_channels ... dtype: as nn.Conv2d, whose parameters it has, for what mann_kernels.augmented_conv2d covers:
+            square kernels, stride 1, equal zero padding on all sides, no dilation, no groups.
+        form, activation: as in AugmentedLinear.
+        pool: a 2 x 2 max-pool in steps of 2 follows, of the sum; it keeps the odd last row and column (ceil mode).
+
+    Shapes: x, fast and mix as in mann_kernels.augmented_conv2d; without fast x is [..., C, height, width].
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it wants.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, dilation: int = 1,
+        groups: int = 1, bias: bool = True, padding_mode: str = "zeros", *,
+        form: str = "output", activation: str = "relu", pool: bool = False, device=None, dtype=None,
+    ):  # fmt: skip
+        wanted = {"stride": (stride, 1), "dilation": (dilation, 1), "groups": (groups, 1)}
+        for name, (got, want) in (wanted | {"padding_mode": (padding_mode, "zeros")}).items():
+            if got != want and got != (want, want):
+                raise ValueError(f"{name}: got {got!r}, want {want!r}, the only one that augmented_conv2d has")
+        for name, size in {"kernel_size": kernel_size, "padding": padding}.items():
+            if not isinstance(size, int):
+                raise TypeError(f"{name}: got {size!r}, want one int, the same in both directions")
+        kind = {"device": device, "dtype": dtype}
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=bias, **kind)
+        self._set_form(form, activation)
+        self.pool = pool
+
+    def forward(
+        self, x: torch.Tensor, fast: torch.Tensor | None = None, mix: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self._checked(x, fast, mix)
+        if fast is None:
+            return self.activate(self.slow(x))
+        options = {"padding": self.padding[0], "form": self.form, "activation": self.activation, "pool": self.pool}
+        return augmented_conv2d(x, self.weight, fast, mix, self.bias, **options)
+
+    def slow(self, x: torch.Tensor) -> torch.Tensor:
+        """The convolution with the slow weights and the bias."""
+        z = F.conv2d(x.reshape(-1, *x.shape[-3:]), self.weight, self.bias, padding=self.padding)
+        return z.reshape(*x.shape[:-3], *z.shape[1:])
+
+    def activate(self, z: torch.Tensor) -> torch.Tensor:
+        y = super().activate(z)
+        if not self.pool:
+            return y
+        pooled = F.max_pool2d(y.reshape(-1, *y.shape[-3:]), 2, ceil_mode=True)
+        return pooled.reshape(*y.shape[:-3], *pooled.shape[1:])
+
+    def weight_gradients(self, x: torch.Tensor, dz: torch.Tensor) -> torch.Tensor:
+        """Gradients of n losses: x [n, m, C, ...], dz [n, m, O, ...], at `slow(x)` -> [n, O, C, k, k], each over its m images."""
+        n, m = x.shape[:2]
+        patches = F.unfold(x.flatten(0, 1), self.kernel_size, padding=self.padding)
+        # a product for each image, then the sum over the m of a loss: the patches stay where unfold put them
+        each = dz.flatten(0, 1).flatten(2) @ patches.transpose(1, 2)
+        return each.unflatten(0, (n, m)).sum(1).unflatten(-1, self.weight.shape[1:])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, form={self.form!r}, activation={self.activation!r}, pool={self.pool}"
+
+
+class AugmentedSequential(nn.Sequential):
+    """nn.Sequential for G tasks of L examples each, whose augmented layers take fast weights.
+
+    `forward(x, fast, mix)`: x [G, L, ...]; fast is None or a sequence with one tensor for each augmented layer, in order:
+    [G, *weight.shape], one for each task, or with mix [G, L, S] the rows [G, S, *weight.shape] of a memory. The other
+    layers see [G*L, ...].
+    """
+
+    @property
+    def augmented(self) -> list[AugmentedLinear | AugmentedConv2d]:
+        """The layers that take fast weights, in order."""
+        return [layer for layer in self if isinstance(layer, _Augmented)]
+
+    @property
+    def num_coordinates(self) -> int:
+        """P: how many fast weights there are."""
+        return sum(layer.weight.numel() for layer in self.augmented)
+
+    def split(self, fast: torch.Tensor) -> list[torch.Tensor]:
+        """[..., P] -> a view [..., *weight.shape] for each augmented layer."""
+        if fast.shape[-1] != self.num_coordinates:
+            raise ValueError(f"fast: got shape {list(fast.shape)}, want [..., P] with P={self.num_coordinates}")
+        shapes = [layer.weight.shape for layer in self.augmented]
+        parts = fast.split([shape.numel() for shape in shapes], -1)
+        return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def forward(
+        self, x: torch.Tensor, fast: Sequence[torch.Tensor] | None = None, mix: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        rest = None if fast is None else list(fast)
+        if rest is not None and len(rest) != len(self.augmented):
+            raise ValueError(f"fast: got {len(rest)} tensors, want {len(self.augmented)}, one for each augmented layer")
+        for layer in self:
+            if not isinstance(layer, _Augmented):
+                x = self._plain(layer, x)
+            elif rest is None:
+                x = layer(x)
+            else:
+                x = layer(x, rest.pop(0), mix)
+        return x
+
+    @staticmethod
+    def _plain(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    @torch.compiler.disable  # a gradient taken within the forward pass: torch.compile runs this part as it is
+    def loss_gradients(self, x: torch.Tensor, losses, *, create_graph: bool = False) -> list[torch.Tensor]:
+        """The gradients of many losses with respect to the slow weights of the augmented layers, from one pass.
+
+        Args:
+            x: [G, n, m, ...]: n losses for each task, each of m examples.
+            losses: from outputs [G, n, m, ...] of the slow network to losses [G, n]; each must depend on its own
+                examples alone, so no layer may mix examples (batch normalisation before the first augmented layer may).
+            create_graph: the result can be differentiated again; else it is a constant.
+
+        Returns:
+            [G, n, *weight.shape] for each augmented layer.
+
+        A layer's gradient for one loss is closed in the layer's inputs and the gradients at its outputs, and those of all
+        losses are the gradients of their sum.
+        """
+        G, n, m = x.shape[:3]
+        inputs, outputs = [], []
+        with torch.enable_grad():
+            x = x.flatten(1, 2)
+            for layer in self:
+                if not isinstance(layer, _Augmented):
+                    x = self._plain(layer, x)
+                    continue
+                inputs.append(x)
+                z = layer.slow(x)
+                outputs.append(z if z.requires_grad else z.requires_grad_())
+                x = layer.activate(z)
+            total = losses(x.unflatten(1, (n, m))).sum()
+            gradients = torch.autograd.grad(total, outputs, create_graph=create_graph)
+        result = []
+        for layer, h, dz in zip(self.augmented, inputs, gradients, strict=True):
+            h = h if create_graph else h.detach()
+            flat = (tensor.unflatten(1, (n, m)).flatten(0, 1) for tensor in (h, dz))
+            result.append(layer.weight_gradients(*flat).unflatten(0, (G, n)))
+        return result

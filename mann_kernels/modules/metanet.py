@@ -1,0 +1,363 @@
+"""Meta Networks (Munkhdalai & Yu 2017): slow weights, fast weights generated from loss gradients, and a memory of them."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mann_kernels.modules._init import check_sizes
+from mann_kernels.modules._metanet_input import check_queries, check_state, check_support
+from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedLinear, AugmentedSequential
+from mann_kernels.modules.state import MetaNetState
+from mann_kernels.ops import content_address, generate_fast_weights, summarize_gradients
+from mann_kernels.ops._check import choice
+
+VARIANTS = ("metanet-", "metanet", "metanet+")
+#: How much smaller than usual the last layers of m and d start, so that the fast branch begins as a small addition.
+FIRST_FAST = 0.1
+
+
+class FastWeightGenerator(nn.Module):
+    """MetaNet's m (eq. 1): from the gradient at each weight to the fast weight there, by an MLP that all coordinates share.
+
+    Args:
+        hidden_size: D, units of both hidden layers.
+        p: of the gradients' preprocessing, see mann_kernels.generate_fast_weights.
+        device, dtype: of the parameters.
+
+    Shapes: gradients of any shape -> fast weights of the same shape.
+    """
+
+    def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
+        super().__init__()
+        check_sizes(hidden_size=hidden_size)
+        self.hidden_size, self.p = hidden_size, p
+        shapes = {"weight1": (hidden_size, 2), "bias1": (hidden_size,), "weight2": (hidden_size, hidden_size)}
+        shapes |= {"bias2": (hidden_size,), "weight3": (1, hidden_size), "bias3": (1,)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """See `_reset`."""
+        _reset(self, self.weight3)
+
+    def forward(self, grads: torch.Tensor) -> torch.Tensor:
+        return generate_fast_weights(grads, *self.parameters(), p=self.p)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, p={self.p}"
+
+
+class GradientSummarizer(nn.Module):
+    """MetaNet's d (eq. 4): from T gradients at each weight to one fast weight there, by an LSTM that all coordinates share.
+
+    Args:
+        hidden_size: D, units of the LSTM.
+        p: of the gradients' preprocessing, see mann_kernels.summarize_gradients.
+        device, dtype: of the parameters.
+
+    Shapes: gradients [T, ...] -> fast weights [...]. The order of the T gradients matters.
+    """
+
+    def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
+        super().__init__()
+        check_sizes(hidden_size=hidden_size)
+        self.hidden_size, self.p = hidden_size, p
+        gates = 4 * hidden_size
+        shapes = {"weight_ih": (gates, 2), "weight_hh": (gates, hidden_size), "bias": (gates,)}
+        for name, shape in (shapes | {"weight_out": (1, hidden_size), "bias_out": (1,)}).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """See `_reset`."""
+        _reset(self, self.weight_out)
+
+    def forward(self, grads: torch.Tensor) -> torch.Tensor:
+        return summarize_gradients(grads, *self.parameters(), p=self.p)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, p={self.p}"
+
+
+class FastWeightMemory(nn.Module):
+    """MetaNet's memory: rows of fast weights, found by the cosine between keys (eq. 8 and 9).
+
+    Args:
+        eps: inside the root of the cosine's denominator.
+
+    Shapes: index [G, S, K] and key [G, L, K] -> mix [G, L, S], the softmax of the cosines over the S rows, with which an
+    augmented layer mixes the rows of a memory [G, S, P]. The order of the rows does not matter.
+    """
+
+    def __init__(self, *, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+
+    @staticmethod
+    def write(index: torch.Tensor, memory: torch.Tensor, key: torch.Tensor, fast: torch.Tensor):
+        """index [G, S, K], memory [G, S, P] with rows key [G, n, K], fast [G, n, P] appended to both."""
+        return torch.cat([index, key], 1), torch.cat([memory, fast], 1)
+
+    def forward(self, index: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return content_address(index, key, eps=self.eps)
+
+    def read(self, index: torch.Tensor, memory: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """The mixtures themselves, [G, L, P]: what the augmented layers never build."""
+        return self(index, key) @ memory
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+class MetaNet(nn.Module):
+    """A meta network (Munkhdalai & Yu 2017, Algorithm 1): learns the classes of a support set in one pass over it.
+
+    Args:
+        base_learner: b, an AugmentedSequential from examples to logits. Its augmented layers get example-level fast weights.
+        embedding: u, an AugmentedSequential from examples to keys [.., K]. Its augmented layers get task-level fast weights.
+        embedding_head: from keys to logits, for the embedding's own loss where there is one support example of each
+            class. It has no fast weights, and to first order no gradient: it stays what it was at first.
+        variant: "metanet"; "metanet-" has no task-level fast weights; "metanet+" has them in the base learner too (the
+            same d of the gradients of b), added to the mixture of the example-level ones.
+        second_order: differentiate through the support gradients. Without it (as the original code) they are constants.
+        summary_steps: T at most. The S support examples are taken in T = min(S, summary_steps) chunks of equal size, in
+            order (so S must be a multiple of T), and d sees the gradients of their mean losses. Where there is more
+            than one example of a class, T is the number of random pairs.
+        shared_generators: one m and one d as in the paper; without it one of each for convolutions and one for linear
+            layers, as in the original code.
+        hidden_size, p: of m and d.
+        margin: of the contrastive loss.
+        eps: inside the root of the cosine's denominator.
+        device, dtype: of the parameters of m and d.
+
+    Shapes:
+        support_x [G, S, ...], support_y int64 [G, S] with labels in 0..ways-1, query_x [G, L, ...] -> logits [G, L, ways],
+        for G tasks at once, each as if alone; or all of them without G.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it wants.
+
+    The loss of the embedding is cross-entropy where each class has one support example, else the contrastive loss
+    (Chopra et al. 2005) of random pairs (eq. 6 and 7), `D^2/2` for a pair of one class and `max(0, margin - D)^2/2` for
+    another, D the distance of the keys.
+    """
+
+    def __init__(
+        self, base_learner: AugmentedSequential, embedding: AugmentedSequential, embedding_head: nn.Module, *,
+        variant: str = "metanet", second_order: bool = False, summary_steps: int = 5, shared_generators: bool = False,
+        hidden_size: int = 20, p: float = 7.0, margin: float = 1.0, eps: float = 1e-6, device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        choice("variant", variant, *VARIANTS)
+        check_sizes(summary_steps=summary_steps)
+        for name, network in {"base_learner": base_learner, "embedding": embedding}.items():
+            if not isinstance(network, AugmentedSequential):
+                raise TypeError(f"{name}: got {type(network).__name__}, want an AugmentedSequential")
+            if not network.augmented:
+                raise ValueError(f"{name}: got no augmented layer, want at least one")
+        self.base_learner, self.embedding, self.embedding_head = base_learner, embedding, embedding_head
+        self.variant, self.second_order, self.summary_steps, self.margin = variant, second_order, summary_steps, margin
+        self.shared_generators = shared_generators
+        self.memory = FastWeightMemory(eps=eps)
+        options = {"p": p, "device": device, "dtype": dtype}
+        summarized = {"metanet-": [], "metanet": [embedding], "metanet+": [embedding, base_learner]}[variant]
+        self.generators = self._for_kinds(lambda: FastWeightGenerator(hidden_size, **options), [base_learner])
+        self.summarizers = self._for_kinds(lambda: GradientSummarizer(hidden_size, **options), summarized)
+
+    def _kind(self, layer) -> str:
+        return "all" if self.shared_generators else "conv" if isinstance(layer, AugmentedConv2d) else "linear"
+
+    def _for_kinds(self, make, networks) -> nn.ModuleDict:
+        kinds = dict.fromkeys(self._kind(layer) for network in networks for layer in network.augmented)
+        return nn.ModuleDict({kind: make() for kind in kinds})
+
+    @classmethod
+    def omniglot(cls, ways: int = 5, *, filters: int = 64, device=None, dtype=None, **options) -> "MetaNet":
+        """The paper's Omniglot network, for images [1, 28, 28]: 5 convolutions 3 x 3 with 64 filters, each followed by a
+        2 x 2 max-pool in ceil mode, one hidden linear layer and the classes, without biases; all layers augmented. At
+        5 ways 148,032 + 4,416 fast weights for each support example. `options` are MetaNet's."""
+        kind = {"device": device, "dtype": dtype}
+
+        def body():
+            convolutions = (_conv(channels, filters, **kind) for channels in (1, *[filters] * 4))
+            return [*convolutions, nn.Flatten()]
+
+        return cls(*_networks(body, body, filters, ways, **kind), **kind, **options)
+
+    @classmethod
+    def mini_imagenet(
+        cls, ways: int = 5, *, filters: int = 32, batch_norm: bool = False, device=None, dtype=None, **options
+    ) -> "MetaNet":
+        """The paper's mini-ImageNet network, for images [3, 84, 84]: as `omniglot` with 32 filters, the first three
+        convolutions without fast weights. At 5 ways 18,432 + 84,384 fast weights for each support example.
+
+        batch_norm: after the first three convolutions, as the original code has and the paper does not say. In training
+        mode the statistics are of all examples of a call, so the tasks of a batch then depend on each other.
+        `options` are MetaNet's."""
+        kind = {"device": device, "dtype": dtype}
+
+        def body():
+            layers = []
+            for channels in (3, filters, filters):
+                layers.append(nn.Conv2d(channels, filters, 3, padding=1, bias=False, **kind))
+                layers += [nn.BatchNorm2d(filters, **kind)] if batch_norm else []
+                layers += [nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
+            return [*layers, *(_conv(filters, filters, **kind) for _ in range(2)), nn.Flatten()]
+
+        return cls(*_networks(body, body, 9 * filters, ways, **kind), **kind, **options)
+
+    @property
+    def ways(self) -> int:
+        """How many classes a task has: the outputs of the base learner's last augmented layer."""
+        return self.base_learner.augmented[-1].weight.shape[0]
+
+    def forward(
+        self, support_x: torch.Tensor, support_y: torch.Tensor, query_x: torch.Tensor, *,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        return self.predict(query_x, self.adapt(support_x, support_y, generator=generator))
+
+    def adapt(
+        self, support_x: torch.Tensor, support_y: torch.Tensor, *, generator: torch.Generator | None = None
+    ) -> MetaNetState:
+        """Lines 1 to 14 of Algorithm 1: what the support set teaches, for any number of calls of `predict`.
+
+        generator: draws the pairs of the contrastive loss (on the CPU); None is torch's own.
+        """
+        check_support(support_x, support_y, self.ways)
+        alone = support_y.dim() == 1
+        if alone:
+            support_x, support_y = support_x.unsqueeze(0), support_y.unsqueeze(0)
+        task_fast = None
+        if self.variant != "metanet-":
+            summary = self._summarize(self.embedding, *self._embedding_gradients(support_x, support_y, generator))
+            task_fast = _flat(summary, 1)
+        gradients = self.base_learner.loss_gradients(
+            support_x.unsqueeze(2), _cross_entropy(support_y.unsqueeze(2)), create_graph=self._create_graph
+        )
+        layers = self.base_learner.augmented
+        rows = [self.generators[self._kind(layer)](grads) for layer, grads in zip(layers, gradients, strict=True)]
+        index = self._key(support_x, task_fast)
+        memory = _flat(rows, 2)
+        if self.variant == "metanet+":
+            chunks = self._in_chunks(support_x, support_y)
+            summary = self._summarize(self.base_learner, chunks[0], _cross_entropy(chunks[1]))
+            memory = torch.cat([memory, _flat(summary, 1).unsqueeze(1)], 1)
+        state = MetaNetState(index, memory, task_fast)
+        return state.map(lambda field: field.squeeze(0)) if alone else state
+
+    def predict(self, query_x: torch.Tensor, state: MetaNetState) -> torch.Tensor:
+        """Lines 16 to 20 of Algorithm 1: the logits of queries, given what `adapt` returned."""
+        alone = check_state(state, self)
+        check_queries(query_x, state, alone)
+        if alone:
+            query_x, state = query_x.unsqueeze(0), state.map(lambda field: field.unsqueeze(0))
+        mix = self.memory(state.index, self._key(query_x, state.task_fast))
+        if self.variant == "metanet+":
+            mix = F.pad(mix, (0, 1), value=1.0)
+        logits = self.base_learner(query_x, self.base_learner.split(state.memory), mix)
+        return logits.squeeze(0) if alone else logits
+
+    @property
+    def _create_graph(self) -> bool:
+        return self.second_order and torch.is_grad_enabled()
+
+    def _key(self, x: torch.Tensor, task_fast: torch.Tensor | None) -> torch.Tensor:
+        """eq. 5: u(Q, Q*, x)."""
+        return self.embedding(x, None if task_fast is None else self.embedding.split(task_fast))
+
+    def _in_chunks(self, x: torch.Tensor, y: torch.Tensor):
+        """x [G, S, ...], y [G, S] -> [G, T, S/T, ...], [G, T, S/T]."""
+        S = x.shape[1]
+        T = min(S, self.summary_steps)
+        if S % T:
+            raise ValueError(f"support_x: got {S} examples (S), want a multiple of summary_steps={T}")
+        return x.unflatten(1, (T, -1)), y.unflatten(1, (T, -1))
+
+    def _embedding_gradients(self, x, y, generator):
+        """The examples [G, T, m, ...] of the T losses of the embedding and the function to those losses (eq. 2, 3, 6, 7)."""
+        if x.shape[1] == self.ways:
+            chunks, labels = self._in_chunks(x, y)
+            losses = _cross_entropy(labels)
+            return chunks, lambda key: losses(self.embedding_head(key.flatten(0, 2)).unflatten(0, key.shape[:3]))
+        pairs = _random_pairs(*y.shape, self.summary_steps, generator).to(y.device)
+        tasks = torch.arange(len(y), device=y.device)[:, None, None]
+        return x[tasks, pairs], _contrastive(y[tasks, pairs], self.margin)
+
+    def _summarize(self, network: AugmentedSequential, x: torch.Tensor, losses) -> list[torch.Tensor]:
+        """eq. 4: d of the gradients of T losses, for each augmented layer [G, *weight.shape]."""
+        gradients = network.loss_gradients(x, losses, create_graph=self._create_graph)
+        pairs = zip(network.augmented, gradients, strict=True)
+        return [self.summarizers[self._kind(layer)](grads.transpose(0, 1)) for layer, grads in pairs]
+
+    def extra_repr(self) -> str:
+        text = f"variant={self.variant!r}, second_order={self.second_order}, summary_steps={self.summary_steps}"
+        return f"{text}, shared_generators={self.shared_generators}, margin={self.margin}"
+
+
+def _reset(generator: nn.Module, last: nn.Parameter) -> None:
+    """Normal with variance 1/inputs, no bias, the last layer smaller by FIRST_FAST.
+
+    The paper has every parameter uniform in +-0.1. Most gradients are tiny, so most fast weights begin equal, and a common
+    value as large as such a bias makes each layer of 576 inputs tens of times its input, or its fast branch dead.
+    """
+    for parameter in generator.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, 0, parameter.shape[1] ** -0.5)
+        else:
+            nn.init.zeros_(parameter)
+    with torch.no_grad():
+        last.mul_(FIRST_FAST)
+
+
+def _conv(channels: int, filters: int, **kind) -> AugmentedConv2d:
+    return AugmentedConv2d(channels, filters, 3, padding=1, bias=False, form="hidden", pool=True, **kind)
+
+
+def _networks(base_body, embedding_body, features: int, ways: int, **kind):
+    """Base learner, embedding and its head, as in the original code: the key is what the linear layer gives before the ReLU."""
+    hidden = AugmentedLinear(features, features, bias=False, form="hidden", **kind)
+    base = AugmentedSequential(*base_body(), hidden, AugmentedLinear(features, ways, bias=False, **kind))
+    embedding = AugmentedSequential(*embedding_body(), AugmentedLinear(features, features, bias=False, **kind))
+    head = nn.Sequential(nn.ReLU(), nn.Linear(features, ways, bias=False, **kind))
+    for network in (base, embedding, head):
+        for name, parameter in network.named_parameters():
+            if name.endswith("weight") and parameter.dim() > 1:  # not the scales and shifts of a batch normalisation
+                nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+    return base, embedding, head
+
+
+def _flat(parts: list[torch.Tensor], dims: int) -> torch.Tensor:
+    """[*lead, *weight.shape] of each layer -> [*lead, P], with `dims` leading dimensions."""
+    return torch.cat([part.flatten(dims) for part in parts], -1)
+
+
+def _cross_entropy(labels: torch.Tensor):
+    """From logits [G, n, m, ways] to the mean losses [G, n] over m, for labels [G, n, m]."""
+
+    def losses(logits):
+        each = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none")
+        return each.unflatten(0, labels.shape).mean(-1)
+
+    return losses
+
+
+def _contrastive(labels: torch.Tensor, margin: float):
+    """From keys [G, T, 2, K] of pairs to their losses [G, T], for labels [G, T, 2]."""
+    same = (labels[..., 0] == labels[..., 1]).double()
+
+    def losses(key):
+        square = (key[..., 0, :] - key[..., 1, :]).square().sum(-1)
+        # the tiny term keeps the root's derivatives finite where two keys are equal
+        apart = F.relu(margin - (square + 1e-12).sqrt()).square()
+        return (same.to(key.dtype) * square + (1 - same).to(key.dtype) * apart) / 2
+
+    return losses
+
+
+def _random_pairs(G: int, S: int, T: int, generator: torch.Generator | None) -> torch.Tensor:
+    """[G, T, 2] numbers of two different examples out of S, uniform."""
+    first = torch.randint(S, (G, T), generator=generator)
+    offset = torch.randint(1, S, (G, T), generator=generator)
+    return torch.stack([first, (first + offset) % S], -1)

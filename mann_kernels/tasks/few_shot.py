@@ -1,0 +1,60 @@
+"""Few-shot classification: a support set with labels, then queries."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tasks(NamedTuple):
+    """G tasks of `ways` classes, shuffled labels 0..ways-1, no example in both halves.
+
+    Attributes:
+        support_x, support_y: [G, ways*shots, ...] and int64 [G, ways*shots].
+        query_x, query_y: [G, ways*queries, ...] and int64 [G, ways*queries].
+
+    The support examples are ordered shot by shot, with the classes in order of their labels within each; so are the queries.
+    """
+
+    support_x: torch.Tensor
+    support_y: torch.Tensor
+    query_x: torch.Tensor
+    query_y: torch.Tensor
+
+
+class FewShotTasks:
+    """Draws tasks from examples that are sorted by class.
+
+    Args:
+        examples: [classes, examples of each, ...], uint8 (then 0..255 becomes 0..1) or floating point.
+        ways: classes of a task.
+        shots: support examples of each class of a task.
+        queries: query examples of each class of a task.
+
+    Raises:
+        ValueError: more ways than classes, or more shots and queries than examples.
+    """
+
+    def __init__(self, examples: torch.Tensor, ways: int = 5, shots: int = 1, queries: int = 10):
+        for name, size in {"ways": ways, "shots": shots, "queries": queries}.items():
+            if size < 1:
+                raise ValueError(f"{name}: got {size}, want at least 1")
+        if ways > examples.shape[0]:
+            raise ValueError(f"ways: got {ways}, want at most {examples.shape[0]}, the classes there are")
+        if shots + queries > examples.shape[1]:
+            raise ValueError(
+                f"shots, queries: got {shots} + {queries}, want at most {examples.shape[1]}, the examples of a class"
+            )
+        self.examples, self.ways, self.shots, self.queries = examples, ways, shots, queries
+
+    def sample(self, G: int, generator: torch.Generator) -> Tasks:
+        """G independent tasks: classes, labels and examples drawn uniformly without replacement."""
+        number, each = self.examples.shape[:2]
+        classes = torch.rand(G, number, generator=generator).argsort(-1)[:, None, : self.ways]
+        chosen = torch.rand(G, each, self.ways, generator=generator).argsort(1)[:, : self.shots + self.queries]
+        x = self.examples[classes, chosen]
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        y = torch.arange(self.ways).expand(chosen.shape)
+        halves = (
+            tensor[:, part].flatten(1, 2) for part in (slice(self.shots), slice(self.shots, None)) for tensor in (x, y)
+        )
+        return Tasks(*halves)

@@ -1,0 +1,65 @@
+"""Checkpoints that are whole or not there, from which a run goes on bit for bit."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file holds all of this or what it held before, whenever the process or the machine stops."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator, facts: dict
+) -> None:
+    """Everything the next update depends on: weights, optimiser, the tasks' generator and torch's own, and `facts` as JSON.
+
+    One safetensors file: `model.<name>`, `optimizer.<number of the parameter>.<name>`, `generator`, `torch_generator`.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state = optimizer.state_dict()
+    for number, values in state["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    tensors |= {"generator": generator.get_state(), "torch_generator": torch.get_rng_state()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    facts = {**facts, "param_groups": state["param_groups"]}
+    write_atomically(path, save(tensors, metadata={"facts": json.dumps(facts)}))
+
+
+def read_facts(path: Path) -> dict:
+    """The `facts` of a checkpoint."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["facts"])
+
+
+def load_checkpoint(
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> dict:
+    """Put all of it back in place; returns the `facts`."""
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
+    state: dict[int, dict] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, field = name.split(".", 2)
+            state.setdefault(int(number), {})[field] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": facts.pop("param_groups")})
+    generator.set_state(tensors["generator"])
+    torch.set_rng_state(tensors["torch_generator"])
+    return facts

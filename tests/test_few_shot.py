@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+import torch
+from packed import write_packed
+
+from mann_kernels.tasks import FewShotTasks, load_omniglot, with_rotations
+
+
+def numbered(classes=12, each=9):
+    """Every example tells its class and its own number."""
+    return torch.stack(torch.meshgrid(torch.arange(classes), torch.arange(each), indexing="ij"), -1).float()
+
+
+@pytest.fixture
+def tasks():
+    return FewShotTasks(numbered(), ways=5, shots=2, queries=4).sample(300, torch.Generator().manual_seed(0))
+
+
+def test_shapes(tasks):
+    assert tasks.support_x.shape == (300, 10, 2)
+    assert tasks.query_x.shape == (300, 20, 2)
+    assert tasks.support_y.shape == (300, 10)
+    assert tasks.query_y.shape == (300, 20)
+    assert tasks.query_y.dtype == torch.int64
+
+
+def test_a_label_is_one_class_and_a_class_one_label(tasks):
+    x, y = torch.cat([tasks.support_x, tasks.query_x], 1), torch.cat([tasks.support_y, tasks.query_y], 1)
+    for g in range(300):
+        pairs = {(int(a), int(b)) for a, b in zip(x[g, :, 0], y[g], strict=True)}
+        assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) == 5
+
+
+def test_every_class_has_its_examples_and_none_is_in_both_halves(tasks):
+    for half, count in ((tasks.support_y, 2), (tasks.query_y, 4)):
+        assert (torch.nn.functional.one_hot(half, 5).sum(1) == count).all()
+    x = torch.cat([tasks.support_x, tasks.query_x], 1)
+    for examples in (x[..., 0] * 9 + x[..., 1]).long():
+        assert len(examples.unique()) == 30
+
+
+def test_classes_labels_and_examples_are_uniform():
+    tasks = FewShotTasks(numbered(), ways=5, shots=2, queries=4).sample(2000, torch.Generator().manual_seed(0))
+    for values, number in (
+        (tasks.support_x[..., 0], 12),
+        (tasks.support_x[..., 1], 9),
+        (tasks.query_x[..., 1], 9),
+        (tasks.support_x[tasks.support_y == 0][:, 0], 12),  # the classes that get label 0
+    ):
+        counts = torch.bincount(values.flatten().long(), minlength=number).double()
+        assert (counts / counts.mean() - 1).abs().max() < 0.25
+
+
+def test_the_generator_decides():
+    source = FewShotTasks(numbered(), queries=3)
+    first, again, other = (source.sample(2, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first.support_x, other.support_x)
+
+
+def test_too_few_classes_or_examples():
+    for options, message in (
+        ({"ways": 13}, "ways: got 13, want at most 12"),
+        ({"shots": 3, "queries": 7}, r"shots, queries: got 3 \+ 7, want at most 9"),
+        ({"shots": 0}, "shots: got 0, want at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FewShotTasks(numbered(), **{"queries": 3, **options})
+
+
+def test_omniglot_splits(tmp_path):
+    path = write_packed(tmp_path / "small.npz")
+    parts = {split: load_omniglot(path, split) for split in ("train", "validation", "test")}
+    assert [len(part) for part in parts.values()] == [16, 4, 4]
+    assert parts["train"].shape == (16, 6, 1, 28, 28)
+    assert parts["train"].dtype == torch.uint8
+    file = np.load(path)
+    assert np.array_equal(parts["test"][:, :, 0].numpy(), file["images"][file["class_vinyals"] == 2])
+    x = FewShotTasks(parts["train"], 5, 1, 3).sample(1, torch.Generator()).support_x
+    assert x.dtype == torch.float32
+    assert 0 <= x.min() < x.max() <= 1
+
+
+def test_rotations_are_classes_of_their_own():
+    images = torch.arange(2 * 3 * 4).view(2, 3, 1, 2, 2)
+    turned = with_rotations(images)
+    assert turned.shape == (8, 3, 1, 2, 2)
+    assert torch.equal(turned[:2], images)
+    for k in range(1, 4):
+        want = np.rot90(images[:, :, 0].numpy(), k, (2, 3)).copy()
+        assert torch.equal(turned[2 * k : 2 * k + 2, :, 0], torch.from_numpy(want))
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none.npz: no such file, want Omniglot packed as .npz with `images`"):
+        load_omniglot(tmp_path / "none.npz", "train")
+    with pytest.raises(ValueError, match="split: got 'all', want one of train, validation, test"):
+        load_omniglot(tmp_path / "none.npz", "all")
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(ValueError, match=r"text.npz: cannot read `images`"):
+        load_omniglot(tmp_path / "text.npz", "train")
+    np.savez(tmp_path / "lacks.npz", images=np.zeros((2, 2, 4, 4), np.uint8))
+    with pytest.raises(ValueError, match="class_vinyals"):
+        load_omniglot(tmp_path / "lacks.npz", "train")
+    np.savez(tmp_path / "float.npz", images=np.zeros((2, 2, 4, 4)), class_vinyals=np.zeros(2, np.uint8))
+    with pytest.raises(ValueError, match=r"got images float64 \[2, 2, 4, 4\]"):
+        load_omniglot(tmp_path / "float.npz", "train")

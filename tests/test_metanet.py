@@ -1,0 +1,382 @@
+"""MetaNet against Algorithm 1 of the paper written out, one example after the other."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from algorithm_one import AlgorithmOne
+from torch import nn
+
+import mann_kernels
+from mann_kernels import (
+    AugmentedConv2d,
+    AugmentedLinear,
+    AugmentedSequential,
+    FastWeightGenerator,
+    FastWeightMemory,
+    GradientSummarizer,
+    MetaNet,
+    MetaNetState,
+)
+
+WAYS, KEY = 3, 4
+KIND = {"dtype": torch.float64}
+VARIANTS = ("metanet-", "metanet", "metanet+")
+
+
+def small(variant="metanet", **options):
+    """Images [1, 6, 6]; two convolutions and two linear layers; parameters large enough that every branch is felt."""
+    torch.manual_seed(0)
+
+    def body():
+        yield AugmentedConv2d(1, 3, 3, padding=1, bias=False, form="hidden", pool=True, **KIND)
+        yield AugmentedConv2d(3, 4, 3, padding=1, bias=False, form="hidden", pool=True, **KIND)
+        yield nn.Flatten()
+
+    base = AugmentedSequential(
+        *body(), AugmentedLinear(16, 4, False, form="hidden", **KIND), AugmentedLinear(4, WAYS, False, **KIND)
+    )
+    embedding = AugmentedSequential(*body(), AugmentedLinear(16, KEY, False, **KIND))
+    head = nn.Sequential(nn.ReLU(), nn.Linear(KEY, WAYS, bias=False, **KIND))
+    options = {"summary_steps": 3, "hidden_size": 5} | options
+    metanet = MetaNet(base, embedding, head, variant=variant, **options, **KIND)
+    for name, parameter in metanet.named_parameters():
+        scale = 0.5 if name.startswith(("generators", "summarizers")) else 1 / math.sqrt(parameter[0].numel())
+        nn.init.normal_(parameter, 0, scale)
+    return metanet
+
+
+def draw(tasks=2, shots=1, queries=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.stack([torch.randperm(WAYS, generator=generator).repeat(shots) for _ in range(tasks)])
+    x = torch.rand(tasks, WAYS * shots, 1, 6, 6, generator=generator, **KIND)
+    return x, y, torch.rand(tasks, queries, 1, 6, 6, generator=generator, **KIND)
+
+
+def gradients_of(logits, metanet):
+    loss = (logits * torch.arange(logits.numel(), **KIND).reshape(logits.shape).cos()).sum()
+    names, parameters = zip(*metanet.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
+
+
+def assert_same(metanet, logits, want):
+    torch.testing.assert_close(logits, want, rtol=1e-10, atol=1e-10)
+    got, want = gradients_of(logits, metanet), gradients_of(want, metanet)
+    for name, grad in want.items():
+        assert (grad is None) == (got[name] is None), name
+        if grad is not None:
+            scale = max(1.0, float(grad.abs().max()))
+            torch.testing.assert_close(
+                got[name], grad, rtol=0, atol=1e-10 * scale, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_algorithm_one(variant, second_order, shared):
+    metanet = small(variant, second_order=second_order, shared_generators=shared)
+    x, y, queries = draw()
+    plain = AlgorithmOne(metanet, second_order)
+    want = torch.stack([plain(*task) for task in zip(x, y, queries, strict=True)])
+    assert_same(metanet, metanet(x, y, queries), want)
+
+
+def test_algorithm_one_in_chunks():
+    metanet = small("metanet+", summary_steps=1)
+    x, y, queries = draw()
+    plain = AlgorithmOne(metanet, False)
+    assert_same(
+        metanet, metanet(x, y, queries), torch.stack([plain(*task) for task in zip(x, y, queries, strict=True)])
+    )
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("variant", ["metanet", "metanet+"])
+def test_algorithm_one_with_more_than_one_example_of_a_class(variant, second_order, monkeypatch):
+    metanet = small(variant, second_order=second_order)
+    x, y, queries = draw(shots=2)
+    pairs = torch.tensor([[[0, 3], [1, 2], [4, 1]], [[5, 2], [0, 1], [4, 3]]])
+    monkeypatch.setattr("mann_kernels.modules.metanet._random_pairs", lambda *args: pairs)
+    plain = AlgorithmOne(metanet, second_order)
+    want = torch.stack([plain(*task) for task in zip(x, y, queries, pairs, strict=True)])
+    assert_same(metanet, metanet(x, y, queries), want)
+
+
+def test_kernels_and_reference_agree():
+    metanet = small("metanet+")
+    x, y, queries = draw()
+    got = metanet(x, y, queries)
+    with mann_kernels.backend("reference"):
+        want = metanet(x, y, queries)
+        want_gradients = gradients_of(want, metanet)
+    torch.testing.assert_close(got, want)
+    for name, grad in gradients_of(got, metanet).items():
+        if grad is not None:
+            torch.testing.assert_close(grad, want_gradients[name])
+
+
+def test_first_order_takes_the_support_gradients_as_constants(monkeypatch):
+    metanet = small("metanet+")
+    x, y, queries = draw()
+    want = gradients_of(metanet(x, y, queries), metanet)
+    frozen = copy.deepcopy(metanet)
+    for name in ("base_learner", "embedding"):  # the same gradients, from a network that has no part in the result
+        loss_gradients = getattr(frozen, name).loss_gradients
+        monkeypatch.setattr(getattr(metanet, name), "loss_gradients", loss_gradients)
+    got = gradients_of(metanet(x, y, queries), metanet)
+    for name, grad in want.items():
+        if name == "embedding_head.1.weight":
+            assert grad is None
+        else:
+            assert torch.equal(grad, got[name]), name
+    monkeypatch.undo()
+    metanet.second_order = True
+    second = gradients_of(metanet(x, y, queries), metanet)
+    assert second["embedding_head.1.weight"].abs().max() > 0
+    assert not torch.allclose(second["base_learner.0.weight"], want["base_learner.0.weight"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_zero_fast_weights_give_the_slow_network(variant):
+    metanet = small(variant)
+    x, y, queries = draw()
+    with torch.no_grad():
+        for module in (*metanet.generators.values(), *metanet.summarizers.values()):
+            last = ("weight3", "bias3") if isinstance(module, FastWeightGenerator) else ("weight_out", "bias_out")
+            for name in last:
+                getattr(module, name).zero_()
+    torch.testing.assert_close(metanet(x, y, queries), metanet.base_learner(queries))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tasks_of_a_batch_are_as_if_alone(variant):
+    metanet = small(variant)
+    x, y, queries = draw(tasks=3)
+    together = metanet(x, y, queries)
+    for g in range(3):
+        alone = metanet(x[g], y[g], queries[g])
+        assert alone.shape == (4, WAYS)
+        torch.testing.assert_close(alone, together[g], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_state_serves_many_queries(variant):
+    metanet = small(variant)
+    x, y, queries = draw()
+    state = metanet.adapt(x, y)
+    whole = metanet.predict(queries, state)
+    assert torch.equal(metanet(x, y, queries), whole)
+    halves = torch.cat([metanet.predict(half, state) for half in queries.split(2, 1)], 1)
+    torch.testing.assert_close(halves, whole)
+    state = pickle.loads(pickle.dumps(state.detach()))
+    assert not state.memory.requires_grad
+    torch.testing.assert_close(metanet.predict(queries, state), whole)
+    assert state.to(torch.float32).index.dtype == torch.float32
+    single = metanet.adapt(x[0], y[0])
+    assert single.memory.shape == (WAYS + (variant == "metanet+"), metanet.base_learner.num_coordinates)
+    torch.testing.assert_close(metanet.predict(queries[0], single), whole[0])
+
+
+def test_the_order_of_the_memory_does_not_matter():
+    x, y, queries = draw()
+    order = torch.tensor([2, 0, 1])
+    metanet = small()
+    state = metanet.adapt(x, y)
+    turned = MetaNetState(state.index[:, order], state.memory[:, order], state.task_fast)
+    torch.testing.assert_close(
+        metanet.predict(queries, turned), metanet.predict(queries, state), rtol=1e-12, atol=1e-12
+    )
+    # with Q* given or absent, the support set's order does not matter either; d sees it
+    again = metanet.adapt(x[:, order], y[:, order])
+    torch.testing.assert_close(again.memory, state.memory[:, order], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(again.task_fast, state.task_fast)
+    without = small("metanet-")
+    torch.testing.assert_close(without(x[:, order], y[:, order], queries), without(x, y, queries))
+
+
+def test_coordinates_do_not_see_each_other():
+    torch.manual_seed(0)
+    grads = torch.randn(3, 40, **KIND) / 100
+    order = torch.randperm(40)
+    for module, run in ((FastWeightGenerator(**KIND), grads[0]), (GradientSummarizer(**KIND), grads)):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, 0, 0.5)
+        torch.testing.assert_close(module(run[..., order]), module(run)[..., order])
+        assert module(run).std() > 0
+        assert "hidden_size=20" in repr(module)
+
+
+def test_preprocessing_is_the_rule_by_cases():
+    """Seen through m with weights that let one feature pass: at most 1.9e-5 from the rule, for the tiny term in the logarithm."""
+    grads = torch.cat([torch.logspace(-9, 1, 201, **KIND), torch.zeros(1, **KIND)])
+    grads = torch.cat([grads, -grads])
+    large = grads.abs() >= math.exp(-7)
+    wants = (
+        torch.where(large, grads.abs().clamp(min=1e-30).log() / 7, -1.0),
+        torch.where(large, grads.sign(), grads * math.exp(7)),
+    )
+    m = FastWeightGenerator(1, **KIND)
+    for feature, want in enumerate(wants):
+        with torch.no_grad():
+            for parameter, value in zip(m.parameters(), (0.0, 2.0, 1.0, 0.0, 1.0, -2.0), strict=True):
+                parameter.fill_(value)
+            m.weight1[0, feature] = 1  # relu(feature + 2) - 2
+        torch.testing.assert_close(m(grads), want, rtol=0, atol=2e-5)
+
+
+def test_memory():
+    memory, generator = FastWeightMemory(), torch.Generator().manual_seed(0)
+    index, key = (torch.randn(2, n, 4, generator=generator, **KIND) for n in (3, 5))
+    fast = torch.randn(2, 3, 7, generator=generator, **KIND)
+    mix = memory(index, key)
+    cosine = F.cosine_similarity(key[:, :, None], index[:, None], dim=-1, eps=0)
+    torch.testing.assert_close(mix, torch.softmax(cosine, -1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(memory.read(index, fast, key), torch.einsum("gls,gsp->glp", mix, fast))
+    grown = memory.write(index[:, :1], fast[:, :1], index[:, 1:], fast[:, 1:])
+    assert torch.equal(grown[0], index)
+    assert torch.equal(grown[1], fast)
+
+
+@pytest.mark.parametrize(("ways", "linear"), [(5, 4_416), (20, 5_376)])
+def test_the_omniglot_network(ways, linear):
+    metanet = MetaNet.omniglot(ways)
+    shapes = [layer.weight.numel() for layer in metanet.base_learner.augmented]
+    assert sum(shapes[:5]) == 148_032
+    assert sum(shapes[5:]) == linear
+    assert metanet.ways == ways
+    assert metanet.embedding.num_coordinates == 148_032 + 4_096
+    assert not any("bias" in name for name, _ in metanet.base_learner.named_parameters())
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in metanet.named_modules()}
+    assert sizes["generators.conv"] == sizes["generators.linear"] == 501
+    assert sizes["summarizers.conv"] == sizes["summarizers.linear"] == 1_840 + 21
+    x = torch.rand(1, 1, 1, 28, 28)
+    assert metanet.base_learner[:5](x).shape == (1, 1, 64, 1, 1)
+    with torch.no_grad():
+        state = metanet.adapt(torch.rand(ways, 1, 28, 28), torch.arange(ways))
+        assert state.memory.shape == (ways, 148_032 + linear)
+        assert metanet.predict(torch.rand(2, 1, 28, 28), state).shape == (2, ways)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_mini_imagenet_network(batch_norm):
+    metanet = MetaNet.mini_imagenet(5, batch_norm=batch_norm)
+    shapes = [layer.weight.numel() for layer in metanet.base_learner.augmented]
+    assert shapes == [9_216, 9_216, 82_944, 1_440]
+    assert [layer.weight.numel() for layer in metanet.embedding.augmented] == [9_216, 9_216, 82_944]
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in metanet.base_learner) == 3 * batch_norm
+    logits = metanet(torch.rand(1, 5, 3, 84, 84), torch.arange(5)[None], torch.rand(1, 2, 3, 84, 84))
+    logits.square().sum().backward()
+    assert logits.shape == (1, 2, 5)
+    assert metanet.base_learner[0].weight.grad.abs().max() > 0
+
+
+def test_module_manners():
+    metanet = small("metanet+")
+    x, y, queries = draw()
+    twin = small("metanet+")
+    for parameter in twin.parameters():
+        nn.init.zeros_(parameter)
+    twin.load_state_dict(metanet.state_dict())
+    assert torch.equal(twin(x, y, queries), metanet(x, y, queries))
+    assert torch.equal(copy.deepcopy(metanet)(x, y, queries), metanet(x, y, queries))
+    assert "variant='metanet+'" in repr(metanet)
+    with torch.no_grad():
+        without = metanet(x, y, queries)
+    torch.testing.assert_close(without, metanet(x, y, queries))
+
+
+@pytest.mark.compiles
+def test_compiles():
+    metanet = small("metanet+")
+    x, y, queries = draw()
+    want = metanet(x, y, queries)
+    got = torch.compile(metanet, backend="aot_eager")(x, y, queries)
+    torch.testing.assert_close(got, want)
+    want = gradients_of(want, metanet)
+    for name, grad in gradients_of(got, metanet).items():
+        if grad is not None:
+            torch.testing.assert_close(grad, want[name])
+
+
+def test_pairs_are_random_different_and_repeatable():
+    metanet = small()
+    x, y, queries = draw(shots=3)
+    first, again, other = (metanet(x, y, queries, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    from mann_kernels.modules.metanet import _random_pairs
+
+    pairs = _random_pairs(500, 4, 5, torch.Generator().manual_seed(0))
+    assert (pairs[..., 0] != pairs[..., 1]).all()
+    counts = torch.bincount((pairs[..., 0] * 4 + pairs[..., 1]).flatten(), minlength=16)
+    assert (counts.view(4, 4)[~torch.eye(4, dtype=torch.bool)] > 150).all()
+
+
+def change(**changes):
+    return lambda call: call | {name: make(call[name]) for name, make in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (change(y=lambda y: y + 1), ValueError, r"support_y: got label 3, want each in 0\.\.2 \(ways=3\)"),
+        (change(y=lambda y: y - 1), ValueError, r"support_y: got label -1, want each in 0\.\.2"),
+        (change(y=lambda y: y * 0), ValueError, r"support_y: got no example of class 1 in task 0, want at least one"),
+        (change(y=lambda y: y.int()), TypeError, r"support_y: got dtype torch.int32, want torch.int64"),
+        (change(y=lambda y: y[:, :2]), ValueError, r"support_x: got shape \[2, 3, 1, 6, 6\], want \[2, 2\] first"),
+        (change(y=lambda y: y[..., None]), ValueError, r"support_y: got shape \[2, 3, 1\], want \[S\] or \[G, S\]"),
+        (change(x=lambda x: x[:, :0], y=lambda y: y[:, :0]), ValueError, "support_x: got an empty support set"),
+        (change(x=lambda x: x.long()), TypeError, "support_x: got dtype torch.int64, want a floating-point dtype"),
+        (change(x=lambda x: None), TypeError, "support_x: got NoneType, want a torch.Tensor"),
+        (change(x=lambda x: x[:, [0, 1, 2, 0]], y=lambda y: y[:, [0, 1, 2, 0]]), ValueError, "got 4 examples"),
+        (change(queries=lambda q: q[:1]), ValueError, r"query_x: got shape .* want \[G, L, \.\.\.\] with G=2"),
+        (change(queries=lambda q: q.float()), TypeError, "query_x: got dtype torch.float32, want torch.float64"),
+        (
+            change(queries=lambda q: q[:, :0]),
+            ValueError,
+            r"query_x: got shape \[2, 0, 1, 6, 6\], want at least one query",
+        ),
+        (change(queries=lambda q: None), TypeError, "query_x: got NoneType, want a torch.Tensor"),
+    ],
+)
+def test_bad_input(bad, error, message):
+    x, y, queries = draw()
+    call = bad({"x": x, "y": y, "queries": queries})
+    with pytest.raises(error, match=message):
+        small("metanet+")(call["x"], call["y"], call["queries"])
+
+
+def test_bad_state_and_bad_construction():
+    metanet = small()
+    x, y, queries = draw()
+    state = metanet.adapt(x, y)
+    P, Q = metanet.base_learner.num_coordinates, metanet.embedding.num_coordinates
+    for wrong, error, message in (
+        (tuple(state), TypeError, "state: got tuple, want the MetaNetState"),
+        (state._replace(memory=state.memory[..., 1:]), ValueError, rf"state.memory: got shape \[2, 3, {P - 1}\], want"),
+        (
+            state._replace(memory=state.memory[:, 1:]),
+            ValueError,
+            r"state.index: got shape \[2, 3, 4\], want \[2, 2, 4\]",
+        ),
+        (state._replace(task_fast=state.task_fast[:1]), ValueError, rf"state.task_fast: got .* want \[2, {Q}\]"),
+        (state._replace(task_fast=None), ValueError, "state.task_fast: got None"),
+    ):
+        with pytest.raises(error, match=message):
+            metanet.predict(queries, wrong)
+    for make, error, message in (
+        (lambda: small("meta"), ValueError, "variant: got 'meta', want one of"),
+        (lambda: MetaNet(nn.Linear(1, 1), metanet.embedding, nn.ReLU()), TypeError, "base_learner: got Linear"),
+        (
+            lambda: MetaNet(metanet.base_learner, AugmentedSequential(nn.ReLU()), nn.ReLU()),
+            ValueError,
+            "embedding: got no augmented layer",
+        ),
+        (lambda: FastWeightGenerator(0), ValueError, "hidden_size: got 0, want at least 1"),
+    ):
+        with pytest.raises(error, match=message):
+            make()
