@@ -140,7 +140,11 @@ def without_the_last_store(name, source):
     return "\n".join(lines) + "\n"
 
 
-#: What is planted, in the kernels of which stem, and what is said of it. A TF32 product is seen in test_emulated.py.
+def with_tf32(name, source):
+    return source.replace('"ieee"', '"tf32"')
+
+
+#: What is planted, in the kernels of which stem, and what is said of it.
 MUTATIONS = {
     "missing barrier": ("mann_sequence", without_barriers, PTXError, "race: global (load|store) .* by another warp"),
     "wrong mask": ("lrua_step", store_without_mask, PTXError, "out of bounds: global store|race: global store"),
@@ -152,6 +156,7 @@ MUTATIONS = {
     ),
     "out-of-bounds row": ("lrua_step", one_program_further, PTXError, "out of bounds: global load"),
     "missing store": ("lrua_step", without_the_last_store, AssertionError, "output .: error inf"),
+    "TF32": ("summarize_gradients", with_tf32, AssertionError, "error .* against float64, budget"),
 }
 
 
