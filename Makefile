@@ -45,7 +45,7 @@ test: setup
 # What can be known of the GPU kernels without a GPU: that they compile and fit, their numbers as source and as compiled code,
 # that every access is sound; with both versions of Triton. Ends with a table of what each kernel needs.
 verify-gpu: setup $(OTHER_PATH)
-	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED)
+	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED) --all-targets
 	$(RUN) -m pytest -n auto tests/gpu_on_cpu --all-targets
 	TRITON_INTERPRET=1 PYTHONPATH=$(OTHER_PATH) $(RUN) -m pytest -n auto $(INTERPRETED)
 	PYTHONPATH=$(OTHER_PATH) $(RUN) -m pytest -n auto $(COMPILED)

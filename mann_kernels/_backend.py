@@ -27,6 +27,11 @@ STEMS = (
 NAMES = ("reference", "cpp", "triton", "cuda")
 CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 TRITON_DTYPES = (*CPP_DTYPES, torch.float16)
+#: What the compiler does not make, though the interpreter runs it.
+TRITON_CANNOT = {
+    ("augmented_conv2d", "cuda", torch.float64): "its compiler stops at float64 products of this shape",
+    ("summarize_gradients", "cuda", torch.float64): "its operands take more shared memory than there is",
+}
 #: The operators that have Triton kernels, found without importing them.
 TRITON_KERNELS = frozenset(path.stem for path in (Path(__file__).parent / "triton").glob("[!_]*.py"))
 
@@ -79,6 +84,8 @@ def missing(name: str, stem: str, device: str, dtype: torch.dtype) -> str | None
             )
         if device not in ("cpu", "cuda"):
             return f"the Triton kernels run on GPUs, not on {device}"
+        if (stem, device, dtype) in TRITON_CANNOT:
+            return f"Triton has no {dtype} for {stem} on GPUs: {TRITON_CANNOT[stem, device, dtype]}"
         if stem not in TRITON_KERNELS:
             return f"this version has no Triton kernel for {stem}"
         if dtype not in TRITON_DTYPES:

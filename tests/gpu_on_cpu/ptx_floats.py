@@ -117,6 +117,17 @@ def arithmetic(wave, instruction):
         return floats(wave, instruction)
     if opcode in ("mul", "mad"):
         return multiply(wave, instruction)
+    if opcode == "add" and instruction.type in (
+        "s16x2",
+        "u16x2",
+    ):  # two sums side by side; signed or not, the bits are the same
+        flags_of(instruction, (), ("s16x2", "u16x2"), 3)
+
+        def side_by_side(a, b):
+            high = (a & 0xFFFF0000) + (b & 0xFFFF0000)
+            return ((a + b) & 0xFFFF) | (high & 0xFFFF0000)
+
+        return bind(wave, instruction, side_by_side, "u32", "u32", "u32")
     count, function = SIMPLE[opcode]
     types = {kind for kind in INTEGERS if kind[0] != "b"}
     relu = flags_of(instruction, ("relu",) if opcode in ("min", "max") else (), types, count + 1)

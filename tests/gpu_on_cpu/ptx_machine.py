@@ -116,6 +116,7 @@ class Block:
 
     def __init__(self):
         self.steps, self.leave, self.classes, self.warps = [], None, Counter(), 0
+        self.meets = False  # an instruction that waits for the other threads of the warp
 
 
 class Wave:
@@ -251,6 +252,7 @@ class Wave:
             for instruction in code[start:end]:
                 name = instruction.opcode
                 block.classes[instruction.family] += 1
+                block.meets |= "sync" in instruction.modifiers and name not in LEAVES
                 if name in LEAVES and "warp" not in instruction.modifiers:
                     block.leave = self._leave(instruction, number, number[end])
                     continue
@@ -348,12 +350,23 @@ class Wave:
         self._stamp()
         return ready
 
+    def _next(self, ready):
+        """The first block, but for one whose threads would have to wait there for others of their warps, still on another way."""
+        for number in sorted(ready) if len(ready) > 1 else ():
+            if not self.blocks[number].meets:
+                return number
+            warps = ready[number].reshape(-1, 32).any(axis=1)
+            elsewhere = [mask.reshape(-1, 32).any(axis=1) for other, mask in ready.items() if other != number]
+            if not (warps & np.logical_or.reduce(elsewhere)).any():
+                return number
+        return min(ready)
+
     def run(self):
         ready, visits = {0: None}, 0
         while ready or self.waiting:
             if not ready:
                 ready = self._release()
-            number = min(ready)
+            number = self._next(ready)
             mask = ready.pop(number)
             block = self.blocks[number]
             block.warps += self.lanes // 32 if mask is None else int(mask.reshape(-1, 32).any(axis=1).sum())
