@@ -125,11 +125,9 @@ def test_compiles_and_fits(stem, target, request, tmp_path, monkeypatch):
             if stem in OF_MANN:
                 assert found["spilled"] == 0, (label, found)
             budget = budget_of(target, label, found, write)
-            more = {
-                what: (found[what], budget[what])
-                for what in budget
-                if found[what] > budget[what] and what != "programs"
-            }
+            # registers are handed out eight at a time; a step and a sequence share their backward kernel, with other options
+            allowed = budget | {"registers": -(-budget["registers"] // 8) * 8, "programs": 99}
+            more = {what: (found[what], budget[what]) for what in budget if found[what] > allowed[what]}
             assert not more, f"{label} on {target}: (found, budget) {more}"
             assert found.get("programs", 0) >= budget.get("programs", 0), label
             if dtype == "float32":  # is computed in float32, which the interpreter cannot tell from TF32
