@@ -32,6 +32,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::initializer_list<int64_t>;
 
+inline ScalarType torch_type(const float *) { return ScalarType::Float; }
+inline ScalarType torch_type(const double *) { return ScalarType::Double; }
+inline ScalarType torch_type(const Bf16 *) { return ScalarType::BFloat16; }
+inline ScalarType torch_type(const int32_t *) { return ScalarType::Int; }
+inline ScalarType torch_type(const int64_t *) { return ScalarType::Long; }
+
 // The tensors of one call, all on the device of `model`, which also decides the storage type; and where to launch.
 class Call {
   public:
@@ -52,26 +58,21 @@ class Call {
     ScalarType dtype() const { return dtype_; }
     ScalarType arithmetic() const { return dtype_ == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-    // The data of a contiguous tensor of this type, these sizes and this device: what memory safety needs, whoever
+    // The data of a contiguous tensor of type S, these sizes and this device: what memory safety needs, whoever
     // calls.
-    const void *in(const Tensor &tensor, ScalarType dtype, const char *name, Sizes sizes) {
-        STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype for the CUDA kernel");
+    template <typename S> const S *in(const Tensor &tensor, const char *name, Sizes sizes) {
+        STD_TORCH_CHECK(tensor.scalar_type() == torch_type(static_cast<const S *>(nullptr)), name,
+                        ": wrong dtype for the CUDA kernel");
         const auto got = tensor.sizes();
         STD_TORCH_CHECK(got.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), got.begin()), name,
                         ": wrong shape for the CUDA kernel");
         check_device(tensor, name);
-        if (!tensor.is_contiguous()) {
-            kept_.push_back(torch::stable::contiguous(tensor));
-            return kept_.back().const_data_ptr();
-        }
-        return tensor.const_data_ptr();
+        if (tensor.is_contiguous()) return static_cast<const S *>(tensor.const_data_ptr());
+        kept_.push_back(torch::stable::contiguous(tensor));
+        return static_cast<const S *>(kept_.back().const_data_ptr());
     }
-    const void *in(const Tensor &tensor, const char *name, Sizes sizes) { return in(tensor, dtype_, name, sizes); }
-    const void *in(const std::optional<Tensor> &tensor, const char *name, Sizes sizes) {
-        return tensor ? in(*tensor, dtype_, name, sizes) : nullptr;
-    }
-    const int64_t *lengths(const std::optional<Tensor> &tensor, int64_t batch) {
-        return tensor ? static_cast<const int64_t *>(in(*tensor, ScalarType::Long, "lengths", {batch})) : nullptr;
+    template <typename S> const S *in(const std::optional<Tensor> &tensor, const char *name, Sizes sizes) {
+        return tensor ? in<S>(*tensor, name, sizes) : nullptr;
     }
     Tensor empty(Sizes sizes, ScalarType dtype) const { return torch::stable::new_empty(model_, sizes, dtype); }
     Tensor empty(Sizes sizes) const { return empty(sizes, dtype_); }
@@ -81,6 +82,18 @@ class Call {
     void *scratch(int64_t elements) {
         kept_.push_back(empty({elements}, arithmetic()));
         return kept_.back().mutable_data_ptr();
+    }
+
+    // Bytes of shared memory that a block may have.
+    int64_t shared_limit() const {
+#if defined(MANN_CUDA_ON_CPU)
+        return 232448; // as on sm_90
+#else
+        int bytes;
+        check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, model_.get_device_index()),
+              "shared memory");
+        return bytes;
+#endif
     }
 
     // Calls f with a value of the storage type: f(S()).
@@ -125,6 +138,6 @@ class Call {
 #endif
 };
 
-inline void *out(const Tensor &tensor) { return tensor.mutable_data_ptr(); }
+template <typename S> S *out(const Tensor &tensor) { return static_cast<S *>(tensor.mutable_data_ptr()); }
 
 } // namespace mann::cuda
