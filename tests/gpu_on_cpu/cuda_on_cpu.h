@@ -1,0 +1,216 @@
+// CUDA device code as plain C++: what csrc/cuda includes in place of the CUDA headers under MANN_CUDA_ON_CPU.
+//
+// Every CUDA thread is a fiber that runs until it waits, at a barrier or for its warp; which one goes on is drawn from
+// a seed. The blocks of a cluster run together, clusters one after the other. What a GPU would not forgive is an error
+// that names the place: threads at different barriers, a thread that others wait for and that has ended, a misaligned
+// vector, a pointer to shared memory of no block. Shared memory is NaN at the start of its block, and again when its
+// block has ended. The runtime is cuda_on_cpu.cpp, compiled without sanitizers; kernels compile with them or without.
+#pragma once
+
+#include "cuda_on_cpu_types.h"
+
+#include <algorithm>
+#include <functional>
+#include <math.h>
+#include <source_location>
+#include <tuple>
+#include <vector>
+
+namespace mann::on_cpu {
+
+struct Copy {
+    void *to;
+    const void *from;
+    int group;
+};
+
+// What a CUDA thread knows of itself.
+struct Thread {
+    uint3 thread, block;
+    dim3 block_size, grid;
+    int lane, cluster_rank, cluster_size;
+    int groups = 0;           // of asynchronous copies, committed
+    std::vector<Copy> copies; // not waited for yet
+};
+extern Thread *current; // the one that runs
+
+using Place = std::source_location;
+void block_barrier(Place place);
+int block_count(bool predicate, Place place);
+void cluster_arrive(Place place);
+void cluster_wait(Place place);
+void *of_rank(void *shared, int rank);
+void *dynamic_shared();
+void *static_shared(const void *key, size_t bytes);
+void warp_barrier(unsigned mask, Place place);
+uint64_t shuffle(unsigned mask, uint64_t value, int from, Place place);
+unsigned ballot(unsigned mask, bool predicate, Place place);
+enum class Product { tf32, bf16 };
+void multiply(Product kind, float *d, const uint32_t *a, const uint32_t *b, Place place);
+void launch(const char *name, dim3 grid, dim3 block, int cluster, size_t shared, const std::function<void()> &body);
+
+template <typename... Wanted, typename... Given>
+void launch_kernel(const char *name, void (*kernel)(Wanted...), dim3 grid, dim3 block, int cluster, size_t shared,
+                   Given... given) {
+    const std::tuple<Wanted...> arguments(given...);
+    launch(name, grid, block, cluster, shared, [&] { std::apply(kernel, arguments); });
+}
+
+template <typename T, size_t N, typename Key>
+T (&static_array(Key))
+[N] {
+    static const char key = 0; // its address is the array's name
+    return *static_cast<T(*)[N]>(static_shared(&key, N * sizeof(T)));
+}
+
+template <typename T>
+T shuffle_value(unsigned mask, T value, int from, Place place) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof(T));
+    bits = shuffle(mask, bits, from, place);
+    std::memcpy(&value, &bits, sizeof(T));
+    return value;
+}
+
+// Which lane a shuffle of width w reads from; its own where the partner is outside.
+inline int at_lane(int lane, int w) { return (current->lane & ~(w - 1)) + (lane & (w - 1)); }
+inline int inside(int lane, int w) { return (lane & ~(w - 1)) == (current->lane & ~(w - 1)) ? lane : current->lane; }
+
+} // namespace mann::on_cpu
+
+// What the compiler of CUDA knows without a header
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __constant__ const
+#define threadIdx (::mann::on_cpu::current->thread)
+#define blockIdx (::mann::on_cpu::current->block)
+#define blockDim (::mann::on_cpu::current->block_size)
+#define gridDim (::mann::on_cpu::current->grid)
+inline constexpr int warpSize = 32;
+
+inline void __syncthreads(mann::on_cpu::Place place = mann::on_cpu::Place::current()) {
+    mann::on_cpu::block_barrier(place);
+}
+inline int __syncthreads_count(int predicate, mann::on_cpu::Place place = mann::on_cpu::Place::current()) {
+    return mann::on_cpu::block_count(predicate, place);
+}
+inline int __syncthreads_or(int predicate, mann::on_cpu::Place place = mann::on_cpu::Place::current()) {
+    return mann::on_cpu::block_count(predicate, place) != 0;
+}
+inline int __syncthreads_and(int predicate, mann::on_cpu::Place place = mann::on_cpu::Place::current()) {
+    return mann::on_cpu::block_count(!predicate, place) == 0;
+}
+inline void __syncwarp(unsigned mask = ~0u, mann::on_cpu::Place place = mann::on_cpu::Place::current()) {
+    mann::on_cpu::warp_barrier(mask, place);
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32,
+              mann::on_cpu::Place place = mann::on_cpu::Place::current()) {
+    return mann::on_cpu::shuffle_value(mask, value, mann::on_cpu::at_lane(lane, width), place);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int with, int width = 32,
+                  mann::on_cpu::Place place = mann::on_cpu::Place::current()) {
+    const int from = mann::on_cpu::inside(mann::on_cpu::current->lane ^ with, width);
+    return mann::on_cpu::shuffle_value(mask, value, from, place);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32,
+                   mann::on_cpu::Place place = mann::on_cpu::Place::current()) {
+    const int from = mann::on_cpu::inside(mann::on_cpu::current->lane + by, width);
+    return mann::on_cpu::shuffle_value(mask, value, from, place);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32,
+                 mann::on_cpu::Place place = mann::on_cpu::Place::current()) {
+    const int from = mann::on_cpu::inside(mann::on_cpu::current->lane - by, width);
+    return mann::on_cpu::shuffle_value(mask, value, from, place);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate,
+                              mann::on_cpu::Place place = mann::on_cpu::Place::current()) {
+    return mann::on_cpu::ballot(mask, predicate, place);
+}
+inline int __any_sync(unsigned mask, int predicate, mann::on_cpu::Place place = mann::on_cpu::Place::current()) {
+    return mann::on_cpu::ballot(mask, predicate, place) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, mann::on_cpu::Place place = mann::on_cpu::Place::current()) {
+    return mann::on_cpu::ballot(mask, predicate, place) == mask;
+}
+// A fence orders a thread's own accesses; fibers of one thread of the CPU see each other's in order anyway.
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
+template <typename T> T __ldg(const T *from) { return *from; }
+template <typename T> T __ldcg(const T *from) { return *from; }
+template <typename T> T __ldcs(const T *from) { return *from; }
+template <typename T> void __stcs(T *to, T value) { *to = value; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline double rsqrt(double x) { return 1 / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+using std::max;
+using std::min;
+
+// The contract of csrc/cuda/device.h
+
+#define MANN_DYNAMIC_SHARED(name) char *name = static_cast<char *>(::mann::on_cpu::dynamic_shared())
+#define MANN_SHARED(T, name, N) T(&name)[N] = ::mann::on_cpu::static_array<T, N>([] {})
+#define MANN_LAUNCH(kernel, grid, block, cluster_blocks, shared_bytes, stream, ...)                                    \
+    ((void)(stream),                                                                                                   \
+     ::mann::on_cpu::launch_kernel(#kernel, kernel, grid, block, cluster_blocks, shared_bytes, __VA_ARGS__))
+
+namespace mann::cuda {
+
+using Stream = void *;
+
+inline int cluster_rank() { return on_cpu::current->cluster_rank; }
+inline int cluster_size() { return on_cpu::current->cluster_size; }
+inline void cluster_arrive(on_cpu::Place place = on_cpu::Place::current()) { on_cpu::cluster_arrive(place); }
+inline void cluster_wait(on_cpu::Place place = on_cpu::Place::current()) { on_cpu::cluster_wait(place); }
+inline void cluster_barrier(on_cpu::Place place = on_cpu::Place::current()) {
+    on_cpu::cluster_arrive(place);
+    on_cpu::cluster_wait(place);
+}
+template <typename T> T *of_rank(T *shared, int rank) {
+    return static_cast<T *>(on_cpu::of_rank(const_cast<void *>(static_cast<const void *>(shared)), rank));
+}
+
+// d += a b, by all threads of the warp.
+inline void mma_tf32(float *d, const uint32_t *a, const uint32_t *b, on_cpu::Place place = on_cpu::Place::current()) {
+    on_cpu::multiply(on_cpu::Product::tf32, d, a, b, place);
+}
+inline void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, on_cpu::Place place = on_cpu::Place::current()) {
+    on_cpu::multiply(on_cpu::Product::bf16, d, a, b, place);
+}
+// cvt.rna.tf32.f32: 10 bits of mantissa, ties away from zero.
+inline uint32_t to_tf32(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return (bits & 0x7F800000u) == 0x7F800000u ? bits : (bits + 0x1000u) & 0xFFFFE000u;
+}
+
+// A copy takes place when it is waited for, the latest that a GPU may do it.
+inline void copy_async16(void *shared, const void *global) {
+    on_cpu::check_aligned(shared, 16, "asynchronous copy");
+    on_cpu::check_aligned(global, 16, "asynchronous copy");
+    on_cpu::current->copies.push_back({shared, global, on_cpu::current->groups});
+}
+inline void copy_async_commit() { ++on_cpu::current->groups; }
+template <int left> void copy_async_wait() {
+    auto &copies = on_cpu::current->copies;
+    size_t done = 0;
+    for (; done < copies.size() && copies[done].group < on_cpu::current->groups - left; ++done)
+        *static_cast<uint4 *>(copies[done].to) = *static_cast<const uint4 *>(copies[done].from);
+    copies.erase(copies.begin(), copies.begin() + done);
+}
+
+} // namespace mann::cuda
