@@ -124,10 +124,8 @@ class Call {
 
   private:
     void check_device(const Tensor &tensor, const char *name) const {
-#if !defined(MANN_CUDA_ON_CPU)
-        STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == model_.get_device_index(), name,
-                        ": not on the device of the others");
-#endif
+        STD_TORCH_CHECK(tensor.is_cuda() == model_.is_cuda() && tensor.get_device_index() == model_.get_device_index(),
+                        name, ": not on the device of the others");
     }
 
     const Tensor &model_;
