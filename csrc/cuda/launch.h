@@ -38,6 +38,12 @@ inline ScalarType torch_type(const Bf16 *) { return ScalarType::BFloat16; }
 inline ScalarType torch_type(const int32_t *) { return ScalarType::Int; }
 inline ScalarType torch_type(const int64_t *) { return ScalarType::Long; }
 
+// Offsets inside an example are 32 bits.
+inline void check_offsets(int64_t N, int64_t W, int64_t R) {
+    STD_TORCH_CHECK(N > 0 && W > 0 && R > 0 && N * W < int64_t(1) << 31 && N * R < int64_t(1) << 28,
+                    "the CUDA kernels take memories of up to 2^31 numbers: got N=", N, ", W=", W, ", R=", R);
+}
+
 // The tensors of one call, all on the device of `model`, which also decides the storage type; and where to launch.
 class Call {
   public:
@@ -79,21 +85,19 @@ class Call {
 
     // So many numbers of arithmetic type, not initialised. They are torch's again when the call ends, and its allocator
     // hands them on in the order of the stream.
-    void *scratch(int64_t elements) {
+    template <typename T> T *scratch(int64_t elements) {
         kept_.push_back(empty({elements}, arithmetic()));
-        return kept_.back().mutable_data_ptr();
+        return static_cast<T *>(kept_.back().mutable_data_ptr());
     }
 
-    // Bytes of shared memory that a block may have.
-    int64_t shared_limit() const {
-#if defined(MANN_CUDA_ON_CPU)
-        return 232448; // as on sm_90
-#else
-        int bytes;
-        check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, model_.get_device_index()),
+    // Whether a block may have so many numbers of arithmetic type in shared memory.
+    bool fits_shared(int64_t elements) const {
+        int limit = 232448; // as on sm_90
+#if !defined(MANN_CUDA_ON_CPU)
+        check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, model_.get_device_index()),
               "shared memory");
-        return bytes;
 #endif
+        return elements * (arithmetic() == ScalarType::Double ? 8 : 4) <= limit;
     }
 
     // Calls f with a value of the storage type: f(S()).
