@@ -67,18 +67,26 @@ class Call {
     // The data of a contiguous tensor of type S, these sizes and this device: what memory safety needs, whoever
     // calls.
     template <typename S> const S *in(const Tensor &tensor, const char *name, Sizes sizes) {
-        STD_TORCH_CHECK(tensor.scalar_type() == torch_type(static_cast<const S *>(nullptr)), name,
-                        ": wrong dtype for the CUDA kernel");
-        const auto got = tensor.sizes();
-        STD_TORCH_CHECK(got.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), got.begin()), name,
-                        ": wrong shape for the CUDA kernel");
-        check_device(tensor, name);
+        check_tensor<S>(tensor, name, sizes);
         if (tensor.is_contiguous()) return static_cast<const S *>(tensor.const_data_ptr());
         kept_.push_back(torch::stable::contiguous(tensor));
         return static_cast<const S *>(kept_.back().const_data_ptr());
     }
     template <typename S> const S *in(const std::optional<Tensor> &tensor, const char *name, Sizes sizes) {
         return tensor ? in<S>(*tensor, name, sizes) : nullptr;
+    }
+    // Rows [G, S] of numbers that may lie apart, by strides in numbers: only the dimensions after the first two must be
+    // contiguous.
+    template <typename S>
+    const S *rows(const Tensor &tensor, const char *name, Sizes sizes, int64_t &task_stride, int64_t &row_stride) {
+        check_tensor<S>(tensor, name, sizes);
+        int64_t inner = 1;
+        bool contiguous = true;
+        for (int64_t d = tensor.dim() - 1; d > 1; inner *= tensor.size(d--))
+            contiguous &= tensor.size(d) == 1 || tensor.stride(d) == inner;
+        task_stride = contiguous ? tensor.stride(0) : tensor.size(1) * inner;
+        row_stride = contiguous ? tensor.stride(1) : inner;
+        return contiguous ? static_cast<const S *>(tensor.const_data_ptr()) : in<S>(tensor, name, sizes);
     }
     Tensor empty(Sizes sizes, ScalarType dtype) const { return torch::stable::new_empty(model_, sizes, dtype); }
     Tensor empty(Sizes sizes) const { return empty(sizes, dtype_); }
@@ -127,7 +135,12 @@ class Call {
     }
 
   private:
-    void check_device(const Tensor &tensor, const char *name) const {
+    template <typename S> void check_tensor(const Tensor &tensor, const char *name, Sizes sizes) const {
+        STD_TORCH_CHECK(tensor.scalar_type() == torch_type(static_cast<const S *>(nullptr)), name,
+                        ": wrong dtype for the CUDA kernel");
+        const auto got = tensor.sizes();
+        STD_TORCH_CHECK(got.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), got.begin()), name,
+                        ": wrong shape for the CUDA kernel");
         STD_TORCH_CHECK(tensor.is_cuda() == model_.is_cuda() && tensor.get_device_index() == model_.get_device_index(),
                         name, ": not on the device of the others");
     }
