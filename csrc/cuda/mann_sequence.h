@@ -5,8 +5,8 @@
 // the examples, whose memory stays in its shared memory.
 #pragma once
 
-#include "product_columns.h"
-#include "product_rows.h"
+#include "recurrent_columns.h"
+#include "recurrent_rows.h"
 #include "step.h"
 
 namespace mann::cuda {

@@ -1,95 +1,68 @@
-// Products of a weight matrix, in shared memory and registers, with one vector for each of the `tile` examples that a
-// cluster works on.
-//
-// float32 multiplies on the FMA units, or on the tensor cores in TF32 where torch allows that; bfloat16 on the tensor
-// cores, with float32 sums. The weights are the 16 side of the tensor cores' products, the examples the 8 side. A thread
-// meets the same weights at every step: the first of them stay in its registers, which no other part of a step needs.
+// A tile of a matrix product by a block, in arithmetic type: no rounding to TF32.
 #pragma once
 
 #include "block.h"
 
 namespace mann::cuda {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / kLanes;
+// The tile is kTileRows x kTileColumns; each of kTileThreads threads has 4 x 4 of its numbers.
+constexpr int kTileRows = 32, kTileColumns = 64, kTileDepth = 16, kTileThreads = 128;
+constexpr int kOwn = 4;
 
-enum class Arithmetic { kFma, kTf32, kBf16 };
+template <typename T> struct Tile {
+    T at[kOwn][kOwn] = {};
 
-MANN_BOTH constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-// A step of the tensor cores is eight words deep; rows and vectors are padded to that with zeros.
-template <typename S> constexpr int kPerWord = sizeof(S) == 2 ? 2 : 1;
-template <typename S> constexpr int kDepth = 8 * kPerWord<S>;
-// How far apart the rows of a matrix, or vectors, stand: 4 words modulo 8, so that what eight groups of four threads
-// read at once lies in different banks.
-template <typename S> MANN_BOTH constexpr int leading(int columns) {
-    return round_up(columns, kDepth<S>) + kDepth<S> / 2;
-}
-
-template <typename S> struct Matrix {
-    const S *numbers; // in shared memory, without what is in registers
-    int leading;
-    int rows, columns;
-    int first; // the column (products of rows) or row (of columns) where the shared part begins
-};
-template <typename S> struct Vectors {
-    const S *numbers; // [tile, leading] in shared memory
-    int leading;
-};
-
-template <typename T> struct QuadOf {
-    using type = float4;
-};
-#if defined(MANN_CUDA_ON_CPU)
-template <> struct QuadOf<double> {
-    using type = double4;
-};
-#endif
-template <typename T> MANN_INLINE void load_quad(const T *from, T to[4]) {
-    const auto quad = *reinterpret_cast<const typename QuadOf<T>::type *>(from);
-    to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
-}
-
-// What a weight is multiplied as.
-template <Arithmetic arithmetic, typename S> MANN_INLINE S as_factor(S weight) {
-    if constexpr (arithmetic == Arithmetic::kTf32) return __uint_as_float(to_tf32(weight));
-    else return weight;
-}
-MANN_INLINE uint32_t word_at(const float *numbers) { return __float_as_uint(*numbers); }
-MANN_INLINE uint32_t word_at(const Bf16 *numbers) { return *reinterpret_cast<const uint32_t *>(numbers); }
-MANN_INLINE uint32_t word_of(float number, float) { return __float_as_uint(number); }
-MANN_INLINE uint32_t word_of(Bf16 low, Bf16 high) {
-    return uint32_t(__bfloat16_as_ushort(low)) | uint32_t(__bfloat16_as_ushort(high)) << 16;
-}
-
-template <Arithmetic arithmetic> MANN_INLINE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    if constexpr (arithmetic == Arithmetic::kTf32) mma_tf32(d, a, b);
-    else mma_bf16(d, a, b);
-}
-// A thread's share of a step's words of the vectors. Examples beyond the tile are the last one again.
-template <Arithmetic arithmetic, int tile, typename S>
-MANN_INLINE void load_vectors(const Vectors<S> &vectors, int step, uint32_t b[2]) {
-    const int lane = lane_of_warp();
-    const S *from = vectors.numbers + min(lane / 4, tile - 1) * vectors.leading + step * kDepth<S> +
-                    lane % 4 * kPerWord<S>;
-    b[0] = word_at(from), b[1] = word_at(from + kDepth<S> / 2);
-    if constexpr (arithmetic == Arithmetic::kTf32)
-        b[0] = to_tf32(__uint_as_float(b[0])), b[1] = to_tf32(__uint_as_float(b[1]));
-}
-
-// Each of the four groups of eight threads of a warp holds a part of every sum; it gets the total of its own line.
-template <int tile, typename T> MANN_INLINE void add_across_groups(T (&sums)[4][tile]) {
-    const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
+    // Where this thread's numbers begin.
+    MANN_INLINE static int row() { return int(threadIdx.x) / (kTileColumns / kOwn) * kOwn; }
+    MANN_INLINE static int column() { return int(threadIdx.x) % (kTileColumns / kOwn) * kOwn; }
+    // f(row, column, number) of the tile, for each of this thread's.
+    template <typename F> MANN_INLINE void each(F &&f) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
+        for (int i = 0; i < kOwn; ++i)
 #pragma unroll
-        for (int e = 0; e < tile; ++e) {
-            const T give = upper ? sums[j][e] : sums[j + 2][e], keep = upper ? sums[j + 2][e] : sums[j][e];
-            sums[j][e] = keep + __shfl_xor_sync(kWholeWarp, give, 16);
+            for (int j = 0; j < kOwn; ++j) f(row() + i, column() + j, at[i][j]);
+    }
+};
+
+// Two operands in shared memory, deep ones beside each other; rows stand apart so that vectors of four are aligned.
+template <typename T> struct Operands {
+    static constexpr int kRowStride = kTileRows + 4, kColumnStride = kTileColumns + 4;
+    static constexpr int kSize = kTileDepth * (kRowStride + kColumnStride);
+    T *rows, *columns;
+    MANN_INLINE explicit Operands(T *shared) : rows(shared), columns(shared + kTileDepth * kRowStride) {}
+};
+
+// Which index of an operand's neighbours are neighbours in memory.
+enum class Fast { kDepth, kOther };
+
+// Numbers f(i, k), i < count, k < kTileDepth, to shared[k * stride + i]: neighbours by neighbouring threads.
+template <Fast fast, int count, typename T, typename F> MANN_INLINE void fill(T *shared, int stride, F &&f) {
+    for (int at = int(threadIdx.x); at < count * kTileDepth; at += kTileThreads) {
+        const int i = fast == Fast::kDepth ? at / kTileDepth : at % count;
+        const int k = fast == Fast::kDepth ? at % kTileDepth : at / count;
+        shared[k * stride + i] = f(i, k);
+    }
+}
+
+// tile += sum over k < depth of a(row, k) b(column, k). What is outside the matrices a and b give as zero, also beyond
+// depth. Starts and ends with a barrier between it and other uses of the operands.
+template <Fast fast_a, Fast fast_b, typename T, typename A, typename B>
+MANN_INLINE void multiply(Tile<T> &tile, int depth, const Operands<T> &operands, A &&a, B &&b) {
+    using Op = Operands<T>;
+    for (int k0 = 0; k0 < depth; k0 += kTileDepth) {
+        fill<fast_a, kTileRows>(operands.rows, Op::kRowStride, [&](int i, int k) { return a(i, k0 + k); });
+        fill<fast_b, kTileColumns>(operands.columns, Op::kColumnStride, [&](int j, int k) { return b(j, k0 + k); });
+        __syncthreads();
+#pragma unroll 4
+        for (int k = 0; k < kTileDepth; ++k) {
+            const Heads<T> x = load_heads(operands.rows + k * Op::kRowStride + tile.row(), 0);
+            const Heads<T> y = load_heads(operands.columns + k * Op::kColumnStride + tile.column(), 0);
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i)
+#pragma unroll
+                for (int j = 0; j < kOwn; ++j) tile.at[i][j] += x.head[i] * y.head[j];
         }
-#pragma unroll
-    for (int e = 0; e < tile; ++e) {
-        const T give = odd ? sums[0][e] : sums[1][e], keep = odd ? sums[1][e] : sums[0][e];
-        sums[0][e] = keep + __shfl_xor_sync(kWholeWarp, give, 8);
+        __syncthreads();
     }
 }
 

@@ -1,7 +1,7 @@
 // vector . weights for every example: sums over the rows of each column.
 #pragma once
 
-#include "product.h"
+#include "recurrent_product.h"
 
 namespace mann::cuda {
 

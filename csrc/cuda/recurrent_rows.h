@@ -1,7 +1,7 @@
 // weights . vector for every example: sums over the columns of each row.
 #pragma once
 
-#include "product.h"
+#include "recurrent_product.h"
 
 namespace mann::cuda {
 
