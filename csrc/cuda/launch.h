@@ -1,0 +1,143 @@
+// What the entry points of the CUDA kernels share: tensors in and out, the stream, and how an operator is registered.
+//
+// A kernel's file ends with STABLE_TORCH_LIBRARY_IMPL(MANN_LIBRARY, MANN_KEY, m); the build that runs the kernels on
+// the CPU names another library and the CPU there.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <dlfcn.h>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "device.h"
+
+#if !defined(MANN_LIBRARY)
+#define MANN_LIBRARY mann
+#define MANN_KEY CUDA
+#endif
+
+namespace mann::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::initializer_list<int64_t>;
+
+inline ScalarType torch_type(const float *) { return ScalarType::Float; }
+inline ScalarType torch_type(const double *) { return ScalarType::Double; }
+inline ScalarType torch_type(const Bf16 *) { return ScalarType::BFloat16; }
+inline ScalarType torch_type(const int32_t *) { return ScalarType::Int; }
+inline ScalarType torch_type(const int64_t *) { return ScalarType::Long; }
+
+// The tensors of one call, all on the device of `model`, which also decides the storage type; and where to launch.
+class Call {
+  public:
+    explicit Call(const Tensor &model) : model_(model), dtype_(model.scalar_type()) {
+#if defined(MANN_CUDA_ON_CPU)
+        STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Double,
+                        "the CUDA kernels on the CPU take float32, bfloat16 and float64");
+#else
+        STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16,
+                        "the CUDA kernels take float32 and bfloat16");
+        int device;
+        check(cudaGetDevice(&device), "the CUDA kernels find no device");
+        STD_TORCH_CHECK(model.is_cuda(), "the CUDA kernels take CUDA tensors");
+        guard_.emplace(model.get_device_index());
+#endif
+    }
+
+    ScalarType dtype() const { return dtype_; }
+    ScalarType arithmetic() const { return dtype_ == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+    // The data of a contiguous tensor of type S, these sizes and this device: what memory safety needs, whoever
+    // calls.
+    template <typename S> const S *in(const Tensor &tensor, const char *name, Sizes sizes) {
+        STD_TORCH_CHECK(tensor.scalar_type() == torch_type(static_cast<const S *>(nullptr)), name,
+                        ": wrong dtype for the CUDA kernel");
+        const auto got = tensor.sizes();
+        STD_TORCH_CHECK(got.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), got.begin()), name,
+                        ": wrong shape for the CUDA kernel");
+        check_device(tensor, name);
+        if (tensor.is_contiguous()) return static_cast<const S *>(tensor.const_data_ptr());
+        kept_.push_back(torch::stable::contiguous(tensor));
+        return static_cast<const S *>(kept_.back().const_data_ptr());
+    }
+    template <typename S> const S *in(const std::optional<Tensor> &tensor, const char *name, Sizes sizes) {
+        return tensor ? in<S>(*tensor, name, sizes) : nullptr;
+    }
+    Tensor empty(Sizes sizes, ScalarType dtype) const { return torch::stable::new_empty(model_, sizes, dtype); }
+    Tensor empty(Sizes sizes) const { return empty(sizes, dtype_); }
+
+    // So many numbers of arithmetic type, not initialised. They are torch's again when the call ends, and its allocator
+    // hands them on in the order of the stream.
+    void *scratch(int64_t elements) {
+        kept_.push_back(empty({elements}, arithmetic()));
+        return kept_.back().mutable_data_ptr();
+    }
+
+    // Bytes of shared memory that a block may have.
+    int64_t shared_limit() const {
+#if defined(MANN_CUDA_ON_CPU)
+        return 232448; // as on sm_90
+#else
+        int bytes;
+        check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, model_.get_device_index()),
+              "shared memory");
+        return bytes;
+#endif
+    }
+
+    // Calls f with a value of the storage type: f(S()).
+    template <typename F> void with_storage(F &&f) const {
+        if (dtype_ == ScalarType::Float) f(float());
+        if (dtype_ == ScalarType::BFloat16) f(Bf16());
+#if defined(MANN_CUDA_ON_CPU)
+        if (dtype_ == ScalarType::Double) f(double()); // for gradcheck
+#endif
+    }
+
+    // torch's current stream on this device.
+    Stream stream() const {
+#if defined(MANN_CUDA_ON_CPU)
+        return Stream();
+#else
+        // Of the part of torch that is only there where torch has CUDA, so it is looked up, not linked. (The function
+        // for it in torch's stable ABI came with 2.13.)
+        using Current = int32_t (*)(int32_t, void **);
+        static const auto current = reinterpret_cast<Current>(
+            dlsym(dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD), "aoti_torch_get_current_cuda_stream"));
+        STD_TORCH_CHECK(current != nullptr, "mann_kernels: this torch has no CUDA");
+        void *stream = nullptr;
+        STD_TORCH_CHECK(current(model_.get_device_index(), &stream) == 0, "mann_kernels: no CUDA stream");
+        return static_cast<Stream>(stream);
+#endif
+    }
+
+  private:
+    void check_device(const Tensor &tensor, const char *name) const {
+#if !defined(MANN_CUDA_ON_CPU)
+        STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == model_.get_device_index(), name,
+                        ": not on the device of the others");
+#endif
+    }
+
+    const Tensor &model_;
+    ScalarType dtype_;
+    std::vector<Tensor> kept_;
+#if !defined(MANN_CUDA_ON_CPU)
+    std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+#endif
+};
+
+template <typename S> S *out(const Tensor &tensor) { return static_cast<S *>(tensor.mutable_data_ptr()); }
+
+} // namespace mann::cuda
