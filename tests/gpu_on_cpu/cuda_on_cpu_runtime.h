@@ -79,6 +79,7 @@ inline char *map(size_t size) {
 
 struct Cluster {
     ~Cluster() {
+        for (Fiber &fiber : fibers) sanitized_end(fiber.sanitized);
         for (Block &block : blocks) {
             sanitized_whole(block.memory, block.memory_size);
             munmap(block.memory, block.memory_size);

@@ -286,7 +286,6 @@ void run_cluster(Cluster &mine, size_t first, int size, dim3 grid, dim3 block, s
     if (!error && mine.alive != 0)
         error = std::make_exception_ptr(
             std::runtime_error("CUDA on the CPU: " + std::string(kernel_name) + ": " + who_waits()));
-    for (Fiber &fiber : mine.fibers) sanitized_end(fiber.sanitized);
     if (SEPARATE_CLUSTERS) stacks.clear();
 }
 

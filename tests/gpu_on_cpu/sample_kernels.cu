@@ -54,7 +54,8 @@ template <Fault fault> __global__ void exchange(const float *in, float *out, int
     cluster_barrier(); // all blocks are there
     for (int step = 0; step < n; ++step) {
         const int buffer = fault == SINGLE_BUFFER ? 0 : step % 2 * 8;
-        if (to < size) of_rank(numbers + buffer, to)[rank + (fault == ONE_PAST_OF_OTHER && buffer ? 8 - size + 1 : 0)] = mine;
+        if (to < size)
+            of_rank(numbers + buffer, to)[rank + (fault == ONE_PAST_OF_OTHER && buffer ? 8 - size + 1 : 0)] = mine;
         if (fault != MISSING_CLUSTER_BARRIER) cluster_barrier();
         mine = 1;
         for (int i = 0; i < size; ++i) mine += numbers[buffer + i] / size;
@@ -158,6 +159,14 @@ __global__ void numbers(const float *in, float *out, int n) {
 
 #if defined(MANN_CUDA_ON_CPU)
 #include <map>
+#include <string>
+
+// out[i] = the thread that came i-th.
+__global__ void order(const float *, float *out, int) {
+    static int come;
+    if (come == static_cast<int>(gridDim.x * blockDim.x)) come = 0;
+    out[come++] = static_cast<float>(blockIdx.x * blockDim.x + threadIdx.x);
+}
 
 using Kernel = void (*)(const float *, float *, int);
 static const std::map<std::string, Kernel> kernels = {
@@ -184,6 +193,7 @@ static const std::map<std::string, Kernel> kernels = {
     {"hand on", hand_on<RIGHT>},
     {"hand on, shuffle for barrier", hand_on<SHUFFLE_FOR_BARRIER>},
     {"numbers", numbers},
+    {"order", order},
 };
 
 // What went wrong, or null.
