@@ -20,6 +20,12 @@ template <typename V> MANN_INLINE V hyperbolic_tangent(V x) {
     return e / (e + 2);
 }
 
+// 1 - tanh^2 x without the difference, in which the rounding of tanh would count twice.
+template <typename V> MANN_INLINE V hyperbolic_tangent_slope(V x) {
+    const V zero{}, e = exponential(x < zero ? x + x : -x - x);
+    return 4 * e / ((1 + e) * (1 + e));
+}
+
 // Eq. 9 to 15: the new c. The four gates enter before, and leave after, their activation.
 template <typename V> MANN_INLINE V lstm_cell_state(V &gate_in, V &gate_forget, V &cell, V &gate_out, V c) {
     gate_in = sigmoid(gate_in);

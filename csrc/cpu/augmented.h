@@ -47,11 +47,7 @@ template <typename T> inline Activated<T> activate(int64_t activation, Vec<T> x)
     const Vec<T> zero{}, one = zero + 1;
     if (activation == kRelu) return {x <= zero ? zero : x, x <= zero ? zero : one}; // NaN stays NaN
     if (activation == kGelu) return gelu<T>(x);
-    if (activation == kTanh) {
-        // 1 - tanh^2 without the difference, in which the rounding of tanh would count twice
-        const Vec<T> e = exponential(x < zero ? x + x : -x - x);
-        return {hyperbolic_tangent(x), 4 * e / ((1 + e) * (1 + e))};
-    }
+    if (activation == kTanh) return {hyperbolic_tangent(x), hyperbolic_tangent_slope(x)};
     return {x, one};
 }
 

@@ -38,6 +38,12 @@ inline ScalarType torch_type(const Bf16 *) { return ScalarType::BFloat16; }
 inline ScalarType torch_type(const int32_t *) { return ScalarType::Int; }
 inline ScalarType torch_type(const int64_t *) { return ScalarType::Long; }
 
+// Offsets inside an example are 32 bits.
+inline void check_offsets(int64_t N, int64_t W, int64_t R) {
+    STD_TORCH_CHECK(N > 0 && W > 0 && R > 0 && N * W < int64_t(1) << 31 && N * R < int64_t(1) << 28,
+                    "the CUDA kernels take memories of up to 2^31 numbers: got N=", N, ", W=", W, ", R=", R);
+}
+
 // The tensors of one call, all on the device of `model`, which also decides the storage type; and where to launch.
 class Call {
   public:
@@ -61,12 +67,7 @@ class Call {
     // The data of a contiguous tensor of type S, these sizes and this device: what memory safety needs, whoever
     // calls.
     template <typename S> const S *in(const Tensor &tensor, const char *name, Sizes sizes) {
-        STD_TORCH_CHECK(tensor.scalar_type() == torch_type(static_cast<const S *>(nullptr)), name,
-                        ": wrong dtype for the CUDA kernel");
-        const auto got = tensor.sizes();
-        STD_TORCH_CHECK(got.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), got.begin()), name,
-                        ": wrong shape for the CUDA kernel");
-        check_device(tensor, name);
+        check_tensor<S>(tensor, name, sizes);
         if (tensor.is_contiguous()) return static_cast<const S *>(tensor.const_data_ptr());
         kept_.push_back(torch::stable::contiguous(tensor));
         return static_cast<const S *>(kept_.back().const_data_ptr());
@@ -74,26 +75,37 @@ class Call {
     template <typename S> const S *in(const std::optional<Tensor> &tensor, const char *name, Sizes sizes) {
         return tensor ? in<S>(*tensor, name, sizes) : nullptr;
     }
+    // Rows [G, S] of numbers that may lie apart, by strides in numbers: only the dimensions after the first two must be
+    // contiguous.
+    template <typename S>
+    const S *rows(const Tensor &tensor, const char *name, Sizes sizes, int64_t &task_stride, int64_t &row_stride) {
+        check_tensor<S>(tensor, name, sizes);
+        int64_t inner = 1;
+        bool contiguous = true;
+        for (int64_t d = tensor.dim() - 1; d > 1; inner *= tensor.size(d--))
+            contiguous &= tensor.size(d) == 1 || tensor.stride(d) == inner;
+        task_stride = contiguous ? tensor.stride(0) : tensor.size(1) * inner;
+        row_stride = contiguous ? tensor.stride(1) : inner;
+        return contiguous ? static_cast<const S *>(tensor.const_data_ptr()) : in<S>(tensor, name, sizes);
+    }
     Tensor empty(Sizes sizes, ScalarType dtype) const { return torch::stable::new_empty(model_, sizes, dtype); }
     Tensor empty(Sizes sizes) const { return empty(sizes, dtype_); }
 
     // So many numbers of arithmetic type, not initialised. They are torch's again when the call ends, and its allocator
     // hands them on in the order of the stream.
-    void *scratch(int64_t elements) {
+    template <typename T> T *scratch(int64_t elements) {
         kept_.push_back(empty({elements}, arithmetic()));
-        return kept_.back().mutable_data_ptr();
+        return static_cast<T *>(kept_.back().mutable_data_ptr());
     }
 
-    // Bytes of shared memory that a block may have.
-    int64_t shared_limit() const {
-#if defined(MANN_CUDA_ON_CPU)
-        return 232448; // as on sm_90
-#else
-        int bytes;
-        check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, model_.get_device_index()),
+    // Whether a block may have so many numbers of arithmetic type in shared memory.
+    bool fits_shared(int64_t elements) const {
+        int limit = 232448; // as on sm_90
+#if !defined(MANN_CUDA_ON_CPU)
+        check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, model_.get_device_index()),
               "shared memory");
-        return bytes;
 #endif
+        return elements * (arithmetic() == ScalarType::Double ? 8 : 4) <= limit;
     }
 
     // Calls f with a value of the storage type: f(S()).
@@ -123,11 +135,14 @@ class Call {
     }
 
   private:
-    void check_device(const Tensor &tensor, const char *name) const {
-#if !defined(MANN_CUDA_ON_CPU)
-        STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == model_.get_device_index(), name,
-                        ": not on the device of the others");
-#endif
+    template <typename S> void check_tensor(const Tensor &tensor, const char *name, Sizes sizes) const {
+        STD_TORCH_CHECK(tensor.scalar_type() == torch_type(static_cast<const S *>(nullptr)), name,
+                        ": wrong dtype for the CUDA kernel");
+        const auto got = tensor.sizes();
+        STD_TORCH_CHECK(got.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), got.begin()), name,
+                        ": wrong shape for the CUDA kernel");
+        STD_TORCH_CHECK(tensor.is_cuda() == model_.is_cuda() && tensor.get_device_index() == model_.get_device_index(),
+                        name, ": not on the device of the others");
     }
 
     const Tensor &model_;

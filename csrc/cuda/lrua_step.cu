@@ -142,45 +142,37 @@ __global__ void __launch_bounds__(kThreads, 1) lrua_step_backward_kernel(const L
     });
 }
 
-// Both directions: the shape, and a launch with the block's numbers in shared memory if they fit.
-template <typename S, typename Plan, typename Args, typename Kernel>
-static void launch_step(Call &call, Args &a, int64_t B, const Tensor &read_weights, const Tensor &key, bool shared,
-                        bool erase_all, double decay, double eps, Kernel in_shared, Kernel in_global) {
-    using T = Arith<S>;
-    const int64_t N = read_weights.size(2), W = key.size(2), R = key.size(1);
-    const auto shape = [&](bool fits) {
-        return StepShape<T>{MemoryShape::of(N, W, R, kThreads, fits), shared, erase_all, T(decay), T(eps)};
+// Both directions: where the numbers of a block stand, and how.
+template <typename Plan, typename Args>
+static int64_t place(Call &call, Args &a, const Tensor &read_weights, const Tensor &key, bool shared, bool erase_all,
+                     double decay, double eps) {
+    using T = decltype(a.shape.eps);
+    STD_TORCH_CHECK(read_weights.dim() == 3 && key.dim() == 3, "lrua_step: wrong number of dimensions");
+    const int64_t B = read_weights.size(0), N = read_weights.size(2), W = key.size(2), R = key.size(1);
+    check_offsets(N, W, R);
+    STD_TORCH_CHECK(R <= N, "lrua_step: more heads than slots");
+    const auto shape = [&](bool in_shared) {
+        return StepShape<T>{MemoryShape::of(N, W, R, kThreads, in_shared), shared, erase_all, T(decay), T(eps)};
     };
     a.shape = shape(true);
-    const int64_t bytes = Plan(a.shape).size * int64_t(sizeof(T));
-    if (B == 0) return;
-    if (bytes <= call.shared_limit()) {
-        MANN_LAUNCH(in_shared, B, kThreads, 1, bytes, call.stream(), a);
-    } else {
-        a.shape = shape(false);
-        a.workspace = static_cast<T *>(call.scratch(B * Plan(a.shape).size));
-        MANN_LAUNCH(in_global, B, kThreads, 1, 0, call.stream(), a);
-    }
-}
-
-static void check_sizes(const Tensor &read_weights, const Tensor &key) {
-    STD_TORCH_CHECK(read_weights.dim() == 3 && key.dim() == 3, "lrua_step: wrong number of dimensions");
-    const int64_t N = read_weights.size(2), W = key.size(2), R = key.size(1);
-    STD_TORCH_CHECK(R > 0 && W > 0 && R <= N, "lrua_step: an empty memory, or more heads than slots");
-    STD_TORCH_CHECK(N * W < int64_t(1) << 31 && N * R < int64_t(1) << 29, "lrua_step: N * W numbers are too many");
+    const int64_t size = Plan(a.shape).size;
+    if (call.fits_shared(size)) return size * int64_t(sizeof(T));
+    a.shape = shape(false);
+    a.workspace = call.scratch<T>(B * Plan(a.shape).size);
+    return 0;
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
 lrua_step_cuda(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, Tensor gate, std::optional<Tensor> beta,
                std::optional<Tensor> add, bool shared, bool erase_all, double decay, double eps) {
     Call call(memory);
-    check_sizes(read_weights, key);
     const int64_t B = read_weights.size(0), N = read_weights.size(2), W = key.size(2), R = key.size(1);
     Tensor reads = call.empty({B, R, W}), memory1 = call.empty({B, N, W}), usage1 = call.empty({B, N});
     Tensor read_weights1 = call.empty({B, R, N}), least_used = call.empty({B, R}, ScalarType::Int);
     call.with_storage([&](auto zero) {
         using S = decltype(zero);
         LruaStepArgs<S> a{};
+        const int64_t bytes = place<LruaStepPlan>(call, a, read_weights, key, shared, erase_all, decay, eps);
         a.memory = call.in<S>(memory, "memory", {B, N, W});
         a.usage = call.in<S>(usage, "usage", {B, N});
         a.read_weights = call.in<S>(read_weights, "read_weights", {B, R, N});
@@ -190,8 +182,8 @@ lrua_step_cuda(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, Ten
         a.add = call.in<S>(add, "add", {B, R, W});
         a.reads = out<S>(reads), a.memory1 = out<S>(memory1), a.usage1 = out<S>(usage1);
         a.read_weights1 = out<S>(read_weights1), a.least_used = out<int32_t>(least_used);
-        launch_step<S, LruaStepPlan>(call, a, B, read_weights, key, shared, erase_all, decay, eps,
-                                     &lrua_step_kernel<S, true>, &lrua_step_kernel<S, false>);
+        const auto lrua_step = a.workspace ? &lrua_step_kernel<S, false> : &lrua_step_kernel<S, true>;
+        if (B > 0) MANN_LAUNCH(lrua_step, B, kThreads, 1, bytes, call.stream(), a);
     });
     return {reads, memory1, usage1, read_weights1, least_used};
 }
@@ -201,7 +193,6 @@ lrua_step_backward_cuda(Tensor dreads, std::optional<Tensor> dmemory1, std::opti
                         Tensor memory, Tensor read_weights, Tensor key, Tensor gate, std::optional<Tensor> beta,
                         std::optional<Tensor> add, Tensor least_used, bool shared, bool erase_all, double eps) {
     Call call(memory);
-    check_sizes(read_weights, key);
     const int64_t B = read_weights.size(0), N = read_weights.size(2), W = key.size(2), R = key.size(1);
     Tensor dmemory = call.empty({B, N, W}), dread_weights = call.empty({B, R, N}), dkey = call.empty({B, R, W});
     Tensor dgate = call.empty({B, R}), dbeta = beta ? call.empty({B, R}) : call.empty({0});
@@ -209,6 +200,7 @@ lrua_step_backward_cuda(Tensor dreads, std::optional<Tensor> dmemory1, std::opti
     call.with_storage([&](auto zero) {
         using S = decltype(zero);
         LruaStepBackwardArgs<S> a{};
+        const int64_t bytes = place<LruaStepBackwardPlan>(call, a, read_weights, key, shared, erase_all, 0, eps);
         a.dreads = call.in<S>(dreads, "dreads", {B, R, W});
         a.dmemory1 = call.in<S>(dmemory1, "dmemory1", {B, N, W});
         a.dread_weights1 = call.in<S>(dread_weights1, "dread_weights1", {B, R, N});
@@ -221,8 +213,9 @@ lrua_step_backward_cuda(Tensor dreads, std::optional<Tensor> dmemory1, std::opti
         a.least_used = call.in<int32_t>(least_used, "least_used", {B, R});
         a.dmemory = out<S>(dmemory), a.dread_weights = out<S>(dread_weights), a.dkey = out<S>(dkey);
         a.dgate = out<S>(dgate), a.dbeta = out<S>(dbeta), a.dadd = out<S>(dadd);
-        launch_step<S, LruaStepBackwardPlan>(call, a, B, read_weights, key, shared, erase_all, 0, eps,
-                                             &lrua_step_backward_kernel<S, true>, &lrua_step_backward_kernel<S, false>);
+        const auto lrua_step_backward =
+            a.workspace ? &lrua_step_backward_kernel<S, false> : &lrua_step_backward_kernel<S, true>;
+        if (B > 0) MANN_LAUNCH(lrua_step_backward, B, kThreads, 1, bytes, call.stream(), a);
     });
     return {dmemory, dread_weights, dkey, dgate, dbeta, dadd};
 }
