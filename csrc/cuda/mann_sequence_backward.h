@@ -171,7 +171,10 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
     MANN_INLINE void take_head(int64_t t) const {
         const int64_t row = t * s.B + owned;
         make_head(s, head(), [&](int p) { return a.heads[row * s.head() + p] + at<T>(l.bias_head)[p]; });
-        for_each(s.R, [&](int h) { at<int32_t>(l.least_used)[h] = a.saved_least_used[row * s.R + h]; });
+        // whoever calls, no slot is outside memory
+        for_each(s.R, [&](int h) {
+            at<int32_t>(l.least_used)[h] = max(0, min(a.saved_least_used[row * s.R + h], s.N - 1));
+        });
     }
     MANN_INLINE void take_cells_again(int64_t start, int64_t stop) {
         if (!has_unit) return;

@@ -112,7 +112,7 @@ MANN_INLINE void columns_by_tensor(const Matrix<S> &weights, const uint32_t (*re
 constexpr int kMostColumns = 2 * 16 * kWarps;
 template <Arithmetic arithmetic, int tile, typename S, typename F>
 MANN_INLINE void vectors_times_columns(const Matrix<S> &weights, const Vectors<S> &vectors, F &&give) {
-    if constexpr (arithmetic == Arithmetic::kFma) columns_by_fma<tile, 0>(weights, nullptr, vectors, give);
+    if constexpr (arithmetic == Arithmetic::kFma) columns_by_fma<tile, 0>(weights, static_cast<const S(*)[4][4]>(nullptr), vectors, give);
     else columns_by_tensor<arithmetic, tile, 0>(weights, nullptr, vectors, give);
 }
 

@@ -10,7 +10,7 @@
 
 namespace mann::cuda {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 512; // of a block
 constexpr int kWarps = kThreads / kLanes;
 
 enum class Arithmetic { kFma, kTf32, kBf16 };
