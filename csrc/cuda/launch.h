@@ -98,14 +98,18 @@ class Call {
         return static_cast<T *>(kept_.back().mutable_data_ptr());
     }
 
-    // Whether a block may have so many numbers of arithmetic type in shared memory.
-    bool fits_shared(int64_t elements) const {
+    // Bytes of shared memory that a block may have.
+    int64_t shared_limit() const {
         int limit = 232448; // as on sm_90
 #if !defined(MANN_CUDA_ON_CPU)
         check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, model_.get_device_index()),
               "shared memory");
 #endif
-        return elements * (arithmetic() == ScalarType::Double ? 8 : 4) <= limit;
+        return limit;
+    }
+    // Whether a block may have so many numbers of arithmetic type there.
+    bool fits_shared(int64_t elements) const {
+        return elements * (arithmetic() == ScalarType::Double ? 8 : 4) <= shared_limit();
     }
 
     // Calls f with a value of the storage type: f(S()).

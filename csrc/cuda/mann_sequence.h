@@ -1,0 +1,105 @@
+// What the two directions of mann_sequence share: sizes, weights and heads.
+//
+// A cluster of `tile` blocks takes `tile` examples through time. Each block has a share of the hidden units: their rows
+// of weight_hh (all four gates) and their columns of weight_head stay with it for the whole episode. It also owns one of
+// the examples, whose memory stays in its shared memory.
+#pragma once
+
+#include "recurrent_columns.h"
+#include "recurrent_rows.h"
+#include "step.h"
+
+namespace mann::cuda {
+
+struct MannSizes {
+    int64_t T, B, checkpoint_every;
+    int N, W, R, H, tile;
+    bool write_add, key_strength, squash;
+
+    MANN_BOTH int words() const { return R * W; }
+    MANN_BOTH int beta_at() const { return words() + R; }
+    MANN_BOTH int add_at() const { return beta_at() + (key_strength ? R : 0); }
+    MANN_BOTH int head() const { return add_at() + (write_add ? words() : 0); }
+    MANN_BOTH int units() const { return (H + tile - 1) / tile; } // of a block
+    MANN_BOTH int64_t recurrent() const { return H + words(); }
+    // The recurrent input with h padded to whole steps of the tensor cores.
+    template <typename S> MANN_BOTH int reads_at() const { return round_up(H, kDepth<S>); }
+    template <typename S> MANN_BOTH int padded() const { return reads_at<S>() + words(); }
+};
+
+// Hands out shared memory, on 16 bytes: offsets.
+class Carver {
+  public:
+    explicit Carver(int64_t start = 0) : bytes_(start) {}
+    template <typename T> int take(int64_t numbers) {
+        const int64_t at = bytes_;
+        bytes_ += (numbers * int64_t(sizeof(T)) + 15) / 16 * 16;
+        return int(at);
+    }
+    int64_t bytes() const { return bytes_; }
+
+  private:
+    int64_t bytes_;
+};
+
+// The part of a block in its cluster.
+template <typename S> struct Share {
+    const MannSizes &s;
+    int rank, first_unit, own; // own units: the last block may have fewer than units()
+    int64_t first_example;
+
+    MANN_INLINE Share(const MannSizes &sizes)
+        : s(sizes), rank(cluster_rank()), first_unit(rank * s.units()), own(max(min(s.H - first_unit, s.units()), 0)),
+          first_example(int64_t(blockIdx.x) / s.tile * s.tile) {}
+
+    // weight_hh [4H, H + words] at a row of the block, gate after gate, and a column of the padded input.
+    MANN_INLINE S weight_hh(const S *weights, int row, int column) const {
+        const int gate = row / s.units(), unit = row % s.units(), reads = s.reads_at<S>();
+        const int k = column < s.H ? column : (column < reads ? -1 : s.H + column - reads);
+        if (gate > 3 || unit >= own || k < 0 || k >= s.recurrent()) return S(0.0f);
+        return weights[(int64_t(gate) * s.H + first_unit + unit) * s.recurrent() + k];
+    }
+    // weight_head [head, H], transposed.
+    MANN_INLINE S weight_head(const S *weights, int unit, int p) const {
+        return unit < own && p < s.head() ? weights[int64_t(p) * s.H + first_unit + unit] : S(0.0f);
+    }
+};
+
+// Of example b; none if it does not exist.
+MANN_INLINE int64_t real_steps(const MannSizes &s, const int64_t *lengths, int64_t b) {
+    if (b >= s.B) return 0;
+    return lengths ? max(min(lengths[b], s.T), int64_t(0)) : s.T;
+}
+
+// The matrix [rows, columns] into rows that stand `leading` apart, with what is between them. at(row, column) is a
+// weight, or zero beyond the matrix.
+template <Arithmetic arithmetic, typename S, typename At>
+MANN_INLINE void take_matrix(S *target, int rows, int leading, At &&at) {
+    for_numbers(rows, leading, [&](int row, int column, int i) { target[i] = as_factor<arithmetic>(at(row, column)); });
+}
+template <typename S> MANN_INLINE void fill_zero(S *target, int count) {
+    for_each(count, [&](int i) { target[i] = S(0.0f); });
+}
+
+// A head as the memory's step wants it.
+template <typename T> struct Head {
+    T *key, *add;   // [G, W, 4]; add is key if the key is written
+    T *gate, *beta; // [R]; gate after its sigmoid; beta null if the strength is 1
+};
+// raw(p) is number p of the head before the activations.
+template <typename T, typename Raw> MANN_INLINE void make_head(const MannSizes &s, const Head<T> &head, Raw &&raw) {
+    for_numbers(head_groups(s.R) * kHeadGroup, s.W, [&](int h, int w, int i) {
+        const int64_t at = of_head(h, w, s.W);
+        const auto activated = [&](T x) { return s.squash ? hyperbolic_tangent(x) : x; };
+        head.key[at] = h < s.R ? activated(raw(i)) : T(0);
+        if (s.write_add) head.add[at] = h < s.R ? activated(raw(s.add_at() + i)) : T(0);
+    });
+    for_each(s.R, [&](int h) {
+        head.gate[h] = sigmoid(raw(s.words() + h));
+        if (!s.key_strength) return;
+        const T x = raw(s.beta_at() + h);
+        head.beta[h] = x > 20 ? x : T(log1p(exponential(x))); // softplus
+    });
+}
+
+} // namespace mann::cuda

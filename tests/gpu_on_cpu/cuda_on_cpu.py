@@ -1,0 +1,151 @@
+"""The CUDA kernels of csrc/cuda compiled for the CPU, from their own source: what backend("cuda") is on CPU tensors.
+
+    with cuda_on_cpu(seed=3):
+        ...  # operators, on CPU tensors
+
+Kernels and host code go through g++ with cuda_on_cpu.h in place of CUDA. Sanitizers must be there before Python is: see
+sanitized() and run_cuda_on_cpu.py.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import torch
+import torch.utils.cpp_extension as cpp
+
+import mann_kernels
+from mann_kernels import _backend, _library
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "cuda_on_cpu"
+LIBRARY = "mann_cuda_on_cpu"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+#: By the sanitizers: flags of the kernels, flags of the runtime, the shared libraries that must come first.
+KINDS = {
+    "plain": ("-O2", "-O2", ()),
+    "address": ("-O1 -g1 -fsanitize=address,undefined -fno-omit-frame-pointer", "-O2 -DMANN_ASAN", ("asan", "ubsan")),
+    "thread": ("-O1 -g1 -fsanitize=thread", "-O2 -DMANN_TSAN", ("tsan",)),
+}
+FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
+#: CUDA compilers do not assume that pointers to different types point to different memory.
+OF_KERNELS = (
+    "-fno-strict-aliasing -fno-math-errno -DMANN_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020a000000000000ULL"
+    f" -DMANN_LIBRARY={LIBRARY} -DMANN_KEY=CPU -x c++"
+)
+
+
+def ninja_file(kind: str, sources: list[Path], csrc: Path, library: Path) -> str:
+    kernel_flags, runtime_flags, _ = KINDS[kind]
+    compiler = os.environ.get("CXX", "g++")
+    includes = " ".join(f"-isystem {path}" for path in cpp.include_paths()) + f" -I{csrc / 'cuda'} -I{HERE}"
+    paths = " ".join(f"-L{path} -Wl,-rpath,{path}" for path in cpp.library_paths())
+    sanitize = " ".join(flag for flag in kernel_flags.split() if flag.startswith("-fsanitize"))
+    lines = [
+        "rule compile",
+        f"  command = {compiler} {FLAGS} $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} -shared {sanitize} $in {paths} -ltorch_cpu -o $out",
+    ]
+    objects = []
+    for source in [*sorted(HERE.glob("cuda_on_cpu_*.cpp")), *sources]:
+        mine = f"{kernel_flags} {OF_KERNELS} {includes}" if source.suffix == ".cu" else runtime_flags
+        objects.append(library.parent / f"{source.stem}.o")
+        lines += [f"build {objects[-1]}: compile {source}", f"  flags = {mine}"]
+    lines.append(f"build {library}: link {' '.join(map(str, objects))}")
+    return "\n".join(lines) + "\n"
+
+
+def build(kind: str = "plain", *, sources: list[Path] | None = None, csrc: Path = CSRC, folder: Path = BUILD) -> Path:
+    """The library of `sources` (all of csrc/cuda), compiled where anything changed."""
+    folder = folder / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{LIBRARY}.so"
+    sources = sorted((csrc / "cuda").glob("*.cu")) if sources is None else sources
+    with filelock.FileLock(folder / "lock"):
+        (folder / "build.ninja").write_text(ninja_file(kind, sources, csrc, library))
+        command = [sys.executable, "-m", "ninja", "--quiet", "-C", str(folder)]
+        made = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if made.returncode != 0:
+        raise RuntimeError(f"the CUDA kernels do not compile for the CPU:\n{made.stdout}")
+    return library
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be compiled for the CPU here; None if they can."""
+    if os.uname().machine != "x86_64":
+        return "the switch between threads is written for x86-64"
+    return None if shutil.which(os.environ.get("CXX", "g++")) else "no C++ compiler"
+
+
+def sanitized(kind: str) -> dict[str, str]:
+    """Environment variables for a process that loads a library of this kind; its reports end it, with exit code 77."""
+    libraries = [f"lib{name}.so" for name in KINDS[kind][2]]
+    found = [subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip() for name in libraries]
+    options = "exitcode=77:halt_on_error=1"
+    return {
+        "LD_PRELOAD": " ".join([*found, subprocess.check_output(["gcc", "-print-file-name=libstdc++.so.6"], text=True).strip()]),
+        "ASAN_OPTIONS": f"{options}:detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": f"{options}:print_stacktrace=1",
+        "TSAN_OPTIONS": f"{options}:ignore_noninstrumented_modules=1:report_signal_unsafe=0",
+    }
+
+
+@functools.cache
+def load(library: Path) -> ctypes.CDLL:
+    """Loads the operators as mann_cuda_on_cpu::<name>, with the schemas of mann::<name>; one library to a process."""
+    _define()
+    torch.ops.load_library(str(library))
+    return ctypes.CDLL(str(library))
+
+
+@functools.cache
+def _define() -> torch.library.Library:
+    operators = torch.library.Library(LIBRARY, "DEF")
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("mann::"):
+            schema = str(getattr(torch.ops.mann, name.removeprefix("mann::")).default._schema)
+            operators.define(schema.removeprefix("mann::"))
+    return operators
+
+
+def kernels() -> frozenset[str]:
+    """The operators that the loaded library has."""
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    return frozenset(name.removeprefix(f"{LIBRARY}::") for name in registered if name.startswith(f"{LIBRARY}::"))
+
+
+@contextlib.contextmanager
+def cuda_on_cpu(seed: int = 0, library: Path | None = None):
+    """Within the block backend("cuda") runs CPU tensors, with schedules drawn from `seed`; yields the loaded library."""
+    loaded = load(library or build())
+    loaded.mann_cuda_on_cpu_seed(seed)
+    missing, operators = _backend.missing, _library.operators
+
+    def missing_on_cpu(name, stem, device, dtype):
+        if (name, device) != ("cuda", "cpu"):
+            return missing(name, stem, device, dtype)
+        return None if stem in kernels() and dtype in DTYPES else f"no CUDA kernel for {stem} in {dtype}"
+
+    _backend.missing = missing_on_cpu
+    _library.operators = lambda backend: getattr(torch.ops, LIBRARY) if backend == "cuda" else operators(backend)
+    try:
+        with mann_kernels.backend("cuda"):
+            yield loaded
+    finally:
+        _backend.missing, _library.operators = missing, operators
+
+
+if __name__ == "__main__":
+    print(build(*sys.argv[1:]))

@@ -1,0 +1,109 @@
+// What the two halves of the runtime of cuda_on_cpu.h share: the threads of a cluster, and who of them may run.
+#pragma once
+
+#include "cuda_on_cpu.h"
+
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+
+#include "cuda_on_cpu_sanitizers.h"
+
+#include <string>
+#include <sys/mman.h>
+
+namespace mann::on_cpu {
+
+constexpr size_t STACK = 64 * 1024;
+constexpr size_t MOST_SHARED = 232448, MOST_STATIC = 48 * 1024;
+constexpr size_t MOST_ARRAYS = 64, BETWEEN_ARRAYS = 64;
+constexpr int WARP = 32;
+
+struct Block;
+struct Cluster;
+
+struct Fiber {
+    Thread thread;
+    struct Warp *warp = nullptr;
+    void *stack_pointer = nullptr;
+    char *stack = nullptr;
+    size_t stack_size = STACK;
+    Sanitized sanitized;
+    Place place; // where it waits
+    bool ended = false, arrived = false;
+    unsigned generation = 0; // of the cluster barrier that it arrived at
+    // What it brings to a collective of its warp, and takes from it.
+    enum Kind { BARRIER, SHUFFLE, BALLOT, TF32, BF16 } kind = BARRIER;
+    unsigned mask = 0;
+    int from = 0;
+    uint64_t value = 0, result = 0;
+    float *d = nullptr;
+    const uint32_t *a = nullptr, *b = nullptr;
+    unsigned barriers = 0; // of the warp, of which it was the first lane
+    char synchronised[2] = {0, 0};
+};
+
+// One bit for each thread of the warp: those that may run, that wait, that have not ended.
+struct Warp {
+    Block *block = nullptr;
+    Fiber *fibers = nullptr; // of its threads
+    unsigned ready = 0, in_collective = 0, at_barrier = 0, at_cluster = 0, alive = 0;
+    int position = -1; // in the list of warps that may run
+};
+
+struct Array {
+    const void *key;
+    char *data;
+    size_t size;
+};
+
+struct Block {
+    Cluster *cluster = nullptr;
+    std::vector<Warp> warps;
+    std::vector<Array> shared; // the dynamic one first, by the key null
+    char *memory = nullptr;    // where they lie, one after the other
+    size_t memory_size = 0, used = 0;
+    int alive = 0, arrived = 0, slow = 0, count[2] = {0, 0};
+    bool started = false;
+    unsigned generation = 0;
+    Place place;
+    char synchronised[2] = {0, 0};
+};
+
+inline char *map(size_t size) {
+    void *at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) throw std::bad_alloc();
+    return static_cast<char *>(at);
+}
+
+struct Cluster {
+    ~Cluster() {
+        for (Fiber &fiber : fibers) sanitized_end(fiber.sanitized);
+        for (Block &block : blocks) {
+            sanitized_whole(block.memory, block.memory_size);
+            munmap(block.memory, block.memory_size);
+        }
+    }
+    std::vector<Block> blocks;
+    std::vector<Fiber> fibers;
+    int alive = 0, arrived = 0, waiting = 0;
+    unsigned generation = 0;
+    Place place;
+    char synchronised[2] = {0, 0};
+};
+
+extern Fiber *running;   // the host, or a thread
+extern Cluster *cluster; // that runs
+
+[[noreturn]] void fail(const std::string &what);
+std::string at(Place place);
+
+void make_ready(Warp &warp, unsigned lanes);
+void wait(Place place); // others run, until this thread is ready and drawn
+void pause();           // others may run
+
+void fill(const Array &array);
+char *array_of(Block &block, const void *key, size_t size); // made where there is none of this name
+
+} // namespace mann::on_cpu

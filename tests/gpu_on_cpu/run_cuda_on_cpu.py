@@ -1,0 +1,30 @@
+"""One operator of the CUDA kernels on the CPU against the reference, in a process that a sanitizer watches:
+
+    python run_cuda_on_cpu.py LIBRARY STEM SEED B,N,W,R [name=value ...]
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import torch  # noqa: E402
+from cuda_on_cpu import cuda_on_cpu  # noqa: E402
+from stem import matches  # noqa: E402
+from test_properties import class_of  # noqa: E402
+
+
+def main(library, stem, seed, size, *options):
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    given = dict(option.split("=") for option in options)
+    given = {name: ast.literal_eval(value) for name, value in given.items()}
+    dtype = getattr(torch, given.pop("dtype", "float32"))
+    with cuda_on_cpu(int(seed), Path(library)):
+        matches(stem, class_of(stem).inputs(int(seed), *map(int, size.split(",")), **given), dtype)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
