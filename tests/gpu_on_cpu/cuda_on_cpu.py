@@ -39,7 +39,7 @@ KINDS = {
 FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
 #: CUDA compilers do not assume that pointers to different types point to different memory.
 OF_KERNELS = (
-    "-fno-strict-aliasing -fno-math-errno -DMANN_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020a000000000000ULL"
+    "-fno-strict-aliasing -fno-math-errno -fno-ipa-icf -DMANN_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020a000000000000ULL"
     f" -DMANN_LIBRARY={LIBRARY} -DMANN_KEY=CPU -x c++"
 )
 

@@ -178,22 +178,27 @@ class _Body:
 
 
 @functools.lru_cache(maxsize=8)
-def _entries(given):
+def _read(given):
     """The text without comments, the names of its files, and where each entry begins."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", given, flags=re.S)
     files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text))
     return text, files, list(re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", text))
 
 
+def entries(given: str) -> list[re.Match]:
+    """Of each entry, [1] is its name."""
+    return _read(given)[2]
+
+
 @functools.lru_cache(maxsize=256)
 def parse(given: str, name: str | None = None) -> Kernel:
     """The entry `name`, or the only one."""
-    text, files, entries = _entries(given)
-    first = entries[0].start() if entries else len(text)
-    entries = [entry for entry in entries if name in (None, entry[1])]
-    if len(entries) != 1 or ".func" in text:
-        raise PTXError(f"got {len(entries)} entries{' and a .func' if '.func' in text else ''}, want one entry alone")
-    (entry,) = entries
+    text, files, found = _read(given)
+    first = found[0].start() if found else len(text)
+    found = [entry for entry in found if name in (None, entry[1])]
+    if len(found) != 1 or ".func" in text:
+        raise PTXError(f"got {len(found)} entries{' and a .func' if '.func' in text else ''}, want one entry alone")
+    (entry,) = found
     depth, end = 1, entry.end()
     while depth:
         depth += {"{": 1, "}": -1}.get(text[end], 0)

@@ -2,7 +2,7 @@
 
 import numpy as np
 from ptx import PTXError
-from ptx_memory import CLUSTER_SHIFT, RANK_SHIFT, Shadow, SharedMemory, parts_of
+from ptx_memory import CLUSTER_SHIFT, RANK_SHIFT, WARP_BITS, Shadow, SharedMemory, parts_of
 from ptx_ops import flags_of, operation, put
 
 SEVERAL = -2  # in place of a program
@@ -135,7 +135,7 @@ class ClusterShadow(Shadow):
         together = epoch == my_epoch
         # What a thread does between the halves of a barrier, the barrier does not order before what others do after it.
         together |= (my_epoch - epoch == 1) & (now - then == 1) & (then % 2 == 1)
-        own = (program == mine) & together & ((last ^ stamps) & ((1 << CLUSTER_SHIFT) - 1) != 0)
+        own = (program == mine) & together & ((last ^ stamps) & ((1 << WARP_BITS) - 1) != 0)
         return (last >= 0) & (own | (near(then, now) & (who != mine)))
 
     def _note(self, kind, at, stamps):

@@ -154,6 +154,7 @@ class Wave:
             self.shared = ClusterMemory(self, machine.shared_bytes, self._granule())
         else:
             self.shared = SharedMemory(machine.shared_bytes, len(programs), self._granule(), self.stats)
+        self.places, self.parameters = self._parameters()
         self.local_pitch = -(-self.kernel.local_bytes // 8) * 8
         self.local = np.full(lanes * self.local_pitch, 0xFF, np.uint8)
         self.pending, self.commits = [], np.zeros(lanes, np.int64)  # of cp.async
@@ -180,6 +181,14 @@ class Wave:
             registers[name] = np.broadcast_to(np.asarray(value, np.uint32), self.lanes)
         return registers
 
+    def _parameters(self):
+        """({name: its first byte}, all bytes), each parameter aligned as any number wants it."""
+        places, data = {}, b""
+        for name, value in self.machine.parameters.items():
+            places[name] = len(data)
+            data += value + bytes(-len(value) % 16)
+        return places, np.frombuffer(data, np.uint8)
+
     def _granule(self):
         """The narrowest access to shared memory: races are told apart by it."""
         sizes = [4]
@@ -203,7 +212,7 @@ class Wave:
     # Operands
 
     def symbol(self, name):
-        for table in (self.kernel.shared, self.kernel.local):
+        for table in (self.kernel.shared, self.kernel.local, self.places):
             if name in table:
                 return table[name]
         if name in self.machine.constants:

@@ -13,7 +13,8 @@ WARP_BITS = 6  # of a stamp; warps are 0 to 31
 CLUSTER_SHIFT = 44  # where a stamp counts the halves of cluster barriers that the thread came through
 RANK_SHIFT = 24  # of an address in shared memory: from there on, one more than the rank of another block of the cluster
 SEVERAL = (1 << WARP_BITS) - 1  # in place of the warp
-SHARED_WINDOW, LOCAL_WINDOW = 1 << 60, 1 << 61  # of the generic address space; a global address is as it is
+#: Where the state spaces begin in the generic address space.
+WINDOWS = {"global": 0, "shared": 1 << 60, "local": 2 << 60, "param": 3 << 60}
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 CONFLICTS = {"load": ("atomic", "store"), "store": ("load", "atomic"), "atomic": ("load", "store")}
 
