@@ -77,31 +77,24 @@ class Barriers:
 
     def release(self):
         """All threads that are left wait at barriers: let go on those whose barrier is complete."""
-        wave, here = self.wave, np.zeros(self.wave.count, np.int64)
-        for arrivals in self.waiting.values():
-            programs = np.unique(wave.program[np.any([mask for _, mask in arrivals], axis=0)])
-            instruction = arrivals[0][0]
+        wave, here, complete = self.wave, np.zeros(self.wave.count, np.int64), self._complete()
+        ready, left = {}, {}
+        for following, arrivals in self.waiting.items():
+            instruction, mask = arrivals[0][0], np.any([mask for _, mask in arrivals], axis=0)
+            programs = np.unique(wave.program[mask])
             if here[programs].any():
                 raise instruction.error("divergent barrier: threads of one program wait at different ones")
             here[programs] += 1
-            together = programs
-            if "cluster" in instruction.modifiers:
-                together = np.flatnonzero(
-                    np.isin(np.arange(wave.count) // wave.machine.cluster, programs // wave.machine.cluster)
-                )
-            if np.isin(wave.program[wave.gone], together).any():
-                raise instruction.error("divergent barrier: threads of the program or the cluster have ended before it")
-        ready, left, complete = {}, {}, self._complete()
-        for following, arrivals in self.waiting.items():
-            instruction, mask = arrivals[0][0], np.any([mask for _, mask in arrivals], axis=0)
             if "cluster" in instruction.modifiers:
                 rest = mask & ~complete
                 if rest.any():
                     left[following] = [(instruction, rest)]
+                    self._none_has_ended(instruction, rest, wave.machine.cluster)
                 mask = self._pass(mask & complete)
             else:
+                self._none_has_ended(instruction, mask, 1)
                 wave.epoch[mask] += 1
-                wave.stats.barriers += len(np.unique(wave.program[mask]))
+                wave.stats.barriers += len(programs)
             if mask.any():
                 ready[following] = None if mask.all() else mask
         if not ready:
@@ -109,6 +102,11 @@ class Barriers:
         self.waiting = left
         wave.stamp()
         return ready
+
+    def _none_has_ended(self, instruction, mask, together):
+        """Of the programs, `together` of them, whose threads in `mask` wait."""
+        if np.isin(self.wave.program[self.wave.gone] // together, self.wave.program[mask] // together).any():
+            raise instruction.error("divergent barrier: threads of the program or its cluster have ended before it")
 
     def of_clusters(self):
         """How many barriers all clusters came through together."""
