@@ -28,7 +28,12 @@ TARGETS = ("sm_80", "sm_90a")
 
 
 class Memory(ctypes.Structure):
-    _fields_ = [("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("bytes", ctypes.c_int64), ("item", ctypes.c_int64)]
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("item", ctypes.c_int64),
+    ]
 
 
 class Launch(ctypes.Structure):

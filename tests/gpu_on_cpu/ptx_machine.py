@@ -150,7 +150,7 @@ class Wave:
         self.number, self.epoch = np.repeat(programs, threads), np.zeros(lanes, np.int64)
         self.warp_in_program = thread // 32
         self.registers = self._registers(thread)
-        if machine.cluster > 1:
+        if any(each.opcode == "mapa" for each in self.kernel.instructions):
             self.shared = ClusterMemory(self, machine.shared_bytes, self._granule())
         else:
             self.shared = SharedMemory(machine.shared_bytes, len(programs), self._granule(), self.stats)
