@@ -95,7 +95,9 @@ def sanitized(kind: str) -> dict[str, str]:
     found = [subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip() for name in libraries]
     options = "exitcode=77:halt_on_error=1"
     return {
-        "LD_PRELOAD": " ".join([*found, subprocess.check_output(["gcc", "-print-file-name=libstdc++.so.6"], text=True).strip()]),
+        "LD_PRELOAD": " ".join(
+            [*found, subprocess.check_output(["gcc", "-print-file-name=libstdc++.so.6"], text=True).strip()]
+        ),
         "ASAN_OPTIONS": f"{options}:detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": f"{options}:print_stacktrace=1",
         "TSAN_OPTIONS": f"{options}:ignore_noninstrumented_modules=1:report_signal_unsafe=0",

@@ -58,6 +58,8 @@ def run(library: ctypes.CDLL, name: str, seed: int = 0, x=None, out=None, **chan
 
 if __name__ == "__main__":
     try:
-        run(ctypes.CDLL(sys.argv[1]), sys.argv[2], int(sys.argv[3]), out=np.zeros(case_of(sys.argv[2]).made, np.float32))
+        run(
+            ctypes.CDLL(sys.argv[1]), sys.argv[2], int(sys.argv[3]), out=np.zeros(case_of(sys.argv[2]).made, np.float32)
+        )
     except RuntimeError as error:
         sys.exit(f"error: {error}")
