@@ -31,12 +31,12 @@ ISAS = {"baseline": "-DMANN_ENTRY=1"}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = "-mavx2 -mfma"
     ISAS["avx512"] = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512"
-CUDA_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+CUDA_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra --threads 0"
 # Machine code runs on the later devices of the same generation (8.0 to 8.9, 9.0, 10.0 to 10.3), the PTX on every later one.
-ARCHITECTURES = (
-    "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a"
-    " -gencode arch=compute_100,code=[sm_100,compute_100]"
-)
+WITHOUT_CLUSTERS = "-gencode arch=compute_80,code=sm_80"
+WITH_CLUSTERS = "-gencode arch=compute_90a,code=sm_90a -gencode arch=compute_100,code=[sm_100,compute_100]"
+EVERYWHERE = f"{WITHOUT_CLUSTERS} {WITH_CLUSTERS}"
+NEED_CLUSTERS = ("mann_sequence",)
 OLDEST_NVCC = (12, 8)  # the first that knows sm_100
 
 
@@ -110,10 +110,13 @@ def cpp_ninja(output: Path, objects: Path) -> str:
 
 def cuda_ninja(nvcc: Path, output: Path, objects: Path) -> str:
     compiling, linking = torch_flags()
-    sources = [(source, objects / f"{source.stem}.o", "") for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-    command = f"{nvcc} -ccbin {compiler()} {CUDA_FLAGS} {ARCHITECTURES} {compiling}"
+    sources = [
+        (source, objects / f"{source.stem}.o", WITH_CLUSTERS if source.stem in NEED_CLUSTERS else EVERYWHERE)
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    ]
+    command = f"{nvcc} -ccbin {compiler()} {CUDA_FLAGS} {compiling}"
     return ninja_file(
-        command, f"{nvcc} -ccbin {compiler()} -shared -cudart static $in {linking} -o $out", sources, output
+        command, f"{nvcc} -ccbin {compiler()} -shared -arch=sm_80 -cudart static $in {linking} -o $out", sources, output
     )
 
 
