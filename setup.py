@@ -1,11 +1,16 @@
-"""Builds mann_kernels/_C.abi3.so: the C++ kernels, against PyTorch's stable ABI.
+"""Builds the kernels against PyTorch's stable ABI: mann_kernels/_C.abi3.so in C++, mann_kernels/_CUDA.abi3.so in CUDA.
 
-It is not a Python module: torch.ops.load_library loads it, and it needs neither libpython nor one particular torch, so one
-binary serves every Python >= 3.10 and torch >= 2.10. Everything else about the package is in pyproject.toml.
+They are not Python modules: torch.ops.load_library loads them, and they need neither libpython nor one particular torch, so one
+binary serves every Python >= 3.10 and torch >= 2.10. The CUDA kernels are built where nvcc is, whether or not torch has CUDA, and
+stand in a library of their own, with the CUDA runtime inside. Everything else about the package is in pyproject.toml.
+
+Environment: CXX, CUDA_HOME (where nvcc is, if not on PATH and not from PyPI), MANN_CUDA=0 (no CUDA kernels), MAX_JOBS.
 """
 
+import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,58 +24,136 @@ ROOT = Path(__file__).parent.resolve()
 # Strict floating point but for contraction and traps: NaN and infinity must behave, so no -ffast-math.
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
-# Each source is compiled once per instruction set. The baseline comes first, here and in the link line: it has the entry points,
-# and where several objects emit the same inline function of a header, the linker keeps the first, which every machine can run.
+# Each C++ source is compiled once per instruction set. The baseline comes first, here and in the link line: it has the entry
+# points, and where several objects emit the same inline function of a header, the linker keeps the first, which every machine can
+# run.
 ISAS = {"baseline": "-DMANN_ENTRY=1"}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = "-mavx2 -mfma"
     ISAS["avx512"] = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512"
+CUDA_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra --threads 0"
+# Machine code runs on the later devices of the same generation (8.0 to 8.9, 9.0, 10.0 to 10.3), the PTX on every later one.
+WITHOUT_CLUSTERS = "-gencode arch=compute_80,code=sm_80"
+WITH_CLUSTERS = "-gencode arch=compute_90a,code=sm_90a -gencode arch=compute_100,code=[sm_100,compute_100]"
+EVERYWHERE = f"{WITHOUT_CLUSTERS} {WITH_CLUSTERS}"
+NEED_CLUSTERS = ("mann_sequence",)
+OLDEST_NVCC = (12, 8)  # the first that knows sm_100
 
 
-def ninja_file(output: Path, objects: Path) -> str:
-    """The whole build, for ninja: it rebuilds what a changed source, header or flag touches."""
+def compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def find_nvcc() -> Path | None:
+    """nvcc: that of CUDA_HOME, on PATH, or of the package nvidia-cuda-nvcc of this environment."""
+    places = [Path(os.environ["CUDA_HOME"], "bin", "nvcc")] if "CUDA_HOME" in os.environ else []
+    if on_path := shutil.which("nvcc"):
+        places.append(Path(on_path).resolve())
+    package = importlib.util.find_spec("nvidia")
+    for folder in package.submodule_search_locations or () if package else ():
+        places += Path(folder).glob("cu*/bin/nvcc")
+    return next((place for place in places if place.exists()), None)
+
+
+def why_no_cuda(nvcc: Path | None) -> str | None:
+    if os.environ.get("MANN_CUDA") == "0":
+        return "MANN_CUDA=0"
+    if nvcc is None:
+        return "no nvcc found"
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"release (\d+)\.(\d+)", said)
+    if tuple(map(int, version.groups())) < OLDEST_NVCC:
+        return f"{nvcc} is CUDA {version[1]}.{version[2]}, older than {'.'.join(map(str, OLDEST_NVCC))}"
+    return None
+
+
+def torch_flags() -> tuple[str, str]:
+    """What compiling and linking against torch need."""
     import torch.utils.cpp_extension as cpp
 
-    compiler = os.environ.get("CXX", "c++")
-    sanitizers = os.environ.get("MANN_SANITIZE")  # e.g. "address,undefined"
-    extra = f" -fsanitize={sanitizers} -fno-omit-frame-pointer -O2 -g1" if sanitizers else ""
-    includes = " ".join(f"-isystem {path}" for path in cpp.include_paths()) + f" -I{ROOT / 'csrc'}"
-    libraries = " ".join(f"-L{path}" for path in cpp.library_paths()) + " -ltorch_cpu"
+    includes = " ".join(f"-isystem {path}" for path in cpp.include_paths("cpu")) + f" -I{ROOT / 'csrc'}"
+    return f"{STABLE_ABI} {includes}", " ".join(f"-L{path}" for path in cpp.library_paths("cpu")) + " -ltorch_cpu"
+
+
+def ninja_file(compile_command: str, link_command: str, sources: list[tuple[Path, Path, str]], output: Path) -> str:
+    """The whole build of a library, for ninja: it rebuilds what a changed source, header or flag touches.
+
+    sources: (source, object, its own flags).
+    """
     lines = [
         "rule compile",
-        f"  command = {compiler} {FLAGS}{extra} {STABLE_ABI} {includes} $isa -MD -MF $out.d -c $in -o $out",
+        f"  command = {compile_command} $own -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $out",
         "rule link",
-        f"  command = {compiler} -shared{extra} $in {libraries} -o $out",
+        f"  command = {link_command}",
     ]
-    built = []
-    for isa, flags in ISAS.items():
-        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            built.append(objects / f"{isa}-{source.stem}.o")
-            lines += [f"build {built[-1]}: compile {source}", f"  isa = -DMANN_ISA={isa} {flags}"]
-    lines.append(f"build {output}: link {' '.join(map(str, built))}")
+    for source, built, own in sources:
+        lines += [f"build {built}: compile {source}", f"  own = {own}"]
+    lines.append(f"build {output}: link {' '.join(str(built) for _, built, _ in sources)}")
     return "\n".join(lines) + "\n"
 
 
+def cpp_ninja(output: Path, objects: Path) -> str:
+    compiling, linking = torch_flags()
+    sanitizers = os.environ.get("MANN_SANITIZE")  # e.g. "address,undefined"
+    extra = f" -fsanitize={sanitizers} -fno-omit-frame-pointer -O2 -g1" if sanitizers else ""
+    sources = [
+        (source, objects / f"{isa}-{source.stem}.o", f"-DMANN_ISA={isa} {flags}")
+        for isa, flags in ISAS.items()
+        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    ]
+    command = f"{compiler()} {FLAGS}{extra} {compiling}"
+    return ninja_file(command, f"{compiler()} -shared{extra} $in {linking} -o $out", sources, output)
+
+
+def cuda_ninja(nvcc: Path, output: Path, objects: Path) -> str:
+    compiling, linking = torch_flags()
+    sources = [
+        (source, objects / f"{source.stem}.o", WITH_CLUSTERS if source.stem in NEED_CLUSTERS else EVERYWHERE)
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    ]
+    command = f"{nvcc} -ccbin {compiler()} {CUDA_FLAGS} {compiling}"
+    return ninja_file(
+        command, f"{nvcc} -ccbin {compiler()} -shared -arch=sm_80 -cudart static $in {linking} -o $out", sources, output
+    )
+
+
 class BuildNinja(build_ext):
-    """Compiles with ninja. Without a C++ compiler there is no extension, and the package runs its reference."""
+    """Compiles with ninja. Without a compiler a library is left out, and the package runs what there is."""
 
     def build_extension(self, ext):
-        if shutil.which(os.environ.get("CXX", "c++")) is None:
-            print(
-                "mann_kernels: no C++ compiler found: building without kernels, plain PyTorch will run", file=sys.stderr
-            )
-            return
-        # One place whoever builds (pip, make), so that nothing is compiled twice.
-        objects = ROOT / "build" / ("ninja" if "MANN_SANITIZE" not in os.environ else "ninja-sanitize")
-        objects.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        name = "ninja" if "MANN_SANITIZE" not in os.environ else "ninja-sanitize"
+        if shutil.which(compiler()) is None:
+            return self.leave_out(output, "no C++ compiler found: building without kernels, plain PyTorch will run")
+        if ext.name != "mann_kernels._CUDA":
+            return self.build(output, name, cpp_ninja)
+        nvcc = find_nvcc()
+        if why := why_no_cuda(nvcc):
+            return self.leave_out(output, f"building without CUDA kernels: {why}")
+        return self.build(output, f"{name}-cuda", lambda output, objects: cuda_ninja(nvcc, output, objects))
+
+    def leave_out(self, output: Path, why: str) -> None:
+        output.unlink(missing_ok=True)
+        print(f"mann_kernels: {why}", file=sys.stderr)
+
+    def build(self, output: Path, name: str, ninja) -> None:
+        # One place whoever builds (pip, make), so that nothing is compiled twice.
+        objects = ROOT / "build" / name
+        objects.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        (objects / "build.ninja").write_text(ninja_file(output, objects))
+        (objects / "build.ninja").write_text(ninja(output, objects))
         jobs = [] if "MAX_JOBS" not in os.environ else ["-j", os.environ["MAX_JOBS"]]
         subprocess.check_call([sys.executable, "-m", "ninja", "--quiet", "-C", str(objects), *jobs])
+
+    def copy_extensions_to_source(self):
+        """Also takes away what an earlier build left there and this one leaves out."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            if not Path(self.get_ext_fullpath(ext.name)).exists():
+                (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 
 
 class Abi3Wheel(bdist_wheel):
@@ -82,6 +165,8 @@ class Abi3Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("mann_kernels._C", sources=[], py_limited_api=True, optional=True)],
+    ext_modules=[
+        Extension(f"mann_kernels.{name}", sources=[], py_limited_api=True, optional=True) for name in ("_C", "_CUDA")
+    ],
     cmdclass={"build_ext": BuildNinja, "bdist_wheel": Abi3Wheel},
 )

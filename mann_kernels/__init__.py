@@ -37,6 +37,7 @@ from mann_kernels.ops import (
 )
 
 _library.load_cpp()
+_library.load_cuda()
 
 __all__ = [
     "MANN",

@@ -25,6 +25,7 @@ def report() -> dict:
         "python": platform.python_version(),
         "cuda_available": torch.cuda.is_available(),
         "cpp_instruction_set": _library.cpu_isa(),
+        "cuda_kernels": sorted(_library.cuda_kernels & set(_backend.STEMS)),
         "operators": operators,
     }
 
@@ -33,13 +34,17 @@ def as_text(facts: dict) -> str:
     lines = [
         f"mann_kernels {facts['mann_kernels']}, torch {facts['torch']}, Python {facts['python']},"
         f" C++ kernels: {facts['cpp_instruction_set'] or 'none'},"
+        f" CUDA kernels: {'built' if facts['cuda_kernels'] else 'none'},"
         f" CUDA device: {'yes' if facts['cuda_available'] else 'no'}",
         "",
-        f"{'operator':<20} {'cpu':<10} {'cuda':<10}",
+        f"{'operator':<22} {'cpu':<10} cuda",
     ]
     reasons = {}
     for stem, devices in facts["operators"].items():
-        lines.append(f"{stem:<20} {devices['cpu']['runs']:<10} {devices['cuda']['runs']:<10}")
+        on_gpu = devices["cuda"]["runs"]
+        if on_gpu != "reference" and not facts["cuda_available"]:
+            on_gpu += " (built, no device)" if on_gpu == "cuda" else " (no device)"
+        lines.append(f"{stem:<22} {devices['cpu']['runs']:<10} {on_gpu}")
         for device, entry in devices.items():
             for name, why in entry["missing"].items():
                 if why is not None:

@@ -26,6 +26,9 @@ STEMS = (
 )
 NAMES = ("reference", "cpp", "triton", "cuda")
 CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+CUDA_DTYPES = (torch.float32, torch.bfloat16)
+#: The least compute capability that the CUDA kernels are compiled for.
+CUDA_CAPABILITY = (8, 0)
 TRITON_DTYPES = (*CPP_DTYPES, torch.float16)
 #: What the compiler does not make, though the interpreter runs it.
 TRITON_CANNOT = {
@@ -91,14 +94,40 @@ def missing(name: str, stem: str, device: str, dtype: torch.dtype) -> str | None
         if dtype not in TRITON_DTYPES:
             return f"the Triton kernels take {', '.join(map(str, TRITON_DTYPES))}, not {dtype}"
         return None
-    return f"this version has no {name} kernels"
+    return _cuda_missing(stem, device, dtype)
+
+
+def _cuda_missing(stem: str, device: str, dtype: torch.dtype) -> str | None:
+    if device != "cuda" or torch.version.hip is not None:
+        return f"the CUDA kernels run on NVIDIA GPUs, not on {device if torch.version.hip is None else 'AMD GPUs'}"
+    if _library.cuda_missing is not None:
+        return _library.cuda_missing
+    if stem not in _library.cuda_kernels:
+        return f"this version has no CUDA kernel for {stem}"
+    if dtype not in CUDA_DTYPES:
+        return f"the CUDA kernels take {', '.join(map(str, CUDA_DTYPES))}, not {dtype}"
+    capability = _least_capability()
+    if capability is not None and capability < CUDA_CAPABILITY:
+        return (
+            f"the CUDA kernels need compute capability {'.'.join(map(str, CUDA_CAPABILITY))} or more, a device here has"
+            f" {'.'.join(map(str, capability))}"
+        )
+    return None
+
+
+@functools.cache
+def _least_capability() -> tuple[int, int] | None:
+    """Of the CUDA devices of this process; None without one."""
+    return min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())), default=None)
 
 
 def default(stem: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
     """The implementation that runs when none is asked for, and why it is not a kernel (None if it is one)."""
-    name = "triton" if device == "cuda" else "cpp"
-    why = missing(name, stem, device, dtype)
-    return (name, None) if why is None else ("reference", why)
+    for name in ("cuda", "triton") if device == "cuda" else ("cpp",):
+        why = missing(name, stem, device, dtype)
+        if why is None:
+            return name, None
+    return "reference", why
 
 
 @functools.cache

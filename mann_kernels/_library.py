@@ -18,6 +18,12 @@ cpp_missing: str | None = None
 #: The operators that have a C++ kernel; filled when the extension loads.
 cpp_kernels: frozenset[str] = frozenset()
 
+#: Why the compiled CUDA kernels are missing, or None when they are loaded. They load without a device or a driver.
+cuda_missing: str | None = None
+
+#: The operators that have a CUDA kernel; filled when the extension loads.
+cuda_kernels: frozenset[str] = frozenset()
+
 #: Instruction sets of the C++ kernels, from the least; one binary has them all and takes the best the machine runs.
 ISAS = ("baseline", "avx2", "avx512")
 _cpu_isa = None
@@ -44,22 +50,31 @@ def operators(backend: str):
     return torch.ops.mann_triton if backend == "triton" else torch.ops.mann
 
 
+def _load(extension: str, key: str, built_by: str) -> tuple[str | None, str | None, frozenset[str]]:
+    """Load an extension whose kernels register themselves: why that failed, or its file and its operators."""
+    found = importlib.util.find_spec(f"mann_kernels.{extension}")
+    if found is None or found.origin is None:
+        return f"the compiled extension mann_kernels.{extension} was not built ({built_by})", None, frozenset()
+    try:
+        torch.ops.load_library(found.origin)
+    except OSError as error:
+        return f"the compiled extension {found.origin} does not load: {error}", None, frozenset()
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return None, found.origin, frozenset(name[len("mann::") :] for name in registered if name.startswith("mann::"))
+
+
 def load_cpp() -> None:
     """Load the extension that registers the C++ kernels; remember why if that fails."""
     global cpp_missing, cpp_kernels, _cpu_isa
-    found = importlib.util.find_spec("mann_kernels._C")
-    if found is None or found.origin is None:
-        cpp_missing = (
-            "the compiled extension mann_kernels._C was not built (pip install builds it where a C++ compiler is)"
-        )
-        return
-    try:
-        torch.ops.load_library(found.origin)
-        registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
-        cpp_kernels = frozenset(name.removeprefix("mann::") for name in registered if name.startswith("mann::"))
-        _cpu_isa = ctypes.CDLL(found.origin).mann_cpu_isa
-    except OSError as error:
-        cpp_missing = f"the compiled extension {found.origin} does not load: {error}"
+    cpp_missing, origin, cpp_kernels = _load("_C", "CPU", "pip install builds it where a C++ compiler is")
+    if origin is not None:
+        _cpu_isa = ctypes.CDLL(origin).mann_cpu_isa
+
+
+def load_cuda() -> None:
+    """The same for the CUDA kernels."""
+    global cuda_missing, cuda_kernels
+    cuda_missing, _, cuda_kernels = _load("_CUDA", "CUDA", "pip install builds it where nvcc 12.8 or later is")
 
 
 def cpu_isa(limit: str | None = None) -> str | None:

@@ -44,11 +44,21 @@ inline void check_offsets(int64_t N, int64_t W, int64_t R) {
                     "the CUDA kernels take memories of up to 2^31 numbers: got N=", N, ", W=", W, ", R=", R);
 }
 
+// A kernel may reach so many numbers from here: what runs it without a GPU checks that.
+template <typename S>
+inline void known_memory([[maybe_unused]] const char *name, [[maybe_unused]] const S *data,
+                         [[maybe_unused]] int64_t numbers) {
+#if defined(MANN_CUDA_ON_CPU)
+    on_cpu::know_memory(name, data, numbers * int64_t(sizeof(S)), sizeof(S));
+#endif
+}
+
 // The tensors of one call, all on the device of `model`, which also decides the storage type; and where to launch.
 class Call {
   public:
     explicit Call(const Tensor &model) : model_(model), dtype_(model.scalar_type()) {
 #if defined(MANN_CUDA_ON_CPU)
+        on_cpu::forget_memory();
         STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Double,
                         "the CUDA kernels on the CPU take float32, bfloat16 and float64");
 #else
@@ -68,9 +78,13 @@ class Call {
     // calls.
     template <typename S> const S *in(const Tensor &tensor, const char *name, Sizes sizes) {
         check_tensor<S>(tensor, name, sizes);
-        if (tensor.is_contiguous()) return static_cast<const S *>(tensor.const_data_ptr());
-        kept_.push_back(torch::stable::contiguous(tensor));
-        return static_cast<const S *>(kept_.back().const_data_ptr());
+        const void *data = tensor.const_data_ptr();
+        if (!tensor.is_contiguous()) {
+            kept_.push_back(torch::stable::contiguous(tensor));
+            data = kept_.back().const_data_ptr();
+        }
+        known_memory(name, static_cast<const S *>(data), tensor.numel());
+        return static_cast<const S *>(data);
     }
     template <typename S> const S *in(const std::optional<Tensor> &tensor, const char *name, Sizes sizes) {
         return tensor ? in<S>(*tensor, name, sizes) : nullptr;
@@ -86,7 +100,11 @@ class Call {
             contiguous &= tensor.size(d) == 1 || tensor.stride(d) == inner;
         task_stride = contiguous ? tensor.stride(0) : tensor.size(1) * inner;
         row_stride = contiguous ? tensor.stride(1) : inner;
-        return contiguous ? static_cast<const S *>(tensor.const_data_ptr()) : in<S>(tensor, name, sizes);
+        if (!contiguous) return in<S>(tensor, name, sizes);
+        const S *data = static_cast<const S *>(tensor.const_data_ptr());
+        if (tensor.numel() != 0)
+            known_memory(name, data, (tensor.size(0) - 1) * task_stride + (tensor.size(1) - 1) * row_stride + inner);
+        return data;
     }
     Tensor empty(Sizes sizes, ScalarType dtype) const { return torch::stable::new_empty(model_, sizes, dtype); }
     Tensor empty(Sizes sizes) const { return empty(sizes, dtype_); }
@@ -95,7 +113,9 @@ class Call {
     // hands them on in the order of the stream.
     template <typename T> T *scratch(int64_t elements) {
         kept_.push_back(empty({elements}, arithmetic()));
-        return static_cast<T *>(kept_.back().mutable_data_ptr());
+        T *data = static_cast<T *>(kept_.back().mutable_data_ptr());
+        known_memory("scratch", data, elements);
+        return data;
     }
 
     // Bytes of shared memory that a block may have.
@@ -157,6 +177,10 @@ class Call {
 #endif
 };
 
-template <typename S> S *out(const Tensor &tensor) { return static_cast<S *>(tensor.mutable_data_ptr()); }
+template <typename S> S *out(const Tensor &tensor) {
+    S *data = static_cast<S *>(tensor.mutable_data_ptr());
+    known_memory("out", data, tensor.numel());
+    return data;
+}
 
 } // namespace mann::cuda

@@ -49,11 +49,43 @@ enum class Product { tf32, bf16 };
 void multiply(Product kind, float *d, const uint32_t *a, const uint32_t *b, Place place);
 void launch(const char *name, dim3 grid, dim3 block, int cluster, size_t shared, const std::function<void()> &body);
 
+// A launch that something else runs than the fibers: what it is told. The layout is known to emulated_cuda.py.
+struct Memory {
+    const char *name; // of the operator's argument, "out" or "scratch"
+    const void *data;
+    int64_t bytes, item;
+};
+struct Launch {
+    const void *kernel;
+    unsigned grid[3], block[3];
+    int64_t cluster, shared, arguments, memories;
+    const int64_t *sizes;       // [arguments]
+    const void *const *values;  // [arguments]
+    const Memory *memory;       // [memories] that the call may reach
+};
+using Diversion = int (*)(const Launch *); // 0, or an error
+extern Diversion diversion;
+void know_memory(const char *name, const void *data, int64_t bytes, int64_t item);
+void forget_memory();
+void divert(const char *name, Launch what);
+
 template <typename... Wanted, typename... Given>
 void launch_kernel(const char *name, void (*kernel)(Wanted...), dim3 grid, dim3 block, int cluster, size_t shared,
                    Given... given) {
     const std::tuple<Wanted...> arguments(given...);
-    launch(name, grid, block, cluster, shared, [&] { std::apply(kernel, arguments); });
+    if (diversion == nullptr) return launch(name, grid, block, cluster, shared, [&] { std::apply(kernel, arguments); });
+    const int64_t sizes[] = {sizeof(Wanted)...};
+    const auto values = std::apply([](const Wanted &...each) { return std::vector<const void *>{&each...}; }, arguments);
+    divert(name, {reinterpret_cast<const void *>(kernel),
+                  {grid.x, grid.y, grid.z},
+                  {block.x, block.y, block.z},
+                  cluster,
+                  static_cast<int64_t>(shared),
+                  sizeof...(Wanted),
+                  0,
+                  sizes,
+                  values.data(),
+                  nullptr});
 }
 
 template <typename T, size_t N, typename Key>

@@ -39,7 +39,7 @@ KINDS = {
 FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
 #: CUDA compilers do not assume that pointers to different types point to different memory.
 OF_KERNELS = (
-    "-fno-strict-aliasing -fno-math-errno -DMANN_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020a000000000000ULL"
+    "-fno-strict-aliasing -fno-math-errno -fno-ipa-icf -DMANN_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020a000000000000ULL"
     f" -DMANN_LIBRARY={LIBRARY} -DMANN_KEY=CPU -x c++"
 )
 
@@ -95,7 +95,9 @@ def sanitized(kind: str) -> dict[str, str]:
     found = [subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip() for name in libraries]
     options = "exitcode=77:halt_on_error=1"
     return {
-        "LD_PRELOAD": " ".join([*found, subprocess.check_output(["gcc", "-print-file-name=libstdc++.so.6"], text=True).strip()]),
+        "LD_PRELOAD": " ".join(
+            [*found, subprocess.check_output(["gcc", "-print-file-name=libstdc++.so.6"], text=True).strip()]
+        ),
         "ASAN_OPTIONS": f"{options}:detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": f"{options}:print_stacktrace=1",
         "TSAN_OPTIONS": f"{options}:ignore_noninstrumented_modules=1:report_signal_unsafe=0",

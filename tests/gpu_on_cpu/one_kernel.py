@@ -23,14 +23,14 @@ ret;
 """
 
 
-def launch(body, arrays, threads=32, shared=0, grid=1, worst=False):
+def launch(body, arrays, threads=32, shared=0, grid=1, cluster=1, worst=False):
     """Runs `body` with a pointer to each of `arrays` in %d1, %d2, ... and the thread's number in %r1."""
     parameters = ", ".join(f".param .u64 {name}" for name in arrays)
     loads = "".join(f"ld.param.b64 %d{i}, [{name}];\n" for i, name in enumerate(arrays, 1))
     text = HEAD.format(parameters=parameters, threads=threads, body=f"{loads} mov.u32 %r1, %tid.x;\n{body}")
     kernel = ptx.parse(text)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return Machine(kernel, (grid, 1, 1), threads, shared, tensors, worst=worst).run()
+    return Machine(kernel, (grid, 1, 1), threads, shared, tensors, cluster=cluster, worst=worst).run()
 
 
 def run_one(instruction, sources, types, to, **options):

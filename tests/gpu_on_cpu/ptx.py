@@ -1,4 +1,4 @@
-"""PTX text, read into instructions: what the machine of ptx_machine.py runs. One entry function to a text, as Triton writes it."""
+"""PTX text, read into instructions: what the machine of ptx_machine.py runs. Of several entry functions in a text one is named."""
 
 import functools
 import re
@@ -61,7 +61,7 @@ class Instruction(NamedTuple):
 class Kernel(NamedTuple):
     name: str
     text: str
-    parameters: tuple[tuple[str, str], ...]  # (name, type)
+    parameters: tuple[tuple[str, str, int], ...]  # (name, type, how many of it)
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]  # -> index of the instruction that follows
     registers: dict[str, str]  # -> type
@@ -177,20 +177,35 @@ class _Body:
         )
 
 
-@functools.lru_cache(maxsize=256)
-def parse(given: str) -> Kernel:
+@functools.lru_cache(maxsize=8)
+def _read(given):
+    """The text without comments, the names of its files, and where each entry begins."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", given, flags=re.S)
     files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text))
-    entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", text))
-    if len(entries) != 1 or ".func" in text:
-        raise PTXError(f"got {len(entries)} entries{' and a .func' if '.func' in text else ''}, want one entry alone")
-    (entry,) = entries
+    return text, files, list(re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", text))
+
+
+def entries(given: str) -> list[re.Match]:
+    """Of each entry, [1] is its name."""
+    return _read(given)[2]
+
+
+@functools.lru_cache(maxsize=256)
+def parse(given: str, name: str | None = None) -> Kernel:
+    """The entry `name`, or the only one."""
+    text, files, found = _read(given)
+    first = found[0].start() if found else len(text)
+    found = [entry for entry in found if name in (None, entry[1])]
+    if len(found) != 1 or ".func" in text:
+        raise PTXError(f"got {len(found)} entries{' and a .func' if '.func' in text else ''}, want one entry alone")
+    (entry,) = found
     depth, end = 1, entry.end()
     while depth:
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         end += 1
-    head, body = text[: entry.start()], text[entry.end() : end - 1]
-    parameters = re.findall(r"\.param\s+\.([bsuf]\d+)[^,]*?([\w$]+)\s*(?:,|$)", entry[2].strip())
+    head, body = text[:first], text[entry.end() : end - 1]
+    pattern = r"\.param\s+(?:\.align\s+\d+\s+)?\.([bsuf]\d+)[^,\[]*?([\w$]+)(?:\[(\d+)\])?\s*(?:,|$)"
+    parameters = re.findall(pattern, entry[2].strip())
     read = _Body(body, files)
     shared, shared_bytes = _place(list(_arrays(head + body, "shared")))
     local, local_bytes = _place(list(_arrays(body, "local")))
@@ -201,7 +216,7 @@ def parse(given: str) -> Kernel:
     return Kernel(
         entry[1],
         given,
-        tuple((name, kind) for kind, name in parameters),
+        tuple((name, kind, int(count or 1)) for kind, name, count in parameters),
         tuple(read.instructions),
         read.labels,
         read.registers,

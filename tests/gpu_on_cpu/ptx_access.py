@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import ptx_numbers as numbers
 from ptx import SIZES, SPACES, Address, PTXError
-from ptx_memory import LOCAL_WINDOW, SHARED_WINDOW, UNSIGNED, Active
+from ptx_memory import UNSIGNED, WINDOWS, Active
 from ptx_numbers import TYPES
 from ptx_ops import operation, put
 
@@ -58,10 +58,10 @@ def space_of(wave, instruction, addresses):
     window = int(addresses[0]) >> 60
     if (addresses >> 60 != window).any():
         raise instruction.error("generic addresses of several state spaces")
-    if window not in (0, SHARED_WINDOW >> 60, LOCAL_WINDOW >> 60):
+    names = {space >> 60: name for name, space in WINDOWS.items()}
+    if window not in names:
         raise instruction.error(f"out of bounds: generic address {int(addresses[0]):#x}")
-    name = {0: "global", SHARED_WINDOW >> 60: "shared"}.get(window, "local")
-    return name, addresses - (window << 60)
+    return names[window], addresses - (window << 60)
 
 
 def local_elements(wave, instruction, addresses, item, count, active):
@@ -95,6 +95,8 @@ def load(wave, instruction):
         if where == "local":
             elements = local_elements(wave, instruction, addresses, item, count, active)
             values = wave.local.view(UNSIGNED[item])[elements]
+        elif where == "param":
+            values = parameter_elements(wave, instruction, addresses, item, count)
         else:
             memory = wave.memory if where == "global" else wave.shared
             values = memory.load(instruction, addresses, item, count, active)
@@ -109,17 +111,37 @@ def load(wave, instruction):
 
 
 def load_parameter(wave, instruction, kind, count, targets):
-    address = instruction.operands[1]
-    data = wave.machine.parameters.get(address.base, b"")[address.offset :]
-    if len(data) < SIZES[kind] * count:
-        raise instruction.error("out of bounds: no such parameter")
-    values = np.frombuffer(data, TYPES[kind], count)
+    """Of a parameter by its name, which is the same for all threads, or by an address that was computed."""
+    address, data = instruction.operands[1], wave.machine.parameters
+    if address.base in data:
+        data = data[address.base][address.offset :] if address.offset >= 0 else b""
+        if len(data) < SIZES[kind] * count:
+            raise instruction.error("out of bounds: no such parameter")
+        values = np.frombuffer(data, TYPES[kind], count)
+
+        def same(mask):
+            for value, target in zip(values, targets, strict=True):
+                put(target, value, mask)
+
+        return same
+    address = address_of(wave, address)
 
     def step(mask):
-        for value, target in zip(values, targets, strict=True):
-            put(target, value, mask)
+        active = wave.active(mask)
+        values = parameter_elements(wave, instruction, chosen(address(), active), SIZES[kind], count)
+        for i, target in enumerate(targets):
+            target[slice(None) if mask is None else active.lanes] = values[:, i].view(TYPES[kind])
 
     return step
+
+
+def parameter_elements(wave, instruction, addresses, item, count):
+    data, size = wave.parameters, item * count
+    if addresses.min() < 0 or addresses.max() + size > data.size:
+        raise instruction.error(f"out of bounds: the parameters have {data.size} bytes")
+    if (addresses & (size - 1)).any():
+        raise instruction.error(f"misaligned: load of {size} bytes of a parameter")
+    return data[: data.size - data.size % item].view(UNSIGNED[item])[addresses[:, None] // item + np.arange(count)]
 
 
 @operation("st")
@@ -145,6 +167,8 @@ def store(wave, instruction):
         if where == "local":
             elements = local_elements(wave, instruction, addresses, item, count, active)
             wave.local.view(UNSIGNED[item])[elements] = values
+        elif where == "param":
+            raise instruction.error("a store to a parameter")
         else:
             memory = wave.memory if where == "global" else wave.shared
             memory.store(instruction, addresses, values, active)

@@ -17,7 +17,8 @@ import ptx_floats  # noqa: F401
 import ptx_warp  # noqa: F401
 import torch
 from ptx import Float, PTXError
-from ptx_memory import WARP_BITS, Active, GlobalMemory, SharedMemory
+from ptx_barriers import Barriers, ClusterMemory
+from ptx_memory import CLUSTER_SHIFT, WARP_BITS, Active, GlobalMemory, SharedMemory
 from ptx_numbers import PACKED, TYPES
 from ptx_ops import OPERATIONS
 
@@ -44,6 +45,7 @@ class Stats:
     conflicts_at: Counter = dataclasses.field(default_factory=Counter)  # bank conflicts by line of the source
     unlike_stores: int = 0  # to shared memory, by several threads, of floats that differ in their last bits
     barriers: int = 0  # of all programs together
+    cluster_barriers: int = 0  # of all clusters together
     warp_instructions: Counter = dataclasses.field(default_factory=Counter)  # by family: "ld.global", "fma.f32", "shl"
 
     @property
@@ -68,16 +70,21 @@ class Stats:
 class Machine:
     """One launch: `arguments` are the kernel's tensors (or None) and numbers, by name and in order.
 
-    `worst` gives approximate instructions the largest error that the PTX manual allows, instead of none.
+    Of `cluster` programs that follow each other, each reaches the shared memory of the others. `buffers` are what pointers inside
+    arguments lead to, by name. `worst` gives approximate instructions the largest error that the PTX manual allows, instead of none.
     """
 
-    def __init__(self, kernel, grid, threads, shared, arguments, worst=False):
+    def __init__(self, kernel, grid, threads, shared, arguments, cluster=1, buffers=None, worst=False):
         if threads % 32 or not 0 < threads <= 1024 or kernel.threads not in (None, threads):
             raise PTXError(f"got {threads} threads, want whole warps, {kernel.threads or 'at most 1024'}")
-        self.kernel, self.grid, self.threads, self.worst = kernel, tuple(grid), threads, worst
+        if grid[0] % cluster:
+            raise PTXError(f"got a grid of {grid[0]} programs, want whole clusters of {cluster}")
+        self.kernel, self.grid, self.threads, self.cluster, self.worst = kernel, tuple(grid), threads, cluster, worst
         self.programs, self.shared_bytes = int(np.prod(grid)), max(shared, kernel.shared_bytes)
         self.stats = Stats(kernel, self.programs, threads, self.shared_bytes)
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)} | (
+            buffers or {}
+        )
         self.constants = {name: torch.tensor(list(data), dtype=torch.uint8) for name, data in kernel.constants.items()}
         self.memory = GlobalMemory({**tensors, **self.constants}, self.programs, self.stats)
         self.parameters = self._pack(list(arguments.values()))
@@ -87,9 +94,14 @@ class Machine:
         if len(values) > len(self.kernel.parameters):
             raise PTXError(f"got {len(values)} arguments, want {len(self.kernel.parameters)}")
         packed = {}
-        for (name, kind), value in zip(
+        for (name, kind, count), value in zip(
             self.kernel.parameters, values + [None] * len(self.kernel.parameters), strict=False
         ):
+            if isinstance(value, bytes) or count > 1:
+                packed[name] = value or b""
+                if len(packed[name]) != ptx.SIZES[kind] * count:
+                    raise PTXError(f"got {len(packed[name])} bytes for {name}, want {ptx.SIZES[kind] * count}")
+                continue
             value = 0 if value is None else value.data_ptr() if isinstance(value, torch.Tensor) else value
             dtype = TYPES[kind]
             if isinstance(value, float) and kind[0] != "f":
@@ -101,7 +113,7 @@ class Machine:
         return packed
 
     def run(self) -> Stats:
-        at_once = max(1, THREADS_AT_ONCE // self.threads)
+        at_once = self.cluster * max(1, THREADS_AT_ONCE // (self.threads * self.cluster))
         with np.errstate(all="ignore"):
             for first in range(0, self.programs, at_once):
                 Wave(self, np.arange(first, min(first + at_once, self.programs))).run()
@@ -109,6 +121,11 @@ class Machine:
             self.stats.distinct_loaded[buffer.name] = buffer.item * buffer.shadow.count("load", "atomic")
             self.stats.distinct_stored[buffer.name] = buffer.item * buffer.shadow.count("store", "atomic")
         return self.stats
+
+
+def leaves(instruction):
+    """Whether other instructions than the next may follow, or some threads wait here."""
+    return instruction.opcode in LEAVES and not {"warp", "arrive"} & set(instruction.modifiers)
 
 
 class Block:
@@ -133,12 +150,17 @@ class Wave:
         self.number, self.epoch = np.repeat(programs, threads), np.zeros(lanes, np.int64)
         self.warp_in_program = thread // 32
         self.registers = self._registers(thread)
-        self.shared = SharedMemory(machine.shared_bytes, len(programs), self._granule(), self.stats)
+        if any(each.opcode == "mapa" for each in self.kernel.instructions):
+            self.shared = ClusterMemory(self, machine.shared_bytes, self._granule())
+        else:
+            self.shared = SharedMemory(machine.shared_bytes, len(programs), self._granule(), self.stats)
+        self.places, self.parameters = self._parameters()
         self.local_pitch = -(-self.kernel.local_bytes // 8) * 8
         self.local = np.full(lanes * self.local_pitch, 0xFF, np.uint8)
         self.pending, self.commits = [], np.zeros(lanes, np.int64)  # of cp.async
-        self.waiting, self.gone = {}, np.zeros(lanes, bool)
-        self._stamp()
+        self.gone = np.zeros(lanes, bool)
+        self.barriers = Barriers(self)
+        self.stamp()
         self.blocks = self._bind()
 
     def _registers(self, thread):
@@ -154,9 +176,18 @@ class Wave:
         special |= {"%ctaid.x": self.number % x, "%ctaid.y": self.number // x % y, "%ctaid.z": self.number // (x * y)}
         special |= dict(zip(("%nctaid.x", "%nctaid.y", "%nctaid.z"), self.machine.grid, strict=True))
         special |= {"%tid.y": 0, "%tid.z": 0, "%ntid.y": 1, "%ntid.z": 1}
+        special |= {"%cluster_ctarank": self.number % self.machine.cluster, "%cluster_nctarank": self.machine.cluster}
         for name, value in special.items():
             registers[name] = np.broadcast_to(np.asarray(value, np.uint32), self.lanes)
         return registers
+
+    def _parameters(self):
+        """({name: its first byte}, all bytes), each parameter aligned as any number wants it."""
+        places, data = {}, b""
+        for name, value in self.machine.parameters.items():
+            places[name] = len(data)
+            data += value + bytes(-len(value) % 16)
+        return places, np.frombuffer(data, np.uint8)
 
     def _granule(self):
         """The narrowest access to shared memory: races are told apart by it."""
@@ -166,9 +197,10 @@ class Wave:
                 sizes.append(ptx.SIZES.get(instruction.type, 4))
         return min(sizes)
 
-    def _stamp(self):
+    def stamp(self):
+        """Who touches memory now: see ptx_memory.py."""
         stretch = self.epoch * self.machine.programs + self.number
-        self.stamps = stretch << WARP_BITS | self.warp_in_program
+        self.stamps = self.barriers.half << CLUSTER_SHIFT | stretch << WARP_BITS | self.warp_in_program
         self.everyone = Active(None, self.stamps, self.program)
 
     def active(self, mask):
@@ -180,7 +212,7 @@ class Wave:
     # Operands
 
     def symbol(self, name):
-        for table in (self.kernel.shared, self.kernel.local):
+        for table in (self.kernel.shared, self.kernel.local, self.places):
             if name in table:
                 return table[name]
         if name in self.machine.constants:
@@ -242,7 +274,7 @@ class Wave:
     def _bind(self):
         code = self.kernel.instructions
         starts = {0, *self.kernel.labels.values()}
-        starts |= {i + 1 for i, each in enumerate(code) if each.opcode in LEAVES and "warp" not in each.modifiers}
+        starts |= {i + 1 for i, each in enumerate(code) if leaves(each)}
         starts = sorted(start for start in starts if start < len(code))
         number = {start: i for i, start in enumerate(starts)} | {len(code): None}
         blocks = []
@@ -253,7 +285,7 @@ class Wave:
                 name = instruction.opcode
                 block.classes[instruction.family] += 1
                 block.meets |= "sync" in instruction.modifiers and name not in LEAVES
-                if name in LEAVES and "warp" not in instruction.modifiers:
+                if leaves(instruction):
                     block.leave = self._leave(instruction, number, number[end])
                     continue
                 if name not in OPERATIONS:
@@ -295,7 +327,8 @@ class Wave:
         elif instruction.opcode in ("ret", "exit"):
             go = self._go_to(None)
         else:
-            go = self._barrier(instruction, following)
+            kind = self.barriers.cluster if "cluster" in instruction.modifiers else self.barriers.block
+            go = kind(instruction, following)
         if not instruction.guard:
             return go
         guard, negated = self.source(instruction.guard, "pred"), instruction.guard_negated
@@ -312,44 +345,6 @@ class Wave:
 
         return leave
 
-    def _barrier(self, instruction, following):
-        sync = "sync" in instruction.modifiers and "red" not in instruction.modifiers
-        numbers = instruction.operands
-        if not sync or not numbers or (len(numbers) > 1 and numbers[1] != self.machine.threads):
-            raise instruction.error("a barrier of other than all threads")
-
-        def arrive(mask):
-            if mask is None:
-                self.epoch += 1
-                self._stamp()
-                self.stats.barriers += self.count
-                return ((following, None),)
-            self.waiting.setdefault(following, []).append((instruction, mask))
-            return ()
-
-        return arrive
-
-    def _release(self):
-        """All threads that are left wait at barriers: let them go on."""
-        here = np.zeros(self.count, np.int64)
-        for arrivals in self.waiting.values():
-            programs = np.unique(self.program[np.any([mask for _, mask in arrivals], axis=0)])
-            instruction = arrivals[0][0]
-            if here[programs].any():
-                raise instruction.error("divergent barrier: threads of one program wait at different ones")
-            here[programs] += 1
-            if np.isin(self.program[self.gone], programs).any():
-                raise instruction.error("divergent barrier: threads of the program have ended before it")
-        ready = {}
-        for following, arrivals in self.waiting.items():
-            mask = np.any([mask for _, mask in arrivals], axis=0)
-            self.epoch[mask] += 1
-            ready[following] = None if mask.all() else mask
-        self.stats.barriers += int(here.sum())
-        self.waiting = {}
-        self._stamp()
-        return ready
-
     def _next(self, ready):
         """The first block, but for one whose threads would have to wait there for others of their warps, still on another way."""
         for number in sorted(ready) if len(ready) > 1 else ():
@@ -363,9 +358,9 @@ class Wave:
 
     def run(self):
         ready, visits = {0: None}, 0
-        while ready or self.waiting:
+        while ready or self.barriers.waiting:
             if not ready:
-                ready = self._release()
+                ready = self.barriers.release()
             number = self._next(ready)
             mask = ready.pop(number)
             block = self.blocks[number]
@@ -386,3 +381,4 @@ class Wave:
         for block in self.blocks:
             for name, count in block.classes.items():
                 self.stats.warp_instructions[name] += count * block.warps
+        self.stats.cluster_barriers += self.barriers.of_clusters()

@@ -10,12 +10,25 @@ from typing import NamedTuple
 import numpy as np
 
 WARP_BITS = 6  # of a stamp; warps are 0 to 31
+CLUSTER_SHIFT = 44  # where a stamp counts the halves of cluster barriers that the thread came through
+RANK_SHIFT = 24  # of an address in shared memory: from there on, one more than the rank of another block of the cluster
 SEVERAL = (1 << WARP_BITS) - 1  # in place of the warp
-SHARED_WINDOW, LOCAL_WINDOW = 1 << 60, 1 << 61  # of the generic address space; a global address is as it is
+#: Where the state spaces begin in the generic address space.
+WINDOWS = {"global": 0, "shared": 1 << 60, "local": 2 << 60, "param": 3 << 60}
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 CONFLICTS = {"load": ("atomic", "store"), "store": ("load", "atomic"), "atomic": ("load", "store")}
 
 PAST = {"load": "loaded", "store": "stored", "atomic": "updated"}
+
+
+def stretch_of(stamps):
+    return (stamps & ((1 << CLUSTER_SHIFT) - 1)) >> WARP_BITS
+
+
+def parts_of(stamps, programs):
+    """(halves of cluster barriers, barriers of the block, program)"""
+    epoch, program = np.divmod(stretch_of(stamps), programs)
+    return stamps >> CLUSTER_SHIFT, epoch, program
 
 
 class Active(NamedTuple):
@@ -52,8 +65,8 @@ class Shadow:
         """Where another warp made an access of kind `other` in this stretch, or another program ever: bool, as `at`."""
         if other not in self.last:
             return np.zeros(1, bool)
-        last, mine = self.last[other][at], stamps >> WARP_BITS
-        bad = (last >= 0) & (last != stamps) & (last >> WARP_BITS == mine)
+        last, mine = self.last[other][at], stretch_of(stamps)
+        bad = (last >= 0) & (last != stamps) & (stretch_of(last) == mine)
         if self.programs > 1:
             program = self.program[other][at]
             bad |= (program != -1) & (program != mine % self.programs)
@@ -69,7 +82,7 @@ class Shadow:
         if lost.any():
             table[at[lost]] |= SEVERAL
         if self.programs > 1:
-            table, program = self.program[kind], ((stamps >> WARP_BITS) % self.programs).astype(np.int32)
+            table, program = self.program[kind], (stretch_of(stamps) % self.programs).astype(np.int32)
             last = table[at]
             new = np.where((last == -1) | (last == program), program, np.int32(-2))
             table[at] = new
@@ -222,16 +235,21 @@ class SharedMemory:
         self.shadow = Shadow(raw.size // granule, 1)  # no program sees the memory of another
         self.patterns = {}
 
+    def locate(self, instruction, addresses, active):
+        """(bytes from the start of a program's memory, the programs)"""
+        return addresses, active.programs
+
     def access(self, instruction, kind, addresses, item, count, active, values=None):
         """Elements [threads,count] of `item` bytes, after every check."""
         size = item * count
         if (addresses & (size - 1)).any():
             raise instruction.error(f"misaligned: shared {kind} of {size} bytes")
+        addresses, programs = self.locate(instruction, addresses, active)
         if addresses.min() < 0 or addresses.max() + size > self.size:
             bad = addresses[(addresses < 0) | (addresses + size > self.size)][0]
             raise instruction.error(f"out of bounds: shared {kind} at byte {int(bad)} of {self.size}")
         self._count(instruction, addresses, size, active.lanes)
-        places = addresses + active.programs * self.pitch
+        places = addresses + programs * self.pitch
         at = places // item
         at = at[:, None] + np.arange(count) if count > 1 else at[:, None]
         touched, stamps = elements(places, size, self.granule, active.stamps)

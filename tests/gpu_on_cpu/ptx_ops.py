@@ -7,7 +7,7 @@ all threads take part. What a step computes for the other threads is thrown away
 from functools import partial
 
 import numpy as np
-from ptx_memory import LOCAL_WINDOW, SHARED_WINDOW
+from ptx_memory import WINDOWS
 from ptx_numbers import FLOATS, TYPES
 
 OPERATIONS = {}  # opcode -> function(wave, instruction)
@@ -301,10 +301,9 @@ def move(wave, instruction):
 
 @operation("cvta")
 def convert_address(wave, instruction):
-    """Between the generic address space and another: shared and local are windows in it, global is all the rest."""
-    flags = flags_of(instruction, ("to", "global", "shared", "local"), ("u64", "u32"), 2)
-    windows = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "global": 0}
+    """Between the generic address space and another: the others are windows in it, global is all the rest."""
+    flags = flags_of(instruction, ("to", *WINDOWS), ("u64", "u32"), 2)
     (space,) = flags - {"to"}
     kind = instruction.type
-    window = TYPES[kind](windows[space] if kind == "u64" else 0)
+    window = TYPES[kind](WINDOWS[space] if kind == "u64" else 0)
     return bind(wave, instruction, lambda a: a - window if "to" in flags else a + window, kind, kind)

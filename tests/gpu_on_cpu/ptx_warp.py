@@ -1,6 +1,7 @@
 """The opcodes in which the threads of a warp work together: shuffles, votes, reductions, matrices."""
 
 import numpy as np
+import ptx_barriers
 import ptx_numbers as numbers
 from ptx import PTXError
 from ptx_access import address_of
@@ -152,7 +153,9 @@ def reduce(wave, instruction):
 
 @operation("bar", "barrier")
 def warp_barrier(wave, instruction):
-    """bar.warp.sync; the others end a block of instructions."""
+    """bar.warp.sync and the first half of the barrier of a cluster; the others end a block of instructions."""
+    if "arrive" in instruction.modifiers:
+        return ptx_barriers.arrive(wave, instruction)
     if instruction.modifiers != ("warp", "sync") or len(instruction.operands) != 1:
         raise instruction.error("unknown modifiers")
     check = members(wave, instruction, instruction.operands[0])

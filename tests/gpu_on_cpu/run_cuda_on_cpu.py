@@ -1,6 +1,6 @@
 """One operator of the CUDA kernels on the CPU against the reference, in a process that a sanitizer watches:
 
-    python run_cuda_on_cpu.py LIBRARY STEM SEED B,N,W,R [name=value ...]
+python run_cuda_on_cpu.py LIBRARY STEM SEED B,N,W,R [name=value ...]
 """
 
 import ast

@@ -35,6 +35,24 @@ def case_of(name):
     return next(case for start, case in CASES.items() if name.startswith(start))
 
 
+#: In the order of enum Fault, by what stands behind the kernel's name.
+FAULTS = (
+    "", "missing barrier", "divergent barrier", "ends before barrier", "exited lane", "one past shared", "one past global",
+    "across blocks", "misaligned", "missing cluster barrier", "single buffer", "no last barrier", "one past of other", "no wait",
+    "shuffle for barrier",
+)  # fmt: skip
+
+
+def is_entry(symbol, name):
+    """Whether `symbol` is what the compiler calls this kernel."""
+    kernel, _, fault = name.partition(", ")
+    if kernel.startswith("product"):
+        return symbol.startswith(f"_Z7productILb{int(kernel.endswith('bf16'))}E")
+    kernel = kernel.replace(" ", "_")
+    start = f"_Z{len(kernel)}{kernel}"
+    return symbol == f"{start}PKfPfi" or symbol.startswith(f"{start}IL5Fault{FAULTS.index(fault)}E")
+
+
 def given(name, seed=0):
     return np.random.default_rng(seed).standard_normal(case_of(name).given).astype(np.float32)
 
@@ -58,6 +76,8 @@ def run(library: ctypes.CDLL, name: str, seed: int = 0, x=None, out=None, **chan
 
 if __name__ == "__main__":
     try:
-        run(ctypes.CDLL(sys.argv[1]), sys.argv[2], int(sys.argv[3]), out=np.zeros(case_of(sys.argv[2]).made, np.float32))
+        run(
+            ctypes.CDLL(sys.argv[1]), sys.argv[2], int(sys.argv[3]), out=np.zeros(case_of(sys.argv[2]).made, np.float32)
+        )
     except RuntimeError as error:
         sys.exit(f"error: {error}")

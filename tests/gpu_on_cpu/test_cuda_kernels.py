@@ -1,0 +1,102 @@
+"""The CUDA kernels on the CPU, from their own source, against the reference: every option and gradient, many schedules."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("has nothing to do with Triton", allow_module_level=True)
+
+import cuda_on_cpu
+from stem import compare, matches
+from test_properties import class_of, tie, zero_rows
+
+import mann_kernels
+
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing())),
+]
+
+#: (B, N, W, R): odd, no multiple of a tile of examples; more slots than threads of a warp; the least there is; more than one tile.
+SIZES = ((3, 7, 5, 2), (1, 150, 20, 6), (1, 1, 1, 1), (9, 5, 3, 1))
+STEMS = ("content_address", "lrua_step", "mann_sequence", "augmented_linear")
+SEEDS = range(20)
+
+
+@pytest.fixture(autouse=True)
+def cuda():
+    with cuda_on_cpu.cuda_on_cpu() as library:
+        yield library
+
+
+def inputs_of(stem, seed, size, **options):
+    tests = class_of(stem)
+    if stem.endswith("sequence"):
+        options.setdefault("T", 3)
+    return tests.inputs(seed, *size, **(dict(tests.options[0]) | options))
+
+
+def test_all_of_them_are_here(cuda):
+    """Every kernel, forward and backward."""
+    assert cuda_on_cpu.kernels() == {name for stem in STEMS for name in (stem, f"{stem}_backward")}
+
+
+@pytest.mark.parametrize("dtype", cuda_on_cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("stem", STEMS)
+def test_matches_reference(stem, dtype):
+    for seed, size in enumerate(SIZES):
+        for options in class_of(stem).options:
+            matches(stem, inputs_of(stem, seed, size, **options), dtype)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("stem", STEMS)
+def test_any_schedule(stem, seed, cuda):
+    """Whichever thread comes first."""
+    cuda.mann_cuda_on_cpu_seed(seed)
+    call = inputs_of(stem, 1, SIZES[0], **class_of(stem).options[-1])
+    matches(stem, call, torch.float32)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_gradcheck(stem):
+    """The kernels' own source in float64."""
+    assert torch.autograd.gradcheck(*class_of(stem)._scalar("cpu"), atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [tie, zero_rows])
+@pytest.mark.parametrize("stem", STEMS)
+def test_ties_and_zero_rows(stem, change):
+    call = inputs_of(stem, 2, (2, 9, 4, 3), **({"T": 1} if stem.endswith("sequence") else {}))
+    change(call)
+    matches(stem, call, torch.float64)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_empty_batch(stem):
+    compare(stem, inputs_of(stem, 0, (0, 5, 3, 2)), torch.float32)
+
+
+@pytest.mark.parametrize("every", [1, 3, 256])
+def test_segments_and_restarts(every, monkeypatch):
+    import importlib
+
+    monkeypatch.setattr(importlib.import_module("mann_kernels.ops.mann_sequence"), "CHECKPOINT_EVERY", every)
+    compare("mann_sequence", inputs_of("mann_sequence", 2, (2, 12, 6, 2), T=10, lengths=True), torch.float32)
+    compare("mann_sequence", inputs_of("mann_sequence", 2, (2, 12, 6, 2), T=0), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_paper_size(dtype):
+    """Eight blocks, or four, with all of the recurrent weights in shared memory."""
+    inputs = class_of("mann_sequence").inputs(49, 8, 128, 40, 4, T=2)
+    matches("mann_sequence", inputs, dtype)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_kernel_is_what_runs(stem):
+    """And nothing falls back where it cannot."""
+    with pytest.raises(RuntimeError, match=f"cannot run {stem}: no CUDA kernel"):
+        getattr(mann_kernels, stem)(**class_of(stem).small.to(torch.float16))
