@@ -54,6 +54,13 @@ MANN_INLINE double square_root(double x) { return sqrt(x); }
 
 #include "../cells.h" // needs the functions above
 
+#if defined(MANN_CUDA_ON_CPU)
+namespace mann::cuda {
+inline int thread_again() { return int(threadIdx.x); }
+inline int block_again() { return int(blockIdx.x); }
+} // namespace mann::cuda
+#endif
+
 #if !defined(MANN_CUDA_ON_CPU)
 
 // Once per kernel: the dynamic shared memory of the launch as char *name, aligned to 16 bytes.
@@ -95,6 +102,18 @@ template <typename T> MANN_INLINE T *of_rank(T *shared, int rank) {
 MANN_INLINE void cluster_barrier() {
     cluster_arrive();
     cluster_wait();
+}
+
+// threadIdx.x and blockIdx.x, read anew: what is made of them is not kept in registers from one use to the next.
+MANN_INLINE int thread_again() {
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return int(thread);
+}
+MANN_INLINE int block_again() {
+    uint32_t block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return int(block);
 }
 
 // float32 rounded to TF32, as mma_tf32 takes it.

@@ -150,7 +150,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
         a.step = step_shape<A>(s, shared, erase_all, 0, eps);
         with_tile<S>(call, s, [&](auto tile) {
             a.sizes = s, a.layout = MannBackwardLayout<S>::template of<kArithmetic<S>, tile>(s, a.step);
-            a.cells = call.scratch<A>(segment * B * H), a.records = call.scratch<A>(segment * B * a.record());
+            a.cells = call.scratch<A>((segment + 1) * B * H), a.records = call.scratch<A>(segment * B * a.record());
             a.restarts = call.scratch<A>(segment / kRestartEvery * B * a.step.memory());
             const auto mann_sequence_backward = &mann_sequence_bwd_kernel<S, kArithmetic<S>, tile>;
             if (B > 0)

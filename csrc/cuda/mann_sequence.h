@@ -15,12 +15,12 @@ struct MannSizes {
     int T, B, checkpoint_every, N, W, R, H;
     bool write_add, key_strength, squash;
     // By with_tile(). A head is key, gate, strength and add.
-    int tile, units; // of a cluster; of a block
+    int tile, units, units_inverse; // of a cluster; of a block; 2^16 / units, rounded up
     int words, beta_at, add_at, head, recurrent;
 
     MannSizes with_tile(int of_cluster) const {
         MannSizes s = *this;
-        s.tile = of_cluster, s.units = (H + of_cluster - 1) / of_cluster;
+        s.tile = of_cluster, s.units = (H + of_cluster - 1) / of_cluster, s.units_inverse = (1 << 16) / s.units + 1;
         s.words = R * W, s.beta_at = s.words + R, s.add_at = s.beta_at + (key_strength ? R : 0);
         s.head = s.add_at + (write_add ? s.words : 0), s.recurrent = H + s.words;
         return s;
@@ -46,33 +46,47 @@ class Carver {
     int64_t bytes_;
 };
 
+// The hidden unit of one example that a thread has.
+struct Unit {
+    int example, unit, b;
+    bool exists;
+};
 // The part of a block in its cluster.
 template <typename S, int tile> struct Share {
     const MannSizes &s;
-    int rank, first_unit, own; // own units: the last block may have fewer than units()
-    int first_example;
 
-    MANN_INLINE Share(const MannSizes &sizes)
-        : s(sizes), rank(int(blockIdx.x) % tile), first_unit(rank * s.units),
-          own(max(min(s.H - first_unit, s.units), 0)), first_example(int(blockIdx.x) - rank) {}
+    MANN_INLINE int rank() const { return block_again() % tile; }
+    MANN_INLINE int first_example() const { return block_again() / tile * tile; }
+    MANN_INLINE int owned() const { return block_again(); } // the example of the block
+    MANN_INLINE int first_unit() const { return rank() * s.units; }
+    MANN_INLINE int own() const { return max(min(s.H - first_unit(), s.units), 0); } // the last block may have fewer
+    MANN_INLINE Unit unit_of_thread() const {
+        const int thread = thread_again(), example = thread * s.units_inverse >> 16;
+        const int unit = thread - example * s.units, b = first_example() + example;
+        return {example, unit, b, example < tile && unit < own() && b < s.B};
+    }
+    // Where the unit stands in a row of [rows, H].
+    MANN_INLINE int64_t at(const Unit &u, int64_t row) const { return row * s.H + first_unit() + u.unit; }
 
     // weight_hh [4H, H + words] at a row of the block, gate after gate, and a column of the padded input.
     MANN_INLINE S weight_hh(const S *weights, int row, int column) const {
         const int gate = row / s.units, unit = row % s.units, reads = s.reads_at<S>();
         const int k = column < s.H ? column : (column < reads ? -1 : s.H + column - reads);
-        if (gate > 3 || unit >= own || k < 0 || k >= s.recurrent) return S(0.0f);
-        return weights[(int64_t(gate) * s.H + first_unit + unit) * s.recurrent + k];
+        if (gate > 3 || unit >= own() || k < 0 || k >= s.recurrent) return S(0.0f);
+        return weights[(int64_t(gate) * s.H + first_unit() + unit) * s.recurrent + k];
     }
     // weight_head [head, H], transposed.
     MANN_INLINE S weight_head(const S *weights, int unit, int p) const {
-        return unit < own && p < s.head ? weights[int64_t(p) * s.H + first_unit + unit] : S(0.0f);
+        return unit < own() && p < s.head ? weights[int64_t(p) * s.H + first_unit() + unit] : S(0.0f);
     }
 };
 
-// Of example b; none if it does not exist.
-MANN_INLINE int real_steps(const MannSizes &s, const int64_t *lengths, int b) {
-    if (b >= s.B) return 0;
-    return lengths ? int(max(min(lengths[b], int64_t(s.T)), int64_t(0))) : s.T;
+// The real steps of each example of the cluster, none of those that do not exist -> [tile].
+MANN_INLINE void take_lengths(const MannSizes &s, const int64_t *lengths, int first_example, int *target) {
+    for_each(s.tile, [&](int e) {
+        const int b = first_example + e;
+        target[e] = b >= s.B ? 0 : (lengths ? int(max(min(lengths[b], int64_t(s.T)), int64_t(0))) : s.T);
+    });
 }
 
 // The matrix [rows, columns] into rows that stand `leading` apart, with what is between them. at(row, column) is a

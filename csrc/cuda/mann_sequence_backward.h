@@ -24,8 +24,8 @@ template <typename S> struct MannBackwardLayout {
     int key, add, dreads;               // [G, W, 4] each
     int gate, beta, dgate, dbeta;       // [R] each
     int carried, overwritten;           // [words], the gradient of the reads before the step at hand; [R, W]
-    int least_used;                     // [R] of int32
-    int state;                          // [3, tile, units], of the threads' units
+    int least_used, lengths;            // [R], [tile] of int32
+    int state;                          // [2, tile, units], of the threads' units
     int step_scratch;                   // of the memory's phase
     int partial, dgates;                // of the gates' phase, in its place: [chunks, tile, leading_partial],
                                         // [tile, leading_gates] of S
@@ -53,7 +53,8 @@ template <typename S> struct MannBackwardLayout {
         l.gate = carve.take<T>(s.R), l.beta = carve.take<T>(s.R);
         l.dgate = carve.take<T>(s.R), l.dbeta = carve.take<T>(s.R);
         l.carried = carve.take<T>(s.words), l.overwritten = carve.take<T>(s.words);
-        l.least_used = carve.take<int32_t>(s.R), l.state = carve.take<T>(3 * tile * units);
+        l.least_used = carve.take<int32_t>(s.R), l.lengths = carve.take<int>(tile);
+        l.state = carve.take<T>(2 * tile * units);
         Carver gates(carve.bytes()), step(carve.bytes());
         l.partial = gates.take<T>(l.chunks * tile * l.leading_partial);
         l.dgates = gates.take<S>(tile * l.leading_gates);
@@ -81,8 +82,8 @@ template <typename S> struct MannBackwardArgs {
     const T *saved_c, *saved_memory, *saved_read_weights;
     S *dgates, *dhead;                                  // [T, B, 4H], [T, B, head] out, before the activations
     S *dh, *dc, *dreads, *dmemory, *dread_weights;      // of the state before the first step, out
-    // Of each step of a segment: c before it [segment, B, H], and records [segment, B, record()] of the owner. Every
-    // kRestartEvery steps a memory, [segment / kRestartEvery, B, N, stride].
+    // Of each step of a segment: c before it and after the last [segment + 1, B, H], and records
+    // [segment, B, record()] of the owner. Every kRestartEvery steps a memory, [segment / kRestartEvery, B, N, stride].
     T *cells, *records, *restarts;
 
     MANN_BOTH int64_t record() const { return step.slots() + (sizes.words + 3) / 4 * 4; }
@@ -96,46 +97,34 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
     char *shared;
     const Share<S, tile> share;
     HeldColumns<arithmetic, tile, S> held;
-    // A thread's own unit, of one example.
-    const int example, unit;
-    const int b;
-    bool has_unit;
-    int length = 0;
-    // The example that the block owns.
-    const int owned;
-    int owned_length = 0;
 
     template <typename U> MANN_INLINE U *at(int offset) const { return reinterpret_cast<U *>(shared + offset); }
-    // Of the thread's unit: the gradients of its h and c after the step at hand, and that c.
-    MANN_INLINE T &dh() const { return at<T>(l.state)[threadIdx.x]; }
-    MANN_INLINE T &dc() const { return at<T>(l.state)[tile * s.units + threadIdx.x]; }
-    MANN_INLINE T &c() const { return at<T>(l.state)[2 * tile * s.units + threadIdx.x]; }
+    // Of the thread's unit: the gradients of its h and c after the step at hand.
+    MANN_INLINE T &dh() const { return at<T>(l.state)[thread_again()]; }
+    MANN_INLINE T &dc() const { return at<T>(l.state)[tile * s.units + thread_again()]; }
     MANN_INLINE T *weights_of(int t) const { return at<T>(l.weights) + t % 2 * a.step.slots(); }
     MANN_INLINE Partial<T> partial() const { return {at<T>(l.partial), l.chunks, l.leading_partial}; }
     MANN_INLINE Head<T> head() const {
         return {at<T>(l.key), at<T>(l.add), at<T>(l.gate), s.key_strength ? at<T>(l.beta) : nullptr};
     }
     // At the j-th step of a segment: the read weights after it, and what stood in the least-used slots before it.
-    MANN_INLINE T *record_weights(int j) const { return a.records + s.row(j, owned) * a.record(); }
+    MANN_INLINE T *record_weights(int j) const { return a.records + s.row(j, share.owned()) * a.record(); }
     MANN_INLINE T *record_overwritten(int j) const { return record_weights(j) + a.step.slots(); }
     MANN_INLINE T *restart_of(int j) const {
-        return a.restarts + s.row(j / kRestartEvery, owned) * a.step.memory();
+        return a.restarts + s.row(j / kRestartEvery, share.owned()) * a.step.memory();
     }
     // The owned example's of a batch that may be absent.
     template <typename U> MANN_INLINE U *of_owned(U *batch, int count) const {
-        return batch ? batch + int64_t(owned) * count : nullptr;
+        return batch ? batch + int64_t(share.owned()) * count : nullptr;
     }
-    MANN_INLINE int64_t own_unit(int64_t row) const { return row * s.H + share.first_unit + unit; } // of [rows, H]
+    MANN_INLINE int length_of(const Unit &u) const { return u.exists ? at<int>(l.lengths)[u.example] : 0; }
+    MANN_INLINE int owned_length() const { return at<int>(l.lengths)[share.rank()]; }
 
     MANN_INLINE MannBackward(const MannBackwardArgs<S> &args, char *memory)
-        : a(args), s(a.sizes), l(a.layout), shared(memory), share(s), example(int(threadIdx.x) / s.units),
-          unit(int(threadIdx.x) % s.units), b(share.first_example + example),
-          has_unit(example < tile && unit < share.own && b < s.B), owned(share.first_example + share.rank) {
-        if (has_unit) length = real_steps(s, a.lengths, b);
-        owned_length = real_steps(s, a.lengths, owned);
-    }
+        : a(args), s(a.sizes), l(a.layout), shared(memory), share{s} {}
 
     MANN_INLINE void begin() {
+        take_lengths(s, a.lengths, share.first_example(), at<int>(l.lengths));
         const auto weight_hh = [&](int row, int column) { return share.weight_hh(a.weight_hh, row, column); };
         const int rows = 4 * s.units;
         held.take(s.padded<S>(), [&](int row, int column) { return row < rows ? weight_hh(row, column) : S(0.0f); });
@@ -145,11 +134,12 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
                                 [&](int row, int p) { return share.weight_head(a.weight_head, row, p); });
         for_each(s.head, [&](int p) { at<T>(l.bias_head)[p] = to_arith(a.bias_head[p]); });
         fill_zero(at<S>(l.dhead), tile * l.leading_head);
-        if (has_unit) {
-            dh() = a.dh1 ? to_arith(a.dh1[own_unit(b)]) : T(0);
-            dc() = a.dc1 ? to_arith(a.dc1[own_unit(b)]) : T(0);
+        const Unit u = share.unit_of_thread();
+        if (u.exists) {
+            dh() = a.dh1 ? to_arith(a.dh1[share.at(u, u.b)]) : T(0);
+            dc() = a.dc1 ? to_arith(a.dc1[share.at(u, u.b)]) : T(0);
         }
-        if (owned >= s.B) return;
+        if (share.owned() >= s.B) return;
         for_each(s.words, [&](int i) {
             at<T>(l.carried)[i] = a.dreads1 ? to_arith(of_owned(a.dreads1, s.words)[i]) : T(0);
         });
@@ -159,13 +149,14 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
     }
     // Of the steps in which no example of the cluster takes part.
     MANN_INLINE void pad(int last) const {
+        const Unit u = share.unit_of_thread();
         for (int t = last; t < s.T; ++t) {
-            for (int g = 0; has_unit && g < 4; ++g) a.dgates[own_unit(s.row(t, b) * 4 + g)] = S(0.0f);
+            for (int g = 0; u.exists && g < 4; ++g) a.dgates[share.at(u, s.row(t, u.b) * 4 + g)] = S(0.0f);
             rest(t);
         }
     }
     MANN_INLINE void rest(int t) const {
-        if (owned < s.B) for_each(s.head, [&](int p) { a.dhead[s.row(t, owned) * s.head + p] = S(0.0f); });
+        if (share.owned() < s.B) for_each(s.head, [&](int p) { a.dhead[s.row(t, share.owned()) * s.head + p] = S(0.0f); });
     }
 
     // The read weights before a segment.
@@ -173,39 +164,40 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
         if (start == 0) {
             take_heads(of_owned(a.read_weights, s.R * s.N), s.R, s.N, weights_of(start));
         } else {
-            const int64_t copy = s.row(start / s.checkpoint_every - 1, owned);
+            const int64_t copy = s.row(start / s.checkpoint_every - 1, share.owned());
             take_heads(a.saved_read_weights + copy * s.R * s.N, s.R, s.N, weights_of(start));
         }
     }
     MANN_INLINE void take_head(int t) const {
-        const int64_t row = s.row(t, owned);
+        const int64_t row = s.row(t, share.owned());
         make_head(s, head(), [&](int p) { return a.heads[row * s.head + p] + at<T>(l.bias_head)[p]; });
         // whoever calls, no slot is outside memory
         for_each(s.R, [&](int h) {
             at<int32_t>(l.least_used)[h] = max(0, min(a.saved_least_used[row * s.R + h], s.N - 1));
         });
     }
-    MANN_INLINE void take_cells_again(int start, int stop) {
-        if (!has_unit) return;
-        const int64_t copy = s.row(start / s.checkpoint_every - 1, b);
-        T c = start == 0 ? to_arith(a.c[own_unit(b)]) : a.saved_c[own_unit(copy)];
-        for (int t = start; t < min(stop, length); ++t) {
-            a.cells[own_unit(s.row(t - start, b))] = c;
-            const T *row = a.saved_gates + own_unit(s.row(t, b) * 4);
-            c = row[s.H] * c + row[0] * row[2 * s.H];
+    MANN_INLINE void take_cells_again(int start, int stop) const {
+        const Unit u = share.unit_of_thread();
+        if (!u.exists) return;
+        T now = start == 0 ? to_arith(a.c[share.at(u, u.b)])
+                           : a.saved_c[share.at(u, s.row(start / s.checkpoint_every - 1, u.b))];
+        for (int t = start; t < min(stop, length_of(u)); ++t) {
+            a.cells[share.at(u, s.row(t - start, u.b))] = now;
+            const T *row = a.saved_gates + share.at(u, s.row(t, u.b) * 4);
+            now = row[s.H] * now + row[0] * row[2 * s.H];
         }
-        this->c() = c;
+        a.cells[share.at(u, s.row(min(stop, max(length_of(u), start)) - start, u.b))] = now;
     }
     MANN_INLINE void take_steps_again(int start, int stop) const {
-        if (start >= owned_length) return;
+        if (start >= owned_length()) return;
         if (start == 0) {
             take_rows(of_owned(a.memory, s.N * s.W), s.N, s.W, a.step.stride, at<T>(l.memory));
         } else {
-            const int64_t copy = s.row(start / s.checkpoint_every - 1, owned);
+            const int64_t copy = s.row(start / s.checkpoint_every - 1, share.owned());
             take_rows(a.saved_memory + copy * s.N * s.W, s.N, s.W, a.step.stride, at<T>(l.memory));
         }
         take_weights(start);
-        for (int t = start; t < min(stop, owned_length); ++t) {
+        for (int t = start; t < min(stop, owned_length()); ++t) {
             const int j = t - start;
             take_head(t);
             __syncthreads();
@@ -225,21 +217,23 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
 
     // What undoing step t needs of the unit, before it is needed.
     struct UnitStep {
-        T gates[4], previous_c, doutput;
+        T gates[4], previous_c, c, doutput;
     };
     MANN_INLINE UnitStep fetch_unit(int t, int start) const {
+        const Unit u = share.unit_of_thread();
         UnitStep step{};
-        if (t >= length) return step;
-        step.previous_c = a.cells[own_unit(s.row(t - start, b))];
-        step.doutput = to_arith(a.doutput[s.row(t, b) * s.recurrent + share.first_unit + unit]);
+        if (t >= length_of(u)) return step;
+        step.previous_c = a.cells[share.at(u, s.row(t - start, u.b))];
+        step.c = a.cells[share.at(u, s.row(t - start + 1, u.b))];
+        step.doutput = to_arith(a.doutput[s.row(t, u.b) * s.recurrent + share.first_unit() + u.unit]);
 #pragma unroll
-        for (int g = 0; g < 4; ++g) step.gates[g] = a.saved_gates[own_unit(s.row(t, b) * 4 + g)];
+        for (int g = 0; g < 4; ++g) step.gates[g] = a.saved_gates[share.at(u, s.row(t, u.b) * 4 + g)];
         return step;
     }
     // And of the owned example.
     MANN_INLINE void fetch(int t, int start) const {
         const int j = t - start;
-        if (t >= owned_length) return;
+        if (t >= owned_length()) return;
         take_head(t);
         if (j == 0) take_weights(start);
         else for_each(int(a.step.slots()), [&](int i) { weights_of(t)[i] = record_weights(j - 1)[i]; });
@@ -247,7 +241,7 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
             for_each(int(a.step.memory()), [&](int i) { at<T>(l.memory)[i] = restart_of(j)[i]; });
         for_each(s.words, [&](int i) { at<T>(l.overwritten)[i] = record_overwritten(j)[i]; });
         for_numbers(head_groups(s.R) * kHeadGroup, s.W, [&](int h, int w, int i) {
-            const S *row = a.doutput + s.row(t, owned) * s.recurrent + s.H;
+            const S *row = a.doutput + s.row(t, share.owned()) * s.recurrent + s.H;
             at<T>(l.dreads)[of_head(h, w, s.W)] = h < s.R ? to_arith(row[i]) : T(0);
         });
     }
@@ -265,11 +259,13 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
         step.key = head().key, step.add = head().add, step.gate = head().gate, step.beta = head().beta;
         step.overwritten = at<T>(l.overwritten), step.scratch = at<T>(l.step_scratch);
         step.dgate = at<T>(l.dgate), step.dbeta = s.key_strength ? at<T>(l.dbeta) : nullptr;
+        const int from = share.rank();
+        const int64_t row = s.row(t, share.owned());
         const auto give = [&](int p, T value) {
             const S grad = to_storage<S>(value);
             for (int rank = 0; rank < tile; ++rank)
-                of_rank(at<S>(l.dhead), rank)[share.rank * l.leading_head + p] = grad;
-            a.dhead[s.row(t, owned) * s.head + p] = grad;
+                of_rank(at<S>(l.dhead), rank)[from * l.leading_head + p] = grad;
+            a.dhead[row * s.head + p] = grad;
         };
         step_backward<true>(a.step, step, [&](int h, int w, T dkey, T dadd) {
             const T key = step.key[of_head(h, w, s.W)], add = step.add[of_head(h, w, s.W)];
@@ -285,40 +281,43 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
     }
 
     MANN_INLINE void lstm(int t, const UnitStep &step) {
-        if (example >= tile) return;
+        const Unit u = share.unit_of_thread();
+        if (u.example >= tile) return;
         T grads[4] = {};
-        if (t < length) {
-            const T whole_dh = dh() + step.doutput + total<tile>(partial(), example, unit);
+        if (t < length_of(u)) {
+            const T whole_dh = dh() + step.doutput + total<tile>(partial(), u.example, u.unit);
             const auto grad = lstm_cell_backward(step.gates[0], step.gates[1], step.gates[2], step.gates[3],
-                                                 step.previous_c, hyperbolic_tangent(c()), whole_dh, dc());
+                                                 step.previous_c, hyperbolic_tangent(step.c), whole_dh, dc());
             grads[0] = grad.gate_in, grads[1] = grad.gate_forget, grads[2] = grad.cell, grads[3] = grad.gate_out;
-            dc() = grad.c, c() = step.previous_c;
+            dc() = grad.c;
         }
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
-            at<S>(l.dgates)[example * l.leading_gates + g * s.units + unit] = to_storage<S>(grads[g]);
-            if (has_unit) a.dgates[own_unit(s.row(t, b) * 4 + g)] = to_storage<S>(grads[g]);
+            at<S>(l.dgates)[u.example * l.leading_gates + g * s.units + u.unit] = to_storage<S>(grads[g]);
+            if (u.exists) a.dgates[share.at(u, s.row(t, u.b) * 4 + g)] = to_storage<S>(grads[g]);
         }
     }
     // The part of the gradient of (h, reads) that goes through the block's gates, to whom it belongs.
     MANN_INLINE void parts() const {
         const Matrix<S> weights{at<S>(l.weight_hh), l.leading_hh, 4 * s.units, s.padded<S>(), l.held};
+        const int from = share.rank();
         held.multiply(weights, {at<S>(l.dgates), l.leading_gates}, [&](int to, int column, T sum) {
             const int read = column - s.reads_at<S>();
             if (column < s.H)
-                of_rank(at<T>(l.parts_of_dh), column / s.units)[(share.rank * tile + to) * s.units +
+                of_rank(at<T>(l.parts_of_dh), column / s.units)[(from * tile + to) * s.units +
                                                                   column % s.units] = sum;
-            else if (read >= 0) of_rank(at<T>(l.parts_of_dreads), to)[share.rank * s.words + read] = sum;
+            else if (read >= 0) of_rank(at<T>(l.parts_of_dreads), to)[from * s.words + read] = sum;
         });
     }
-    MANN_INLINE void receive(int t) {
-        if (t < length) {
+    MANN_INLINE void receive(int t) const {
+        const Unit u = share.unit_of_thread();
+        if (t < length_of(u)) {
             T sum = 0;
             for (int rank = 0; rank < tile; ++rank)
-                sum += at<T>(l.parts_of_dh)[(rank * tile + example) * s.units + unit];
+                sum += at<T>(l.parts_of_dh)[(rank * tile + u.example) * s.units + u.unit];
             dh() = sum;
         }
-        if (t < owned_length) for_each(s.words, [&](int i) {
+        if (t < owned_length()) for_each(s.words, [&](int i) {
                 T sum = 0;
                 for (int rank = 0; rank < tile; ++rank) sum += at<T>(l.parts_of_dreads)[rank * s.words + i];
                 at<T>(l.carried)[i] = sum;
@@ -327,7 +326,7 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
     }
 
     MANN_INLINE void undo(int t, int start) {
-        if (t < owned_length) forget(t);
+        if (t < owned_length()) forget(t);
         else rest(t);
         cluster_arrive();
         const UnitStep step = fetch_unit(t, start);
@@ -347,8 +346,9 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
 
     MANN_INLINE void run() {
         begin();
+        __syncthreads();
         int last = 0;
-        for (int e = 0; e < tile; ++e) last = max(last, real_steps(s, a.lengths, share.first_example + e));
+        for (int e = 0; e < tile; ++e) last = max(last, at<int>(l.lengths)[e]);
         pad(last);
         cluster_barrier(); // every block is there to be written to
         for (int stop = last; stop > 0;) {
@@ -364,8 +364,9 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
         finish();
     }
     MANN_INLINE void finish() const {
-        if (has_unit) a.dh[own_unit(b)] = to_storage<S>(dh()), a.dc[own_unit(b)] = to_storage<S>(dc());
-        if (owned >= s.B) return;
+        const Unit u = share.unit_of_thread();
+        if (u.exists) a.dh[share.at(u, u.b)] = to_storage<S>(dh()), a.dc[share.at(u, u.b)] = to_storage<S>(dc());
+        if (share.owned() >= s.B) return;
         for_each(s.words, [&](int i) { of_owned(a.dreads, s.words)[i] = to_storage<S>(at<T>(l.carried)[i]); });
         give_rows(at<T>(l.dmemory), s.N, s.W, a.step.stride, of_owned(a.dmemory, s.N * s.W));
         give_heads(at<T>(l.dweights), s.R, s.N, of_owned(a.dread_weights, s.R * s.N));

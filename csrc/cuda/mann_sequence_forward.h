@@ -16,7 +16,7 @@ template <typename S> struct MannForwardLayout {
     int h, reads;               // [2, tile, leading_h], [tile, leading_reads] of S
     int head_parts, bias_head;  // [tile, head], [head]
     int memory, usage, weights; // of the example: [N, stride], [N], [2, G, N, 4]
-    int least_used;             // [R] of int32
+    int least_used, lengths;    // [R], [tile] of int32
     // Of the gates' phase.
     int partial, own_h; // [chunks, tile, leading_partial], [tile, leading_units] of S
     // Of the memory's phase, in the place of the above.
@@ -41,6 +41,7 @@ template <typename S> struct MannForwardLayout {
         l.head_parts = carve.take<T>(tile * s.head), l.bias_head = carve.take<T>(s.head);
         l.memory = carve.take<T>(memory_shape.memory()), l.usage = carve.take<T>(s.N);
         l.weights = carve.take<T>(2 * memory_shape.slots()), l.least_used = carve.take<int32_t>(s.R);
+        l.lengths = carve.take<int>(tile);
         Carver gates(carve.bytes()), step(carve.bytes());
         l.partial = gates.take<T>(l.chunks * tile * l.leading_partial);
         l.own_h = gates.take<S>(tile * l.leading_units);
@@ -79,15 +80,7 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
     char *shared;
     const Share<S, tile> share;
     HeldRows<arithmetic, tile, S> held;
-    // A thread's own unit, of one example: it has that in registers.
-    const int example, unit;
-    const int b;    // of the unit
-    bool has_unit;      // it exists
-    int length = 0; // of that example, 0 if it does not exist
-    T c = 0, gates_x[4] = {};
-    // The example that the block owns.
-    const int owned;
-    int owned_length = 0;
+    T c = 0, gates_x[4] = {}; // of the thread's unit
 
     template <typename U> MANN_INLINE U *at(int offset) const { return reinterpret_cast<U *>(shared + offset); }
     MANN_INLINE S *h_of(int t) const { return at<S>(l.h) + t % 2 * (tile * l.leading_h); }
@@ -95,19 +88,16 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
     MANN_INLINE Partial<T> partial() const { return {at<T>(l.partial), l.chunks, l.leading_partial}; }
     // The owned example's of a batch that may be absent.
     template <typename U> MANN_INLINE U *of_owned(U *batch, int count) const {
-        return batch ? batch + int64_t(owned) * count : nullptr;
+        return batch ? batch + int64_t(share.owned()) * count : nullptr;
     }
-    MANN_INLINE int64_t own_unit(int64_t row) const { return row * s.H + share.first_unit + unit; } // of [rows, H]
+    MANN_INLINE int length_of(const Unit &u) const { return u.exists ? at<int>(l.lengths)[u.example] : 0; }
+    MANN_INLINE int owned_length() const { return at<int>(l.lengths)[share.rank()]; }
 
     MANN_INLINE MannForward(const MannForwardArgs<S> &args, char *memory)
-        : a(args), s(a.sizes), l(a.layout), shared(memory), share(s), example(int(threadIdx.x) / s.units),
-          unit(int(threadIdx.x) % s.units), b(share.first_example + example),
-          has_unit(example < tile && unit < share.own && b < s.B), owned(share.first_example + share.rank) {
-        if (has_unit) length = real_steps(s, a.lengths, b);
-        owned_length = real_steps(s, a.lengths, owned);
-    }
+        : a(args), s(a.sizes), l(a.layout), shared(memory), share{s} {}
 
     MANN_INLINE void begin() {
+        take_lengths(s, a.lengths, share.first_example(), at<int>(l.lengths));
         const int rows = 4 * s.units;
         const auto weight_hh = [&](int row, int column) { return share.weight_hh(a.weight_hh, row, column); };
         held.take(rows, l.chunks, weight_hh);
@@ -119,8 +109,9 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
         take_vectors(a.h, s.H, l.leading_h, h_of(0));
         fill_zero(h_of(1), tile * l.leading_h);
         take_vectors(a.reads, s.words, l.leading_reads, at<S>(l.reads));
-        if (has_unit) c = to_arith(a.c[own_unit(b)]);
-        if (owned < s.B) {
+        const Unit u = share.unit_of_thread();
+        if (u.exists) c = to_arith(a.c[share.at(u, u.b)]);
+        if (share.owned() < s.B) {
             take_rows(of_owned(a.memory, s.N * s.W), s.N, s.W, a.step.stride, at<T>(l.memory));
             for_each(s.N, [&](int n) { at<T>(l.usage)[n] = to_arith(of_owned(a.usage, s.N)[n]); });
             take_heads(of_owned(a.read_weights, s.R * s.N), s.R, s.N, weights_of(0));
@@ -129,17 +120,17 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
     // Vectors [B, count] of the cluster's examples, padded with zeros.
     MANN_INLINE void take_vectors(const S *source, int count, int leading, S *target) const {
         for_numbers(tile, leading, [&](int e, int k, int i) {
-            const int from = share.first_example + e;
+            const int from = share.first_example() + e;
             target[i] = from < s.B && k < count ? source[int64_t(from) * count + k] : S(0.0f);
         });
     }
 
     // Of step t, long before they are used.
     MANN_INLINE void fetch(int t) {
-        if (t < length)
+        const Unit u = share.unit_of_thread();
+        if (t < length_of(u))
 #pragma unroll
-            for (int g = 0; g < 4; ++g)
-                gates_x[g] = to_arith(a.gates_x[own_unit(s.row(t, b) * 4 + g)]);
+            for (int g = 0; g < 4; ++g) gates_x[g] = to_arith(a.gates_x[share.at(u, s.row(t, u.b) * 4 + g)]);
     }
     MANN_INLINE void gates_of_h(int t) const {
         const Matrix<S> weights{at<S>(l.weight_hh), l.leading_hh, 4 * s.units, s.reads_at<S>(), l.held};
@@ -152,33 +143,34 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
 
     // Eq. 9 to 16, and h to every block.
     MANN_INLINE void lstm(int t) {
-        if (example >= tile) return;
-        const int at_h = example * l.leading_h + share.first_unit + unit;
+        const Unit u = share.unit_of_thread();
+        if (u.example >= tile) return;
+        const int at_h = u.example * l.leading_h + share.first_unit() + u.unit;
         S h = S(0.0f);
-        if (t < length) {
+        if (t < length_of(u)) {
             T gates[4];
 #pragma unroll
-            for (int g = 0; g < 4; ++g) gates[g] = gates_x[g] + total<tile>(partial(), example, g * s.units + unit);
+            for (int g = 0; g < 4; ++g) gates[g] = gates_x[g] + total<tile>(partial(), u.example, g * s.units + u.unit);
             const auto cell = lstm_cell(gates[0], gates[1], gates[2], gates[3], c);
             c = cell.c, h = to_storage<S>(cell.h);
-            const int64_t row = s.row(t, b);
 #pragma unroll
             for (int g = 0; a.saved_gates && g < 4; ++g)
-                a.saved_gates[own_unit(row * 4 + g)] = gates[g];
-        } else if (has_unit) {
+                a.saved_gates[share.at(u, s.row(t, u.b) * 4 + g)] = gates[g];
+        } else if (u.exists) {
             h = h_of(t)[at_h]; // nothing changes
         }
-        at<S>(l.own_h)[example * l.leading_units + unit] = h;
-        if (!has_unit) return;
+        at<S>(l.own_h)[u.example * l.leading_units + u.unit] = h;
+        if (!u.exists) return;
         for (int rank = 0; rank < tile; ++rank) of_rank(h_of(t + 1), rank)[at_h] = h;
-        a.output[s.row(t, b) * s.recurrent + share.first_unit + unit] = t < length ? h : S(0.0f);
+        a.output[s.row(t, u.b) * s.recurrent + share.first_unit() + u.unit] = t < length_of(u) ? h : S(0.0f);
     }
     // The units' part of every head, to its owner.
     MANN_INLINE void head_parts() const {
         const Matrix<S> weights{at<S>(l.weight_head), l.leading_head, s.units, s.head, 0};
+        const int from = share.rank();
         vectors_times_columns<arithmetic, tile>(
             weights, {at<S>(l.own_h), l.leading_units}, [&](int owner, int p, T sum) {
-                of_rank(at<T>(l.head_parts), owner)[share.rank * s.head + p] = sum;
+                of_rank(at<T>(l.head_parts), owner)[from * s.head + p] = sum;
             });
     }
 
@@ -190,7 +182,7 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
             for (int rank = 0; rank < tile; ++rank) sum += at<T>(l.head_parts)[rank * s.head + p];
             return sum;
         });
-        const int64_t row = s.row(t, owned);
+        const int64_t row = s.row(t, share.owned());
         if (warp_of_block() == kWarps - 1) choose_slots(at<T>(l.usage), s.N, s.R, at<int32_t>(l.least_used));
         __syncthreads();
         for_each(a.saved_least_used ? s.R : 0,
@@ -200,30 +192,33 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
         step.previous = weights_of(t), step.weights = weights_of(t + 1);
         step.key = head.key, step.add = head.add, step.gate = head.gate, step.beta = head.beta;
         step.least_used = at<int32_t>(l.least_used), step.scratch = at<T>(l.step_scratch);
+        const int from = share.rank();
         step_forward(a.step, step, [&](int h, int w, T value) {
             const S read = to_storage<S>(value);
             const int word = h * s.W + w;
             for (int rank = 0; rank < tile; ++rank)
-                of_rank(at<S>(l.reads), rank)[share.rank * l.leading_reads + word] = read;
+                of_rank(at<S>(l.reads), rank)[from * l.leading_reads + word] = read;
             a.output[row * s.recurrent + s.H + word] = read;
         });
     }
     // A padded step.
     MANN_INLINE void rest(int t) const {
-        const int64_t row = s.row(t, owned);
+        const int64_t row = s.row(t, share.owned());
         for_each(s.words, [&](int i) { a.output[row * s.recurrent + s.H + i] = S(0.0f); });
         for_each(a.saved_least_used ? s.R : 0, [&](int h) { a.saved_least_used[row * s.R + h] = 0; });
     }
     MANN_INLINE void copy_state(int t) const {
         const int64_t copy = s.row(t / s.checkpoint_every, 0);
-        if (has_unit) a.saved_c[own_unit(copy + b)] = c;
-        if (owned >= s.B) return;
-        give_rows(at<T>(l.memory), s.N, s.W, a.step.stride, a.saved_memory + (copy + owned) * s.N * s.W);
-        give_heads(weights_of(min(t + 1, owned_length)), s.R, s.N, a.saved_read_weights + (copy + owned) * s.R * s.N);
+        const Unit u = share.unit_of_thread();
+        if (u.exists) a.saved_c[share.at(u, copy + u.b)] = c;
+        if (share.owned() >= s.B) return;
+        give_rows(at<T>(l.memory), s.N, s.W, a.step.stride, a.saved_memory + (copy + share.owned()) * s.N * s.W);
+        give_heads(weights_of(min(t + 1, owned_length())), s.R, s.N, a.saved_read_weights + (copy + share.owned()) * s.R * s.N);
     }
 
     MANN_INLINE void run() {
         begin();
+        __syncthreads();
         fetch(0);
         fill_zero(at<S>(l.own_h), tile * l.leading_units);
         cluster_barrier(); // every block is there to be written to
@@ -235,8 +230,8 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
             __syncthreads();
             head_parts();
             cluster_barrier();
-            if (t < owned_length) remember(t);
-            else if (owned < s.B) rest(t);
+            if (t < owned_length()) remember(t);
+            else if (share.owned() < s.B) rest(t);
             __syncthreads();
             if (a.saved_c && (t + 1) % s.checkpoint_every == 0 && t + 1 < s.T) copy_state(t);
             cluster_arrive();
@@ -250,17 +245,18 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
         finish();
     }
     MANN_INLINE void finish() const {
-        if (has_unit) {
-            a.h1[own_unit(b)] = h_of(s.T)[example * l.leading_h + share.first_unit + unit];
-            a.c1[own_unit(b)] = to_storage<S>(c);
+        const Unit u = share.unit_of_thread();
+        if (u.exists) {
+            a.h1[share.at(u, u.b)] = h_of(s.T)[u.example * l.leading_h + share.first_unit() + u.unit];
+            a.c1[share.at(u, u.b)] = to_storage<S>(c);
         }
-        if (owned >= s.B) return;
+        if (share.owned() >= s.B) return;
         for_each(s.words, [&](int i) {
-            of_owned(a.reads1, s.words)[i] = at<S>(l.reads)[share.rank * l.leading_reads + i];
+            of_owned(a.reads1, s.words)[i] = at<S>(l.reads)[share.rank() * l.leading_reads + i];
         });
         give_rows(at<T>(l.memory), s.N, s.W, a.step.stride, of_owned(a.memory1, s.N * s.W));
         for_each(s.N, [&](int n) { of_owned(a.usage1, s.N)[n] = to_storage<S>(at<T>(l.usage)[n]); });
-        give_heads(weights_of(owned_length), s.R, s.N, of_owned(a.read_weights1, s.R * s.N));
+        give_heads(weights_of(owned_length()), s.R, s.N, of_owned(a.read_weights1, s.R * s.N));
     }
 };
 

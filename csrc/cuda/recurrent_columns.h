@@ -120,7 +120,7 @@ MANN_INLINE void vectors_times_columns(const Matrix<S> &weights, const Vectors<S
 // The same, with a thread's first weights in its registers.
 template <Arithmetic arithmetic, int tile, typename S> class HeldColumns {
     static constexpr bool fma = arithmetic == Arithmetic::kFma;
-    static constexpr int kQuads = 2, kSteps = sizeof(S) == 2 ? 2 : 4; // 32 registers, of bfloat16 16
+    static constexpr int kQuads = 1, kSteps = 2 / kPerWord<S>; // 16 rows, in 16 registers or 8
     S quads_[fma ? kQuads : 1][4][4];
     uint32_t words_[fma ? 1 : 2 * kSteps][4];
 
