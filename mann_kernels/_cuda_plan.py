@@ -43,7 +43,7 @@ def mann_sequence(
 ) -> Plan:
     """The plan for these sizes, on a device whose blocks may have so many bytes of shared memory; needs the CUDA extension."""
     found = (ctypes.c_int64 * 2)()
-    cluster = ctypes.CDLL(_library.cuda_file).mann_sequence_plan(
+    cluster = _library.cuda_plan(
         dtype == torch.bfloat16, N, W, R, H, write_add, key_strength, ctypes.c_int64(shared_limit), found
     )
     return Plan(cluster, *found)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cuda_on_cpu import cuda_on_cpu, missing
 from stem import run
-from test_cuda_extension import STEMS
+from test_cuda_extension import STEMS, on_fake_gpu
 from test_properties import class_of
 from test_structure import _Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,11 +33,6 @@ def test_opcheck(stem, dtype):
         for func, args in calls.made:
             torch.library.opcheck(func, args, test_utils=("test_schema",))
             with FakeTensorMode():
-                fakes = [
-                    torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device="cuda")
-                    if isinstance(arg, torch.Tensor)
-                    else arg
-                    for arg in args
-                ]
-                wanted = layout(getattr(torch.ops.mann, func.name().split("::")[1])(*fakes))
+                fake = getattr(torch.ops.mann, func.name().split("::")[1])
+                wanted = layout(fake(*map(on_fake_gpu, args)))
             assert layout(func(*args)) == wanted, func.name()
