@@ -14,7 +14,7 @@ OTHER_TRITON := 3.9.0
 OTHER_PATH := build/triton-$(OTHER_TRITON)
 INTERPRETED := tests/gpu_on_cpu/test_interpreter.py tests/gpu_on_cpu/test_guard.py
 COMPILED := tests/gpu_on_cpu/test_compile.py tests/gpu_on_cpu/test_ptx.py tests/gpu_on_cpu/test_traffic.py
-CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
+CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu)
 # The tests that drive the C++ kernels; those that start compilers or other processes would only slow the sanitizers down.
 SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles and not gpu"
 
@@ -59,7 +59,7 @@ sanitize: setup
 	@mkdir -p $(SANITIZED)
 	@rm -rf $(SANITIZED)/mann_kernels && cp -r mann_kernels tests bench csrc setup.py pyproject.toml $(SANITIZED)/
 	@rm -f $(SANITIZED)/mann_kernels/_C*.so
-	cd $(SANITIZED) && MANN_SANITIZE=address,undefined ../../$(RUN) setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && MANN_CUDA=0 MANN_SANITIZE=address,undefined ../../$(RUN) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) \
 	    ../../$(RUN) -m pytest --capture=sys $(SANITIZED_TESTS) $(TEST)

@@ -152,7 +152,7 @@ class BuildNinja(build_ext):
         """Also takes away what an earlier build left there and this one leaves out."""
         super().copy_extensions_to_source()
         for ext in self.extensions:
-            if not Path(self.get_ext_fullpath(ext.name)).exists():
+            if not Path(self.build_lib, self.get_ext_filename(ext.name)).exists():
                 (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 
 

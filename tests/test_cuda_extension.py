@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stem import outputs_of
+from stem import outputs_of, run
 from test_properties import class_of
 from test_structure import _Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mann_kernels
-from mann_kernels import _backend, _library
+from mann_kernels import _backend, _cuda_plan, _library
 
 ROOT = Path(__file__).parent.parent
 #: The operators that have CUDA kernels.
@@ -51,11 +51,50 @@ def test_they_are_the_default_where_they_can_be():
 
 @built
 def test_a_device_too_old_takes_triton(monkeypatch):
-    monkeypatch.setattr(_backend, "_least_capability", lambda: (7, 5))
-    assert "capability 8.0 or more, a device here has 7.5" in _backend.missing("cuda", STEMS[0], "cuda", torch.float32)
-    assert _backend.default(STEMS[0], "cuda", torch.float32) == ("triton", None)
-    monkeypatch.setattr(_backend, "_least_capability", lambda: (8, 0))
-    assert _backend.missing("cuda", "lrua_step", "cuda", torch.float32) is None
+    def why(stem, capability):
+        monkeypatch.setattr(_backend, "_least_device", lambda: (capability, 232_448))
+        found = _backend.missing("cuda", stem, "cuda", torch.float32)
+        assert _backend.default(stem, "cuda", torch.float32)[0] == ("cuda" if found is None else "triton")
+        return found
+
+    assert "capability 8.0 or more, a device here has 7.5" in why("lrua_step", (7, 5))
+    assert why("lrua_step", (8, 0)) is None
+    assert "capability 9.0 or more, a device here has 8.9" in why("mann_sequence", (8, 9))
+    assert why("mann_sequence", (9, 0)) is why("mann_sequence", (10, 0)) is None
+
+
+PAPER = {"N": 128, "W": 40, "R": 4, "H": 200}
+
+
+@built
+@pytest.mark.parametrize(("dtype", "cluster"), [(torch.float32, 8), (torch.bfloat16, 4)], ids=str)
+def test_the_papers_sizes_fit_a_cluster(dtype, cluster):
+    plan = _cuda_plan.mann_sequence(**PAPER, dtype=dtype)
+    assert plan.cluster == cluster
+    assert max(plan.forward_bytes, plan.backward_bytes) <= _cuda_plan.SHARED_LIMIT
+    assert plan.missing is None
+    # the least limit that it fits is what it says
+    most = max(plan.forward_bytes, plan.backward_bytes)
+    assert _cuda_plan.mann_sequence(**PAPER, dtype=dtype, shared_limit=most).cluster == cluster
+    assert _cuda_plan.mann_sequence(**PAPER, dtype=dtype, shared_limit=most - 1).cluster != cluster
+
+
+def test_the_plan_is_a_constant_to_the_compiler():
+    def marked():
+        pass
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked) == vars(_cuda_plan.mann_sequence)
+
+
+@built
+def test_sizes_that_fit_no_cluster_take_triton(monkeypatch):
+    monkeypatch.setattr(_backend, "_least_device", lambda: ((9, 0), _cuda_plan.SHARED_LIMIT))
+    options = {"write_add": False, "key_strength": False}
+    large = dict(PAPER, H=2048, **options)
+    assert "bytes of shared memory" in _backend.missing("cuda", "mann_sequence", "cuda", torch.float32, large)
+    assert _backend.default("mann_sequence", "cuda", torch.float32, large) == ("triton", None)
+    assert _backend.default("mann_sequence", "cuda", torch.float32, PAPER | options) == ("cuda", None)
 
 
 def test_not_on_amd(monkeypatch):
@@ -79,31 +118,34 @@ def test_the_command_lists_them():
         assert re.search(rf"^{stem} +cpp +{want}$", text, re.MULTILINE)
 
 
+def on_fake_gpu(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stem", STEMS)
 def test_shapes_are_known_without_a_device(stem, dtype):
-    """Fake CUDA tensors go through the public function, forward and backward, to the operators that have CUDA kernels."""
+    """Fake CUDA tensors go through the public function to the operator that has a CUDA kernel, and through its backward.
+
+    Without gradients: a torch without CUDA aborts where autograd meets a CUDA tensor, fake or not.
+    """
     tests = class_of(stem)
     for options in tests.options:
         inputs = tests.inputs(1, 3, 7, 5, 2, **options).to(dtype)
-        want = outputs_of(getattr(mann_kernels, stem), inputs)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            fakes = type(inputs)(
-                {
-                    k: torch.empty(v.shape, dtype=v.dtype, device="cuda") if isinstance(v, torch.Tensor) else v
-                    for k, v in inputs.items()
-                }
-            ).with_grad()
-            with _Calls() as calls:
-                outputs = outputs_of(getattr(mann_kernels, stem), fakes)
-                sum(output.sum() for output in outputs if output.requires_grad).backward()
-        assert [func.name() for func, _ in calls.made] == [f"mann::{stem}", f"mann::{stem}_backward"]
-        found = [(output.shape, output.dtype, output.device.type) for output in outputs]
-        assert found == [(output.shape, output.dtype, "cuda") for output in want]
-        for name, value in fakes.items():
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                assert (value.grad.shape, value.grad.device.type) == (inputs[name].shape, "cuda"), name
+        with _Calls() as real:
+            run(getattr(mann_kernels, stem), inputs)
+        with FakeTensorMode(), torch.no_grad(), _Calls() as fake:
+            outputs = outputs_of(getattr(mann_kernels, stem), {k: on_fake_gpu(v) for k, v in inputs.items()})
+            backward, args = real.made[1]
+            grads = backward(*map(on_fake_gpu, args))
+        assert [func.name() for func, _ in fake.made] == [f"mann::{stem}", f"mann::{stem}_backward"]
+        for found, want in ((outputs, outputs_of(getattr(mann_kernels, stem), inputs)), (grads, backward(*args))):
+            assert {tensor.device.type for tensor in found} == {"cuda"}
+            layouts = [[(t.shape, t.stride(), t.dtype) for t in tensors] for tensors in (found, want)]
+            assert layouts[0] == layouts[1]
 
 
 @built

@@ -42,7 +42,7 @@ def canonical(x, weight, fast, mix, tasks: bool):
     tasks: whether x has a dimension of tasks.
     """
     if mix is not None:
-        return (x, fast, mix) if tasks else (x[None], fast[None], mix[None])
+        return (x, fast, mix) if tasks else (x.unsqueeze(0), fast.unsqueeze(0), mix.unsqueeze(0))
     if fast.dim() == weight.dim():
-        return (x.flatten(0, 1) if tasks else x)[None], fast[None, None], None
-    return x if tasks else x[:, None], fast[:, None], None
+        return (x.flatten(0, 1) if tasks else x).unsqueeze(0), fast.unsqueeze(0).unsqueeze(0), None
+    return x if tasks else x.unsqueeze(1), fast.unsqueeze(1), None
