@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.devices import WARM_UP, attempt, devices
-from bench.suites import DTYPES, Case, Suite, backend_of, suite_of
+from bench.suites import DTYPES, Case, Suite, backend_of, forced, kernels_of, suite_of
 from mann_kernels import _library
 from mann_kernels.testing import accuracy
 
@@ -63,15 +63,18 @@ def verify(stems, device, candidates=None) -> list[dict]:
     rows = []
     for stem in stems:
         suite = suite_of(stem)
-        candidate = (candidates or {}).get(stem, suite.ours(stem))
+        ours = (candidates or {}).get(stem, suite.ours(stem))
         for dtype in (name for name in device.verified if name in suite.dtypes(stem)):
-            backend = backend_of(stem, device.type, DTYPES[dtype])[0]
-            for number, shape in enumerate(suite.verified(stem)):
-                head = {"stem": stem, "device": device.type, "backend": backend, "dtype": dtype, "shape": str(shape)}
-                drawn = suite.inputs(stem, shape, number)
-                found, note = attempt(device, lambda: compared(suite, stem, candidate, drawn, DTYPES[dtype], device))  # noqa: B023
-                failed = {"quantity": note, "error": math.inf, "budget": 0.0, "ok": False}
-                rows += [head | row for row in ([failed] if note else found)]
+            for asked in kernels_of(stem, device.type, DTYPES[dtype]).values():
+                backend = asked or backend_of(stem, device.type, DTYPES[dtype])[0]
+                candidate = ours if asked is None else forced(ours, asked)
+                for number, shape in enumerate(suite.verified(stem)):
+                    head = {"stem": stem, "device": device.type, "backend": backend, "dtype": dtype}
+                    drawn = suite.inputs(stem, shape, number)
+                    run = functools.partial(compared, suite, stem, candidate, drawn, DTYPES[dtype], device)
+                    found, note = attempt(device, run)
+                    failed = {"quantity": note, "error": math.inf, "budget": 0.0, "ok": False}
+                    rows += [head | {"shape": str(shape)} | row for row in ([failed] if note else found)]
     return rows
 
 
@@ -168,7 +171,12 @@ PASSES = ("fwd", "fwd+bwd")
 def contestants_of(suite: Suite, case: Case, device, dtype, drawn):
     """Functions by name that make the two passes of a contestant, each on leaves of its own; the contestants that do the
     stem's work, by name; the seconds that compiling took; and notes on what cannot be made."""
-    functions = {"mann_kernels": suite.ours(case.stem), "eager": suite.eager[case.stem]}
+    ours = suite.ours(case.stem)
+    functions = {
+        name: ours if asked is None else forced(ours, asked)
+        for name, asked in kernels_of(case.stem, device.type, dtype).items()
+    }
+    functions["eager"] = suite.eager[case.stem]
     functions |= suite.alternatives.get(case.stem, {})
     seconds, notes = {}, {}
     work = Work(case.stem, drawn, dtype, device.device)

@@ -143,6 +143,26 @@ def suite_of(stem: str) -> Suite:
     return next(suite for suite in SUITES.values() if stem in suite.stems)
 
 
+def forced(function: Callable, backend: str) -> Callable:
+    """The function with all its operators, backward too, on one implementation."""
+
+    def run(*arguments):
+        with mann_kernels.backend(backend):
+            return function(*arguments)
+
+    return run
+
+
+def kernels_of(stem: str, device: str, dtype: torch.dtype) -> dict[str, str | None]:
+    """The contestants that are ours, with the implementation that each asks for: the default, and on a GPU where CUDA kernels
+    are that, the Triton kernels too."""
+    operators, found = suite_of(stem).operators(stem), {"mann_kernels": None}
+    uses_cuda = any(_backend.default(operator, device, dtype)[0] == "cuda" for operator in operators)
+    if uses_cuda and not any(_backend.missing("triton", operator, device, dtype) for operator in operators):
+        found["mann_kernels triton"] = "triton"
+    return found
+
+
 def backend_of(stem: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
     """The implementations of a stem's operators there, and why one of them is not a kernel (None if each is one)."""
     found = [_backend.default(operator, device, dtype) for operator in suite_of(stem).operators(stem)]

@@ -32,3 +32,20 @@ def _fill_uninitialized():
 def _gpu_marker(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _asked_backend(request):
+    """Where a parameter of the test is an Asked device, its implementation is what runs."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    asked = next((value.backend for value in parameters.values() if hasattr(value, "backend")), None)
+    if asked is None:
+        yield
+        return
+    import mann_kernels
+
+    stem = parameters.get("stem") or getattr(request.cls, "stem", None)
+    if stem is not None and stem not in mann_kernels._library.cuda_kernels:
+        pytest.skip(f"{asked} is the default there")
+    with mann_kernels.backend(asked):
+        yield

@@ -15,9 +15,25 @@ def on_gpu(*values):
     return pytest.param(*values, marks=pytest.mark.gpu)
 
 
-#: One body for the C++ kernels and the Triton kernels.
-DEVICES = ("cpu", on_gpu("cuda"))
-PLACES = (*(("cpu", dtype) for dtype in DTYPES), *(on_gpu("cuda", dtype) for dtype in (*DTYPES, torch.float16)))
+class Asked(str):
+    """The name of a device, where a test asks for an implementation that is not the default there: see conftest.py."""
+
+    backend: str
+
+    def __new__(cls, device, backend):
+        made = super().__new__(cls, device)
+        made.backend = backend
+        return made
+
+
+TRITON = Asked("cuda", "triton")
+#: One body for the C++, CUDA and Triton kernels.
+DEVICES = ("cpu", on_gpu("cuda"), pytest.param(TRITON, marks=pytest.mark.gpu, id="cuda-triton"))
+PLACES = (
+    *(("cpu", dtype) for dtype in DTYPES),
+    *(on_gpu("cuda", dtype) for dtype in (*DTYPES, torch.float16)),
+    *(pytest.param(TRITON, dtype, marks=pytest.mark.gpu, id=f"cuda-triton-{dtype}") for dtype in DTYPES[::2]),
+)
 
 
 class Inputs(dict):
@@ -295,16 +311,25 @@ class StemTests:
         finally:
             _library.cpu_isa(best)
 
-    @pytest.mark.parametrize(("device", "name"), [("cpu", "cpp"), on_gpu("cuda", "triton")])
-    def test_the_kernel_is_what_runs(self, device, name):
+    @pytest.mark.parametrize(
+        ("device", "name", "dtype"),
+        [
+            ("cpu", "cpp", torch.float32),
+            on_gpu("cuda", "cuda", torch.float32),
+            on_gpu("cuda", "triton", torch.float64),  # which the CUDA kernels leave to the others
+        ],
+    )
+    def test_the_kernel_is_what_runs(self, device, name, dtype):
         from mann_kernels import _backend, _library
 
         assert _library.cpp_missing is None
+        if name == "cuda" and self.stem not in _library.cuda_kernels:
+            pytest.skip("no CUDA kernel")
         if name == "triton" and self.stem not in _backend.TRITON_KERNELS:
             pytest.skip("no Triton kernel")
-        assert _backend.select(self.stem, torch.zeros(1, device=device)) == name
+        assert _backend.select(self.stem, torch.zeros(1, device=device, dtype=dtype)) == name
         with mann_kernels.backend(name):
-            self.function(**self.small.on(device))
+            self.function(**self.small.to(dtype).on(device))
 
 
 def replace(name, make):

@@ -15,8 +15,8 @@ from bench import contestants, devices, harness, metanet_update
 from bench.episodes import omniglot
 from bench.metanet_augmented import ALTERNATIVES
 from bench.stems import SHAPES, Shape, flops, inputs
-from bench.suites import MANN, METANET, SUITES, Case, suite_of
-from mann_kernels import _backend
+from bench.suites import MANN, METANET, SUITES, Case, kernels_of, suite_of
+from mann_kernels import _backend, _library
 
 TINY = Shape(3, 2, 4, 5, 9, 6, 2)
 CPU = devices.Cpu()
@@ -44,6 +44,7 @@ def fake(monkeypatch):
 @pytest.fixture
 def gpu(fake, monkeypatch):
     monkeypatch.setattr(PROPERTIES, "L2_cache_size", 2**12)
+    monkeypatch.setattr(_library, "cuda_kernels", frozenset())  # whether they are built here or not
     gpu = devices.Cuda()
     gpu.device = torch.device("cpu")
     fake.log.clear()
@@ -297,6 +298,30 @@ def test_rows_of_a_gpu(gpu, fake, dtype):
     assert front.timings_table(rows).row_count == 20
 
 
+def test_cuda_and_triton_kernels_are_verified_and_timed_beside_each_other(gpu, monkeypatch):
+    asked = []
+
+    def select(stem, tensor, *rest):
+        asked.append(_backend._requested)
+        return "cpp"
+
+    monkeypatch.setattr(_library, "cuda_kernels", frozenset(["content_address"]))
+    monkeypatch.setattr(_library, "cuda_missing", None)
+    monkeypatch.setattr(_backend, "select", select)
+    rows = harness.verify(["content_address"], gpu)
+    assert all(row["ok"] for row in rows)
+    found = {dtype: {row["backend"] for row in rows if row["dtype"] == dtype} for dtype in gpu.verified}
+    both, one = {"cuda", "triton"}, {"triton"}
+    assert found == {"float32": both, "bfloat16": both, "float64": one, "float16": one}
+    assert set(asked) == {None, "triton"}
+    asked.clear()
+    rows = rows_on_gpu(gpu, "content_address")
+    plain = ["mann_kernels", "mann_kernels triton", "eager", "compile_step"]
+    assert [row["contestant"] for row in rows] == [*plain, *(f"{name} graph" for name in plain)] * 2
+    assert {row["note"] for row in rows} == {None}
+    assert set(asked) == {None, "triton"}
+
+
 @pytest.mark.parametrize("stem", METANET.stems)
 def test_rows_of_metanet_on_a_gpu(gpu, stem):
     rows = rows_on_gpu(gpu, stem, shape=METANET.verified(stem)[0])
@@ -403,7 +428,8 @@ def test_the_bench_on_a_real_gpu():
     assert all(row["ok"] for row in harness.verify(["content_address"], gpu))
     suite = replace(MANN, compiled=lambda stem, loop: MANN.eager[stem])
     for dtype in gpu.timed:
+        ours = kernels_of("mann_sequence", gpu.type, getattr(torch, dtype))
         rows = harness.time_case(suite, Case("mann_sequence", "tiny", TINY), gpu, dtype, 1, quick=True)
-        assert len(rows) == 20
+        assert len(rows) == (len(ours) + 4) * 2 * 2
         assert {row["note"] for row in rows} == {None}
         assert all(0 < row["median_ms"] < 1e3 for row in rows)

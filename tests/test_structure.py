@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stem import on_gpu, run
+from stem import DEVICES, run
 from test_properties import class_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,6 +96,7 @@ def test_a_request_that_cannot_be_met_raises(stem):
 
 
 def test_a_stem_without_a_triton_kernel(monkeypatch):
+    monkeypatch.setattr(_library, "cuda_kernels", frozenset())
     monkeypatch.setattr(_backend, "TRITON_KERNELS", _backend.TRITON_KERNELS - {"lrua_step"})
     assert _backend.default("lrua_step", "cuda", torch.float32) == (
         "reference",
@@ -160,12 +161,14 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("device", "library"), [("cpu", "mann"), on_gpu("cuda", "mann_triton")])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stem", _backend.STEMS)
-def test_opcheck(stem, dtype, device, library):
+def test_opcheck(stem, dtype, device):
     """The operators that a training step calls, forward and backward, with every set of options."""
     tests = class_of(stem)
+    backend = _backend.select(stem, torch.zeros(1, dtype=dtype, device=device))
+    library = "mann_triton" if backend == "triton" else "mann"
     for options in tests.options:
         with _Calls() as calls:
             run(getattr(mann_kernels, stem), tests.inputs(1, 3, 7, 5, 2, **options).to(dtype).on(device))

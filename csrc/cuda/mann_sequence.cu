@@ -6,6 +6,7 @@ namespace mann::cuda {
 
 // Tensor cores for bfloat16 always, for float32 never: torch's own products are in TF32 only if the user asks for it.
 template <typename S> constexpr Arithmetic kArithmetic = sizeof(S) == 2 ? Arithmetic::kBf16 : Arithmetic::kFma;
+constexpr int kMostTile = 8;
 
 static MannSizes mann_sizes(const Tensor &weight_hh, const Tensor &c, const Tensor &read_weights, const Tensor &steps,
                             bool write_add, bool key_strength, bool squash, int64_t checkpoint_every) {
@@ -17,10 +18,13 @@ static MannSizes mann_sizes(const Tensor &weight_hh, const Tensor &c, const Tens
     const int64_t W = (weight_hh.size(1) - H) / R;
     check_offsets(N, W, R);
     MannSizes s{};
-    s.T = steps.size(0), s.B = steps.size(1), s.checkpoint_every = checkpoint_every;
+    const int64_t most = int64_t(1) << 31;
+    STD_TORCH_CHECK(steps.size(0) < most - 1 && steps.size(1) < most - kMostTile && (2 * R * W + 2 * R) < most,
+                    "mann_sequence: too large for the CUDA kernel");
+    s.T = int(steps.size(0)), s.B = int(steps.size(1)), s.checkpoint_every = int(std::min(checkpoint_every, most - 1));
     s.N = int(N), s.W = int(W), s.R = int(R), s.H = int(H);
     s.write_add = write_add, s.key_strength = key_strength, s.squash = squash;
-    return s;
+    return s.with_tile(1);
 }
 template <typename T>
 static StepShape<T> step_shape(const MannSizes &s, bool shared, bool erase_all, double decay, double eps) {
@@ -34,11 +38,11 @@ template <typename S, typename F> static void with_tile(const Call &call, MannSi
     STD_TORCH_CHECK(plan.tile > 0, "mann_sequence: the cluster kernels take no such sizes: a cluster of 8 blocks needs ",
                     std::max(plan.forward_bytes, plan.backward_bytes), " bytes of shared memory in each, there are ",
                     call.shared_limit());
-    s.tile = plan.tile;
+    s = s.with_tile(plan.tile);
     if (plan.tile == 4) f(std::integral_constant<int, 4>());
     else f(std::integral_constant<int, 8>());
 }
-static int64_t blocks(const MannSizes &s) { return (s.B + s.tile - 1) / s.tile * s.tile; }
+static int blocks(const MannSizes &s) { return round_up(s.B, s.tile); }
 
 using Forward =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -51,7 +55,7 @@ static Forward mann_sequence_cuda(Tensor gates_x, Tensor weight_hh, Tensor weigh
     Call call(gates_x);
     MannSizes s =
         mann_sizes(weight_hh, c, read_weights, gates_x, write_add, key_strength, squash, checkpoint_every);
-    const int64_t T = s.T, B = s.B, H = s.H, N = s.N, W = s.W, R = s.R, K = s.recurrent(), heads = s.head();
+    const int64_t T = s.T, B = s.B, H = s.H, N = s.N, W = s.W, R = s.R, K = s.recurrent, heads = s.head;
     const auto saved = [&](Sizes sizes, ScalarType dtype) {
         return save ? call.empty(sizes, dtype) : call.empty({0}, dtype);
     };
@@ -113,7 +117,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     Call call(doutput);
     MannSizes s =
         mann_sizes(weight_hh, c, read_weights, doutput, write_add, key_strength, squash, checkpoint_every);
-    const int64_t T = s.T, B = s.B, H = s.H, N = s.N, W = s.W, R = s.R, K = s.recurrent(), heads = s.head();
+    const int64_t T = s.T, B = s.B, H = s.H, N = s.N, W = s.W, R = s.R, K = s.recurrent, heads = s.head;
     const int64_t kept = copies(T, checkpoint_every), segment = std::min(T, checkpoint_every);
     const Tensor dgates = call.empty({T, B, 4 * H}), dhead = call.empty({T, B, heads});
     const Tensor dh = call.empty({B, H}), dc = call.empty({B, H}), dreads = call.empty({B, R, W});

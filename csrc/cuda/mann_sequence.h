@@ -12,19 +12,23 @@
 namespace mann::cuda {
 
 struct MannSizes {
-    int64_t T, B, checkpoint_every;
-    int N, W, R, H, tile;
+    int T, B, checkpoint_every, N, W, R, H;
     bool write_add, key_strength, squash;
+    // By with_tile(). A head is key, gate, strength and add.
+    int tile, units; // of a cluster; of a block
+    int words, beta_at, add_at, head, recurrent;
 
-    MANN_BOTH int words() const { return R * W; }
-    MANN_BOTH int beta_at() const { return words() + R; }
-    MANN_BOTH int add_at() const { return beta_at() + (key_strength ? R : 0); }
-    MANN_BOTH int head() const { return add_at() + (write_add ? words() : 0); }
-    MANN_BOTH int units() const { return (H + tile - 1) / tile; } // of a block
-    MANN_BOTH int64_t recurrent() const { return H + words(); }
+    MannSizes with_tile(int of_cluster) const {
+        MannSizes s = *this;
+        s.tile = of_cluster, s.units = (H + of_cluster - 1) / of_cluster;
+        s.words = R * W, s.beta_at = s.words + R, s.add_at = s.beta_at + (key_strength ? R : 0);
+        s.head = s.add_at + (write_add ? s.words : 0), s.recurrent = H + s.words;
+        return s;
+    }
+    MANN_BOTH int64_t row(int t, int b) const { return int64_t(t) * B + b; } // of [T, B]
     // The recurrent input with h padded to whole steps of the tensor cores.
     template <typename S> MANN_BOTH int reads_at() const { return round_up(H, kDepth<S>); }
-    template <typename S> MANN_BOTH int padded() const { return reads_at<S>() + words(); }
+    template <typename S> MANN_BOTH int padded() const { return reads_at<S>() + words; }
 };
 
 // Hands out shared memory, on 16 bytes: offsets.
@@ -43,32 +47,32 @@ class Carver {
 };
 
 // The part of a block in its cluster.
-template <typename S> struct Share {
+template <typename S, int tile> struct Share {
     const MannSizes &s;
     int rank, first_unit, own; // own units: the last block may have fewer than units()
-    int64_t first_example;
+    int first_example;
 
     MANN_INLINE Share(const MannSizes &sizes)
-        : s(sizes), rank(cluster_rank()), first_unit(rank * s.units()), own(max(min(s.H - first_unit, s.units()), 0)),
-          first_example(int64_t(blockIdx.x) / s.tile * s.tile) {}
+        : s(sizes), rank(int(blockIdx.x) % tile), first_unit(rank * s.units),
+          own(max(min(s.H - first_unit, s.units), 0)), first_example(int(blockIdx.x) - rank) {}
 
     // weight_hh [4H, H + words] at a row of the block, gate after gate, and a column of the padded input.
     MANN_INLINE S weight_hh(const S *weights, int row, int column) const {
-        const int gate = row / s.units(), unit = row % s.units(), reads = s.reads_at<S>();
+        const int gate = row / s.units, unit = row % s.units, reads = s.reads_at<S>();
         const int k = column < s.H ? column : (column < reads ? -1 : s.H + column - reads);
-        if (gate > 3 || unit >= own || k < 0 || k >= s.recurrent()) return S(0.0f);
-        return weights[(int64_t(gate) * s.H + first_unit + unit) * s.recurrent() + k];
+        if (gate > 3 || unit >= own || k < 0 || k >= s.recurrent) return S(0.0f);
+        return weights[(int64_t(gate) * s.H + first_unit + unit) * s.recurrent + k];
     }
     // weight_head [head, H], transposed.
     MANN_INLINE S weight_head(const S *weights, int unit, int p) const {
-        return unit < own && p < s.head() ? weights[int64_t(p) * s.H + first_unit + unit] : S(0.0f);
+        return unit < own && p < s.head ? weights[int64_t(p) * s.H + first_unit + unit] : S(0.0f);
     }
 };
 
 // Of example b; none if it does not exist.
-MANN_INLINE int64_t real_steps(const MannSizes &s, const int64_t *lengths, int64_t b) {
+MANN_INLINE int real_steps(const MannSizes &s, const int64_t *lengths, int b) {
     if (b >= s.B) return 0;
-    return lengths ? max(min(lengths[b], s.T), int64_t(0)) : s.T;
+    return lengths ? int(max(min(lengths[b], int64_t(s.T)), int64_t(0))) : s.T;
 }
 
 // The matrix [rows, columns] into rows that stand `leading` apart, with what is between them. at(row, column) is a
@@ -92,12 +96,12 @@ template <typename T, typename Raw> MANN_INLINE void make_head(const MannSizes &
         const int64_t at = of_head(h, w, s.W);
         const auto activated = [&](T x) { return s.squash ? hyperbolic_tangent(x) : x; };
         head.key[at] = h < s.R ? activated(raw(i)) : T(0);
-        if (s.write_add) head.add[at] = h < s.R ? activated(raw(s.add_at() + i)) : T(0);
+        if (s.write_add) head.add[at] = h < s.R ? activated(raw(s.add_at + i)) : T(0);
     });
     for_each(s.R, [&](int h) {
-        head.gate[h] = sigmoid(raw(s.words() + h));
+        head.gate[h] = sigmoid(raw(s.words + h));
         if (!s.key_strength) return;
-        const T x = raw(s.beta_at() + h);
+        const T x = raw(s.beta_at + h);
         head.beta[h] = x > 20 ? x : T(log1p(exponential(x))); // softplus
     });
 }

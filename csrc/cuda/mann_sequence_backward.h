@@ -25,6 +25,7 @@ template <typename S> struct MannBackwardLayout {
     int gate, beta, dgate, dbeta;       // [R] each
     int carried, overwritten;           // [words], the gradient of the reads before the step at hand; [R, W]
     int least_used;                     // [R] of int32
+    int state;                          // [3, tile, units], of the threads' units
     int step_scratch;                   // of the memory's phase
     int partial, dgates;                // of the gates' phase, in its place: [chunks, tile, leading_partial],
                                         // [tile, leading_gates] of S
@@ -37,26 +38,26 @@ template <typename S> struct MannBackwardLayout {
     static MannBackwardLayout of(const MannSizes &s, const MemoryShape &memory_shape) {
         using T = Arith<S>;
         MannBackwardLayout l;
-        const int units = s.units(), rows = 4 * units;
-        l.held = HeldColumns<arithmetic, tile, S>::rows(rows), l.chunks = chunks_of<arithmetic>(units, s.head());
-        l.leading_hh = leading<S>(s.padded<S>()), l.leading_head = leading<S>(s.head());
+        const int units = s.units, rows = 4 * units;
+        l.held = HeldColumns<arithmetic, tile, S>::rows(rows), l.chunks = chunks_of<arithmetic>(units, s.head);
+        l.leading_hh = leading<S>(s.padded<S>()), l.leading_head = leading<S>(s.head);
         l.leading_gates = leading<S>(rows), l.leading_partial = partial_leading(units);
         Carver carve;
         l.weight_hh = carve.take<S>(int64_t(rows - l.held) * l.leading_hh);
         l.weight_head = carve.take<S>(int64_t(units) * l.leading_head);
-        l.dhead = carve.take<S>(tile * l.leading_head), l.bias_head = carve.take<T>(s.head());
+        l.dhead = carve.take<S>(tile * l.leading_head), l.bias_head = carve.take<T>(s.head);
         l.memory = carve.take<T>(memory_shape.memory()), l.dmemory = carve.take<T>(memory_shape.memory());
         l.weights = carve.take<T>(2 * memory_shape.slots()), l.dweights = carve.take<T>(memory_shape.slots());
         l.key = carve.take<T>(memory_shape.words()), l.dreads = carve.take<T>(memory_shape.words());
         l.add = s.write_add ? carve.take<T>(memory_shape.words()) : l.key;
         l.gate = carve.take<T>(s.R), l.beta = carve.take<T>(s.R);
         l.dgate = carve.take<T>(s.R), l.dbeta = carve.take<T>(s.R);
-        l.carried = carve.take<T>(s.words()), l.overwritten = carve.take<T>(s.words());
-        l.least_used = carve.take<int32_t>(s.R);
+        l.carried = carve.take<T>(s.words), l.overwritten = carve.take<T>(s.words);
+        l.least_used = carve.take<int32_t>(s.R), l.state = carve.take<T>(3 * tile * units);
         Carver gates(carve.bytes()), step(carve.bytes());
         l.partial = gates.take<T>(l.chunks * tile * l.leading_partial);
         l.dgates = gates.take<S>(tile * l.leading_gates);
-        l.parts_of_dh = gates.take<T>(tile * tile * units), l.parts_of_dreads = gates.take<T>(tile * s.words());
+        l.parts_of_dh = gates.take<T>(tile * tile * units), l.parts_of_dreads = gates.take<T>(tile * s.words);
         l.step_scratch = step.take<T>(std::max(step_forward_scratch(memory_shape, kThreads),
                                                step_backward_scratch(memory_shape, kThreads)));
         l.bytes = std::max(gates.bytes(), step.bytes());
@@ -84,7 +85,7 @@ template <typename S> struct MannBackwardArgs {
     // kRestartEvery steps a memory, [segment / kRestartEvery, B, N, stride].
     T *cells, *records, *restarts;
 
-    MANN_BOTH int64_t record() const { return step.slots() + (sizes.words() + 3) / 4 * 4; }
+    MANN_BOTH int64_t record() const { return step.slots() + (sizes.words + 3) / 4 * 4; }
 };
 
 template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
@@ -93,36 +94,42 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
     const MannSizes &s;
     const MannBackwardLayout<S> &l;
     char *shared;
-    const Share<S> share;
+    const Share<S, tile> share;
     HeldColumns<arithmetic, tile, S> held;
-    // A thread's own unit, of one example: the gradients of its h and c, c after the step at hand, and of that step c
-    // before it, the gates and the output's gradient.
+    // A thread's own unit, of one example.
     const int example, unit;
-    const int64_t b;
+    const int b;
     bool has_unit;
-    int64_t length = 0;
-    T dh = 0, dc = 0, c = 0, previous_c = 0, gates[4] = {}, doutput = 0;
+    int length = 0;
     // The example that the block owns.
-    const int64_t owned;
-    int64_t owned_length = 0;
+    const int owned;
+    int owned_length = 0;
 
     template <typename U> MANN_INLINE U *at(int offset) const { return reinterpret_cast<U *>(shared + offset); }
-    MANN_INLINE T *weights_of(int64_t t) const { return at<T>(l.weights) + t % 2 * a.step.slots(); }
+    // Of the thread's unit: the gradients of its h and c after the step at hand, and that c.
+    MANN_INLINE T &dh() const { return at<T>(l.state)[threadIdx.x]; }
+    MANN_INLINE T &dc() const { return at<T>(l.state)[tile * s.units + threadIdx.x]; }
+    MANN_INLINE T &c() const { return at<T>(l.state)[2 * tile * s.units + threadIdx.x]; }
+    MANN_INLINE T *weights_of(int t) const { return at<T>(l.weights) + t % 2 * a.step.slots(); }
     MANN_INLINE Partial<T> partial() const { return {at<T>(l.partial), l.chunks, l.leading_partial}; }
     MANN_INLINE Head<T> head() const {
         return {at<T>(l.key), at<T>(l.add), at<T>(l.gate), s.key_strength ? at<T>(l.beta) : nullptr};
     }
     // At the j-th step of a segment: the read weights after it, and what stood in the least-used slots before it.
-    MANN_INLINE T *record_weights(int64_t j) const { return a.records + (j * s.B + owned) * a.record(); }
-    MANN_INLINE T *record_overwritten(int64_t j) const { return record_weights(j) + a.step.slots(); }
-    MANN_INLINE T *restart_of(int64_t j) const {
-        return a.restarts + (j / kRestartEvery * s.B + owned) * a.step.memory();
+    MANN_INLINE T *record_weights(int j) const { return a.records + s.row(j, owned) * a.record(); }
+    MANN_INLINE T *record_overwritten(int j) const { return record_weights(j) + a.step.slots(); }
+    MANN_INLINE T *restart_of(int j) const {
+        return a.restarts + s.row(j / kRestartEvery, owned) * a.step.memory();
     }
-    MANN_INLINE int64_t own_unit(int64_t row) const { return row * s.H + share.first_unit + unit; }
+    // The owned example's of a batch that may be absent.
+    template <typename U> MANN_INLINE U *of_owned(U *batch, int count) const {
+        return batch ? batch + int64_t(owned) * count : nullptr;
+    }
+    MANN_INLINE int64_t own_unit(int64_t row) const { return row * s.H + share.first_unit + unit; } // of [rows, H]
 
     MANN_INLINE MannBackward(const MannBackwardArgs<S> &args, char *memory)
-        : a(args), s(a.sizes), l(a.layout), shared(memory), share(s), example(int(threadIdx.x) / s.units()),
-          unit(int(threadIdx.x) % s.units()), b(share.first_example + example),
+        : a(args), s(a.sizes), l(a.layout), shared(memory), share(s), example(int(threadIdx.x) / s.units),
+          unit(int(threadIdx.x) % s.units), b(share.first_example + example),
           has_unit(example < tile && unit < share.own && b < s.B), owned(share.first_example + share.rank) {
         if (has_unit) length = real_steps(s, a.lengths, b);
         owned_length = real_steps(s, a.lengths, owned);
@@ -130,73 +137,76 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
 
     MANN_INLINE void begin() {
         const auto weight_hh = [&](int row, int column) { return share.weight_hh(a.weight_hh, row, column); };
-        const int rows = 4 * s.units();
+        const int rows = 4 * s.units;
         held.take(s.padded<S>(), [&](int row, int column) { return row < rows ? weight_hh(row, column) : S(0.0f); });
         take_matrix<arithmetic>(at<S>(l.weight_hh), rows - l.held, l.leading_hh,
                                 [&](int row, int column) { return weight_hh(row + l.held, column); });
-        take_matrix<arithmetic>(at<S>(l.weight_head), s.units(), l.leading_head,
+        take_matrix<arithmetic>(at<S>(l.weight_head), s.units, l.leading_head,
                                 [&](int row, int p) { return share.weight_head(a.weight_head, row, p); });
-        for_each(s.head(), [&](int p) { at<T>(l.bias_head)[p] = to_arith(a.bias_head[p]); });
+        for_each(s.head, [&](int p) { at<T>(l.bias_head)[p] = to_arith(a.bias_head[p]); });
         fill_zero(at<S>(l.dhead), tile * l.leading_head);
-        if (has_unit && a.dh1) dh = to_arith(a.dh1[own_unit(b)]);
-        if (has_unit && a.dc1) dc = to_arith(a.dc1[own_unit(b)]);
+        if (has_unit) {
+            dh() = a.dh1 ? to_arith(a.dh1[own_unit(b)]) : T(0);
+            dc() = a.dc1 ? to_arith(a.dc1[own_unit(b)]) : T(0);
+        }
         if (owned >= s.B) return;
-        for_each(s.words(), [&](int i) {
-            at<T>(l.carried)[i] = a.dreads1 ? to_arith(a.dreads1[owned * s.words() + i]) : T(0);
+        for_each(s.words, [&](int i) {
+            at<T>(l.carried)[i] = a.dreads1 ? to_arith(of_owned(a.dreads1, s.words)[i]) : T(0);
         });
-        if (a.dmemory1) take_rows(a.dmemory1 + owned * s.N * s.W, s.N, s.W, a.step.stride, at<T>(l.dmemory));
+        if (a.dmemory1) take_rows(of_owned(a.dmemory1, s.N * s.W), s.N, s.W, a.step.stride, at<T>(l.dmemory));
         else fill_zero(at<T>(l.dmemory), int(a.step.memory()));
-        take_heads(a.dread_weights1 ? a.dread_weights1 + owned * s.R * s.N : nullptr, s.R, s.N, at<T>(l.dweights));
+        take_heads(of_owned(a.dread_weights1, s.R * s.N), s.R, s.N, at<T>(l.dweights));
     }
     // Of the steps in which no example of the cluster takes part.
-    MANN_INLINE void pad(int64_t last) const {
-        for (int64_t t = last; t < s.T; ++t) {
-            for (int g = 0; has_unit && g < 4; ++g) a.dgates[own_unit((t * s.B + b) * 4 + g)] = S(0.0f);
+    MANN_INLINE void pad(int last) const {
+        for (int t = last; t < s.T; ++t) {
+            for (int g = 0; has_unit && g < 4; ++g) a.dgates[own_unit(s.row(t, b) * 4 + g)] = S(0.0f);
             rest(t);
         }
     }
-    MANN_INLINE void rest(int64_t t) const {
-        if (owned < s.B) for_each(s.head(), [&](int p) { a.dhead[(t * s.B + owned) * s.head() + p] = S(0.0f); });
+    MANN_INLINE void rest(int t) const {
+        if (owned < s.B) for_each(s.head, [&](int p) { a.dhead[s.row(t, owned) * s.head + p] = S(0.0f); });
     }
 
     // The read weights before a segment.
-    MANN_INLINE void take_weights(int64_t start) const {
+    MANN_INLINE void take_weights(int start) const {
         if (start == 0) {
-            take_heads(a.read_weights + owned * s.R * s.N, s.R, s.N, weights_of(start));
+            take_heads(of_owned(a.read_weights, s.R * s.N), s.R, s.N, weights_of(start));
         } else {
-            const int64_t copy = (start / s.checkpoint_every - 1) * s.B + owned;
+            const int64_t copy = s.row(start / s.checkpoint_every - 1, owned);
             take_heads(a.saved_read_weights + copy * s.R * s.N, s.R, s.N, weights_of(start));
         }
     }
-    MANN_INLINE void take_head(int64_t t) const {
-        const int64_t row = t * s.B + owned;
-        make_head(s, head(), [&](int p) { return a.heads[row * s.head() + p] + at<T>(l.bias_head)[p]; });
+    MANN_INLINE void take_head(int t) const {
+        const int64_t row = s.row(t, owned);
+        make_head(s, head(), [&](int p) { return a.heads[row * s.head + p] + at<T>(l.bias_head)[p]; });
         // whoever calls, no slot is outside memory
         for_each(s.R, [&](int h) {
             at<int32_t>(l.least_used)[h] = max(0, min(a.saved_least_used[row * s.R + h], s.N - 1));
         });
     }
-    MANN_INLINE void take_cells_again(int64_t start, int64_t stop) {
+    MANN_INLINE void take_cells_again(int start, int stop) {
         if (!has_unit) return;
-        const int64_t copy = (start / s.checkpoint_every - 1) * s.B + b;
-        c = start == 0 ? to_arith(a.c[own_unit(b)]) : a.saved_c[own_unit(copy)];
-        for (int64_t t = start; t < min(stop, length); ++t) {
-            a.cells[own_unit((t - start) * s.B + b)] = c;
-            const T *row = a.saved_gates + own_unit((t * s.B + b) * 4);
+        const int64_t copy = s.row(start / s.checkpoint_every - 1, b);
+        T c = start == 0 ? to_arith(a.c[own_unit(b)]) : a.saved_c[own_unit(copy)];
+        for (int t = start; t < min(stop, length); ++t) {
+            a.cells[own_unit(s.row(t - start, b))] = c;
+            const T *row = a.saved_gates + own_unit(s.row(t, b) * 4);
             c = row[s.H] * c + row[0] * row[2 * s.H];
         }
+        this->c() = c;
     }
-    MANN_INLINE void take_steps_again(int64_t start, int64_t stop) const {
+    MANN_INLINE void take_steps_again(int start, int stop) const {
         if (start >= owned_length) return;
         if (start == 0) {
-            take_rows(a.memory + owned * s.N * s.W, s.N, s.W, a.step.stride, at<T>(l.memory));
+            take_rows(of_owned(a.memory, s.N * s.W), s.N, s.W, a.step.stride, at<T>(l.memory));
         } else {
-            const int64_t copy = (start / s.checkpoint_every - 1) * s.B + owned;
+            const int64_t copy = s.row(start / s.checkpoint_every - 1, owned);
             take_rows(a.saved_memory + copy * s.N * s.W, s.N, s.W, a.step.stride, at<T>(l.memory));
         }
         take_weights(start);
-        for (int64_t t = start; t < min(stop, owned_length); ++t) {
-            const int64_t j = t - start;
+        for (int t = start; t < min(stop, owned_length); ++t) {
+            const int j = t - start;
             take_head(t);
             __syncthreads();
             StepForward<T> step{};
@@ -213,30 +223,37 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
         __syncthreads();
     }
 
-    // What undoing step t needs, before it is needed.
-    MANN_INLINE void fetch(int64_t t, int64_t start) {
-        const int64_t j = t - start;
-        if (t < length) {
-            previous_c = a.cells[own_unit(j * s.B + b)];
-            doutput = to_arith(a.doutput[(t * s.B + b) * s.recurrent() + share.first_unit + unit]);
+    // What undoing step t needs of the unit, before it is needed.
+    struct UnitStep {
+        T gates[4], previous_c, doutput;
+    };
+    MANN_INLINE UnitStep fetch_unit(int t, int start) const {
+        UnitStep step{};
+        if (t >= length) return step;
+        step.previous_c = a.cells[own_unit(s.row(t - start, b))];
+        step.doutput = to_arith(a.doutput[s.row(t, b) * s.recurrent + share.first_unit + unit]);
 #pragma unroll
-            for (int g = 0; g < 4; ++g) gates[g] = a.saved_gates[own_unit((t * s.B + b) * 4 + g)];
-        }
+        for (int g = 0; g < 4; ++g) step.gates[g] = a.saved_gates[own_unit(s.row(t, b) * 4 + g)];
+        return step;
+    }
+    // And of the owned example.
+    MANN_INLINE void fetch(int t, int start) const {
+        const int j = t - start;
         if (t >= owned_length) return;
         take_head(t);
         if (j == 0) take_weights(start);
         else for_each(int(a.step.slots()), [&](int i) { weights_of(t)[i] = record_weights(j - 1)[i]; });
         if ((j + 1) % kRestartEvery == 0)
             for_each(int(a.step.memory()), [&](int i) { at<T>(l.memory)[i] = restart_of(j)[i]; });
-        for_each(s.words(), [&](int i) { at<T>(l.overwritten)[i] = record_overwritten(j)[i]; });
+        for_each(s.words, [&](int i) { at<T>(l.overwritten)[i] = record_overwritten(j)[i]; });
         for_numbers(head_groups(s.R) * kHeadGroup, s.W, [&](int h, int w, int i) {
-            const S *row = a.doutput + (t * s.B + owned) * s.recurrent() + s.H;
+            const S *row = a.doutput + s.row(t, owned) * s.recurrent + s.H;
             at<T>(l.dreads)[of_head(h, w, s.W)] = h < s.R ? to_arith(row[i]) : T(0);
         });
     }
 
     // The memory's step of the owned example, and the gradient of its head to every block.
-    MANN_INLINE void forget(int64_t t) const {
+    MANN_INLINE void forget(int t) const {
         for_numbers(s.R, s.W, [&](int h, int w, int i) {
             at<T>(l.dreads)[of_head(h, w, s.W)] += at<T>(l.carried)[i];
         });
@@ -252,71 +269,74 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
             const S grad = to_storage<S>(value);
             for (int rank = 0; rank < tile; ++rank)
                 of_rank(at<S>(l.dhead), rank)[share.rank * l.leading_head + p] = grad;
-            a.dhead[(t * s.B + owned) * s.head() + p] = grad;
+            a.dhead[s.row(t, owned) * s.head + p] = grad;
         };
         step_backward<true>(a.step, step, [&](int h, int w, T dkey, T dadd) {
             const T key = step.key[of_head(h, w, s.W)], add = step.add[of_head(h, w, s.W)];
             const int word = h * s.W + w;
-            if (s.write_add) give(s.add_at() + word, s.squash ? dadd * (1 - add * add) : dadd);
+            if (s.write_add) give(s.add_at + word, s.squash ? dadd * (1 - add * add) : dadd);
             else dkey += dadd;
             give(word, s.squash ? dkey * (1 - key * key) : dkey);
         });
         for_each(s.R, [&](int h) { // complete since a barrier inside the step
-            give(s.words() + h, step.dgate[h]);
-            if (s.key_strength) give(s.beta_at() + h, step.dbeta[h] * -exponential_minus_one(-step.beta[h]));
+            give(s.words + h, step.dgate[h]);
+            if (s.key_strength) give(s.beta_at + h, step.dbeta[h] * -exponential_minus_one(-step.beta[h]));
         });
     }
 
-    MANN_INLINE void lstm(int64_t t) {
+    MANN_INLINE void lstm(int t, const UnitStep &step) {
         if (example >= tile) return;
         T grads[4] = {};
         if (t < length) {
-            dh += doutput + total<tile>(partial(), example, unit);
-            const auto grad = lstm_cell_backward(gates[0], gates[1], gates[2], gates[3], previous_c,
-                                                 hyperbolic_tangent(c), dh, dc);
+            const T whole_dh = dh() + step.doutput + total<tile>(partial(), example, unit);
+            const auto grad = lstm_cell_backward(step.gates[0], step.gates[1], step.gates[2], step.gates[3],
+                                                 step.previous_c, hyperbolic_tangent(c()), whole_dh, dc());
             grads[0] = grad.gate_in, grads[1] = grad.gate_forget, grads[2] = grad.cell, grads[3] = grad.gate_out;
-            dc = grad.c, c = previous_c;
+            dc() = grad.c, c() = step.previous_c;
         }
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
-            at<S>(l.dgates)[example * l.leading_gates + g * s.units() + unit] = to_storage<S>(grads[g]);
-            if (has_unit) a.dgates[own_unit((t * s.B + b) * 4 + g)] = to_storage<S>(grads[g]);
+            at<S>(l.dgates)[example * l.leading_gates + g * s.units + unit] = to_storage<S>(grads[g]);
+            if (has_unit) a.dgates[own_unit(s.row(t, b) * 4 + g)] = to_storage<S>(grads[g]);
         }
     }
     // The part of the gradient of (h, reads) that goes through the block's gates, to whom it belongs.
     MANN_INLINE void parts() const {
-        const Matrix<S> weights{at<S>(l.weight_hh), l.leading_hh, 4 * s.units(), s.padded<S>(), l.held};
+        const Matrix<S> weights{at<S>(l.weight_hh), l.leading_hh, 4 * s.units, s.padded<S>(), l.held};
         held.multiply(weights, {at<S>(l.dgates), l.leading_gates}, [&](int to, int column, T sum) {
             const int read = column - s.reads_at<S>();
             if (column < s.H)
-                of_rank(at<T>(l.parts_of_dh), column / s.units())[(share.rank * tile + to) * s.units() +
-                                                                  column % s.units()] = sum;
-            else if (read >= 0) of_rank(at<T>(l.parts_of_dreads), to)[share.rank * s.words() + read] = sum;
+                of_rank(at<T>(l.parts_of_dh), column / s.units)[(share.rank * tile + to) * s.units +
+                                                                  column % s.units] = sum;
+            else if (read >= 0) of_rank(at<T>(l.parts_of_dreads), to)[share.rank * s.words + read] = sum;
         });
     }
-    MANN_INLINE void receive(int64_t t) {
+    MANN_INLINE void receive(int t) {
         if (t < length) {
-            dh = 0;
+            T sum = 0;
             for (int rank = 0; rank < tile; ++rank)
-                dh += at<T>(l.parts_of_dh)[(rank * tile + example) * s.units() + unit];
+                sum += at<T>(l.parts_of_dh)[(rank * tile + example) * s.units + unit];
+            dh() = sum;
         }
-        if (t < owned_length) for_each(s.words(), [&](int i) {
+        if (t < owned_length) for_each(s.words, [&](int i) {
                 T sum = 0;
-                for (int rank = 0; rank < tile; ++rank) sum += at<T>(l.parts_of_dreads)[rank * s.words() + i];
+                for (int rank = 0; rank < tile; ++rank) sum += at<T>(l.parts_of_dreads)[rank * s.words + i];
                 at<T>(l.carried)[i] = sum;
             });
         __syncthreads(); // others use their place
     }
 
-    MANN_INLINE void undo(int64_t t, int64_t start) {
+    MANN_INLINE void undo(int t, int start) {
         if (t < owned_length) forget(t);
         else rest(t);
-        cluster_barrier();
+        cluster_arrive();
+        const UnitStep step = fetch_unit(t, start);
+        cluster_wait();
         fill_zero(at<S>(l.dgates), tile * l.leading_gates);
-        const Matrix<S> weights{at<S>(l.weight_head), l.leading_head, s.units(), s.head(), 0};
+        const Matrix<S> weights{at<S>(l.weight_head), l.leading_head, s.units, s.head, 0};
         rows_times_vectors<arithmetic, tile>(weights, {at<S>(l.dhead), l.leading_head}, partial(), false);
         __syncthreads();
-        lstm(t);
+        lstm(t, step);
         __syncthreads();
         parts();
         cluster_arrive();
@@ -327,28 +347,28 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
 
     MANN_INLINE void run() {
         begin();
-        int64_t last = 0;
+        int last = 0;
         for (int e = 0; e < tile; ++e) last = max(last, real_steps(s, a.lengths, share.first_example + e));
         pad(last);
         cluster_barrier(); // every block is there to be written to
-        for (int64_t stop = last; stop > 0;) {
-            const int64_t start = (stop - 1) / s.checkpoint_every * s.checkpoint_every;
+        for (int stop = last; stop > 0;) {
+            const int start = (stop - 1) / s.checkpoint_every * s.checkpoint_every;
             take_cells_again(start, stop);
             take_steps_again(start, stop);
             fetch(stop - 1, start);
             __syncthreads();
-            for (int64_t t = stop - 1; t >= start; --t) undo(t, start);
+            for (int t = stop - 1; t >= start; --t) undo(t, start);
             stop = start;
         }
         __syncthreads();
         finish();
     }
     MANN_INLINE void finish() const {
-        if (has_unit) a.dh[own_unit(b)] = to_storage<S>(dh), a.dc[own_unit(b)] = to_storage<S>(dc);
+        if (has_unit) a.dh[own_unit(b)] = to_storage<S>(dh()), a.dc[own_unit(b)] = to_storage<S>(dc());
         if (owned >= s.B) return;
-        for_each(s.words(), [&](int i) { a.dreads[owned * s.words() + i] = to_storage<S>(at<T>(l.carried)[i]); });
-        give_rows(at<T>(l.dmemory), s.N, s.W, a.step.stride, a.dmemory + owned * s.N * s.W);
-        give_heads(at<T>(l.dweights), s.R, s.N, a.dread_weights + owned * s.R * s.N);
+        for_each(s.words, [&](int i) { of_owned(a.dreads, s.words)[i] = to_storage<S>(at<T>(l.carried)[i]); });
+        give_rows(at<T>(l.dmemory), s.N, s.W, a.step.stride, of_owned(a.dmemory, s.N * s.W));
+        give_heads(at<T>(l.dweights), s.R, s.N, of_owned(a.dread_weights, s.R * s.N));
     }
 };
 

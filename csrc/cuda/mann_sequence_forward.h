@@ -29,16 +29,16 @@ template <typename S> struct MannForwardLayout {
     static MannForwardLayout of(const MannSizes &s, const MemoryShape &memory_shape) {
         using T = Arith<S>;
         MannForwardLayout l;
-        const int units = s.units(), rows = 4 * units, reads_at = s.reads_at<S>();
+        const int units = s.units, rows = 4 * units, reads_at = s.reads_at<S>();
         l.held = HeldRows<arithmetic, tile, S>::columns(rows, reads_at), l.chunks = chunks_of<arithmetic>(rows, reads_at);
-        l.leading_hh = leading<S>(s.padded<S>() - l.held), l.leading_head = leading<S>(s.head());
-        l.leading_h = leading<S>(s.H), l.leading_reads = leading<S>(s.words()), l.leading_units = leading<S>(units);
+        l.leading_hh = leading<S>(s.padded<S>() - l.held), l.leading_head = leading<S>(s.head);
+        l.leading_h = leading<S>(s.H), l.leading_reads = leading<S>(s.words), l.leading_units = leading<S>(units);
         l.leading_partial = partial_leading(rows);
         Carver carve;
         l.weight_hh = carve.take<S>(int64_t(rows) * l.leading_hh);
         l.weight_head = carve.take<S>(int64_t(units) * l.leading_head);
         l.h = carve.take<S>(2 * tile * l.leading_h), l.reads = carve.take<S>(tile * l.leading_reads);
-        l.head_parts = carve.take<T>(tile * s.head()), l.bias_head = carve.take<T>(s.head());
+        l.head_parts = carve.take<T>(tile * s.head), l.bias_head = carve.take<T>(s.head);
         l.memory = carve.take<T>(memory_shape.memory()), l.usage = carve.take<T>(s.N);
         l.weights = carve.take<T>(2 * memory_shape.slots()), l.least_used = carve.take<int32_t>(s.R);
         Carver gates(carve.bytes()), step(carve.bytes());
@@ -77,116 +77,120 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
     const MannSizes &s;
     const MannForwardLayout<S> &l;
     char *shared;
-    const Share<S> share;
+    const Share<S, tile> share;
     HeldRows<arithmetic, tile, S> held;
     // A thread's own unit, of one example: it has that in registers.
     const int example, unit;
-    const int64_t b;    // of the unit
+    const int b;    // of the unit
     bool has_unit;      // it exists
-    int64_t length = 0; // of that example, 0 if it does not exist
+    int length = 0; // of that example, 0 if it does not exist
     T c = 0, gates_x[4] = {};
     // The example that the block owns.
-    const int64_t owned;
-    int64_t owned_length = 0;
+    const int owned;
+    int owned_length = 0;
 
     template <typename U> MANN_INLINE U *at(int offset) const { return reinterpret_cast<U *>(shared + offset); }
-    MANN_INLINE S *h_of(int64_t t) const { return at<S>(l.h) + t % 2 * (tile * l.leading_h); }
-    MANN_INLINE T *weights_of(int64_t t) const { return at<T>(l.weights) + t % 2 * a.step.slots(); }
+    MANN_INLINE S *h_of(int t) const { return at<S>(l.h) + t % 2 * (tile * l.leading_h); }
+    MANN_INLINE T *weights_of(int t) const { return at<T>(l.weights) + t % 2 * a.step.slots(); }
     MANN_INLINE Partial<T> partial() const { return {at<T>(l.partial), l.chunks, l.leading_partial}; }
-    MANN_INLINE int64_t length_of(int64_t of) const { return real_steps(s, a.lengths, of); }
+    // The owned example's of a batch that may be absent.
+    template <typename U> MANN_INLINE U *of_owned(U *batch, int count) const {
+        return batch ? batch + int64_t(owned) * count : nullptr;
+    }
+    MANN_INLINE int64_t own_unit(int64_t row) const { return row * s.H + share.first_unit + unit; } // of [rows, H]
 
     MANN_INLINE MannForward(const MannForwardArgs<S> &args, char *memory)
-        : a(args), s(a.sizes), l(a.layout), shared(memory), share(s), example(int(threadIdx.x) / s.units()),
-          unit(int(threadIdx.x) % s.units()), b(share.first_example + example),
+        : a(args), s(a.sizes), l(a.layout), shared(memory), share(s), example(int(threadIdx.x) / s.units),
+          unit(int(threadIdx.x) % s.units), b(share.first_example + example),
           has_unit(example < tile && unit < share.own && b < s.B), owned(share.first_example + share.rank) {
-        if (has_unit) length = length_of(b);
-        owned_length = length_of(owned);
+        if (has_unit) length = real_steps(s, a.lengths, b);
+        owned_length = real_steps(s, a.lengths, owned);
     }
 
     MANN_INLINE void begin() {
-        const int rows = 4 * s.units();
+        const int rows = 4 * s.units;
         const auto weight_hh = [&](int row, int column) { return share.weight_hh(a.weight_hh, row, column); };
         held.take(rows, l.chunks, weight_hh);
         take_matrix<arithmetic>(at<S>(l.weight_hh), rows, l.leading_hh,
                                 [&](int row, int column) { return weight_hh(row, column + l.held); });
-        take_matrix<arithmetic>(at<S>(l.weight_head), s.units(), l.leading_head,
+        take_matrix<arithmetic>(at<S>(l.weight_head), s.units, l.leading_head,
                                 [&](int row, int p) { return share.weight_head(a.weight_head, row, p); });
-        for_each(s.head(), [&](int p) { at<T>(l.bias_head)[p] = to_arith(a.bias_head[p]); });
+        for_each(s.head, [&](int p) { at<T>(l.bias_head)[p] = to_arith(a.bias_head[p]); });
         take_vectors(a.h, s.H, l.leading_h, h_of(0));
         fill_zero(h_of(1), tile * l.leading_h);
-        take_vectors(a.reads, s.words(), l.leading_reads, at<S>(l.reads));
-        if (has_unit) c = to_arith(a.c[b * s.H + share.first_unit + unit]);
+        take_vectors(a.reads, s.words, l.leading_reads, at<S>(l.reads));
+        if (has_unit) c = to_arith(a.c[own_unit(b)]);
         if (owned < s.B) {
-            take_rows(a.memory + owned * s.N * s.W, s.N, s.W, a.step.stride, at<T>(l.memory));
-            for_each(s.N, [&](int n) { at<T>(l.usage)[n] = to_arith(a.usage[owned * s.N + n]); });
-            take_heads(a.read_weights + owned * s.R * s.N, s.R, s.N, weights_of(0));
+            take_rows(of_owned(a.memory, s.N * s.W), s.N, s.W, a.step.stride, at<T>(l.memory));
+            for_each(s.N, [&](int n) { at<T>(l.usage)[n] = to_arith(of_owned(a.usage, s.N)[n]); });
+            take_heads(of_owned(a.read_weights, s.R * s.N), s.R, s.N, weights_of(0));
         }
     }
     // Vectors [B, count] of the cluster's examples, padded with zeros.
     MANN_INLINE void take_vectors(const S *source, int count, int leading, S *target) const {
         for_numbers(tile, leading, [&](int e, int k, int i) {
-            const int64_t from = share.first_example + e;
-            target[i] = from < s.B && k < count ? source[from * count + k] : S(0.0f);
+            const int from = share.first_example + e;
+            target[i] = from < s.B && k < count ? source[int64_t(from) * count + k] : S(0.0f);
         });
     }
 
     // Of step t, long before they are used.
-    MANN_INLINE void fetch(int64_t t) {
+    MANN_INLINE void fetch(int t) {
         if (t < length)
 #pragma unroll
             for (int g = 0; g < 4; ++g)
-                gates_x[g] = to_arith(a.gates_x[((t * s.B + b) * 4 + g) * s.H + share.first_unit + unit]);
+                gates_x[g] = to_arith(a.gates_x[own_unit(s.row(t, b) * 4 + g)]);
     }
-    MANN_INLINE void gates_of_h(int64_t t) const {
-        const Matrix<S> weights{at<S>(l.weight_hh), l.leading_hh, 4 * s.units(), s.reads_at<S>(), l.held};
+    MANN_INLINE void gates_of_h(int t) const {
+        const Matrix<S> weights{at<S>(l.weight_hh), l.leading_hh, 4 * s.units, s.reads_at<S>(), l.held};
         held.multiply(weights, {h_of(t), l.leading_h}, partial());
     }
     MANN_INLINE void gates_of_reads() const {
-        const Matrix<S> weights{at<S>(l.weight_hh) + s.reads_at<S>() - l.held, l.leading_hh, 4 * s.units(), s.words(), 0};
+        const Matrix<S> weights{at<S>(l.weight_hh) + s.reads_at<S>() - l.held, l.leading_hh, 4 * s.units, s.words, 0};
         rows_times_vectors<arithmetic, tile>(weights, {at<S>(l.reads), l.leading_reads}, partial(), true);
     }
 
     // Eq. 9 to 16, and h to every block.
-    MANN_INLINE void lstm(int64_t t) {
+    MANN_INLINE void lstm(int t) {
         if (example >= tile) return;
         const int at_h = example * l.leading_h + share.first_unit + unit;
         S h = S(0.0f);
         if (t < length) {
             T gates[4];
 #pragma unroll
-            for (int g = 0; g < 4; ++g) gates[g] = gates_x[g] + total<tile>(partial(), example, g * s.units() + unit);
+            for (int g = 0; g < 4; ++g) gates[g] = gates_x[g] + total<tile>(partial(), example, g * s.units + unit);
             const auto cell = lstm_cell(gates[0], gates[1], gates[2], gates[3], c);
             c = cell.c, h = to_storage<S>(cell.h);
-            const int64_t row = t * s.B + b;
+            const int64_t row = s.row(t, b);
 #pragma unroll
             for (int g = 0; a.saved_gates && g < 4; ++g)
-                a.saved_gates[(row * 4 + g) * s.H + share.first_unit + unit] = gates[g];
+                a.saved_gates[own_unit(row * 4 + g)] = gates[g];
         } else if (has_unit) {
             h = h_of(t)[at_h]; // nothing changes
         }
         at<S>(l.own_h)[example * l.leading_units + unit] = h;
         if (!has_unit) return;
         for (int rank = 0; rank < tile; ++rank) of_rank(h_of(t + 1), rank)[at_h] = h;
-        a.output[(t * s.B + b) * s.recurrent() + share.first_unit + unit] = t < length ? h : S(0.0f);
+        a.output[s.row(t, b) * s.recurrent + share.first_unit + unit] = t < length ? h : S(0.0f);
     }
     // The units' part of every head, to its owner.
     MANN_INLINE void head_parts() const {
-        const Matrix<S> weights{at<S>(l.weight_head), l.leading_head, s.units(), s.head(), 0};
+        const Matrix<S> weights{at<S>(l.weight_head), l.leading_head, s.units, s.head, 0};
         vectors_times_columns<arithmetic, tile>(
             weights, {at<S>(l.own_h), l.leading_units}, [&](int owner, int p, T sum) {
-                of_rank(at<T>(l.head_parts), owner)[share.rank * s.head() + p] = sum;
+                of_rank(at<T>(l.head_parts), owner)[share.rank * s.head + p] = sum;
             });
     }
 
     // The memory's step of the owned example, and the reads to every block.
-    MANN_INLINE void remember(int64_t t) const {
+    MANN_INLINE void remember(int t) const {
         const Head<T> head{at<T>(l.key), at<T>(l.add), at<T>(l.gate), s.key_strength ? at<T>(l.beta) : nullptr};
         make_head(s, head, [&](int p) {
             T sum = at<T>(l.bias_head)[p];
-            for (int rank = 0; rank < tile; ++rank) sum += at<T>(l.head_parts)[rank * s.head() + p];
+            for (int rank = 0; rank < tile; ++rank) sum += at<T>(l.head_parts)[rank * s.head + p];
             return sum;
         });
-        const int64_t row = t * s.B + owned;
+        const int64_t row = s.row(t, owned);
         if (warp_of_block() == kWarps - 1) choose_slots(at<T>(l.usage), s.N, s.R, at<int32_t>(l.least_used));
         __syncthreads();
         for_each(a.saved_least_used ? s.R : 0,
@@ -201,18 +205,18 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
             const int word = h * s.W + w;
             for (int rank = 0; rank < tile; ++rank)
                 of_rank(at<S>(l.reads), rank)[share.rank * l.leading_reads + word] = read;
-            a.output[row * s.recurrent() + s.H + word] = read;
+            a.output[row * s.recurrent + s.H + word] = read;
         });
     }
     // A padded step.
-    MANN_INLINE void rest(int64_t t) const {
-        const int64_t row = t * s.B + owned;
-        for_each(s.words(), [&](int i) { a.output[row * s.recurrent() + s.H + i] = S(0.0f); });
+    MANN_INLINE void rest(int t) const {
+        const int64_t row = s.row(t, owned);
+        for_each(s.words, [&](int i) { a.output[row * s.recurrent + s.H + i] = S(0.0f); });
         for_each(a.saved_least_used ? s.R : 0, [&](int h) { a.saved_least_used[row * s.R + h] = 0; });
     }
-    MANN_INLINE void copy_state(int64_t t) const {
-        const int64_t copy = t / s.checkpoint_every * s.B;
-        if (has_unit) a.saved_c[(copy + b) * s.H + share.first_unit + unit] = c;
+    MANN_INLINE void copy_state(int t) const {
+        const int64_t copy = s.row(t / s.checkpoint_every, 0);
+        if (has_unit) a.saved_c[own_unit(copy + b)] = c;
         if (owned >= s.B) return;
         give_rows(at<T>(l.memory), s.N, s.W, a.step.stride, a.saved_memory + (copy + owned) * s.N * s.W);
         give_heads(weights_of(min(t + 1, owned_length)), s.R, s.N, a.saved_read_weights + (copy + owned) * s.R * s.N);
@@ -224,7 +228,7 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
         fill_zero(at<S>(l.own_h), tile * l.leading_units);
         cluster_barrier(); // every block is there to be written to
         gates_of_h(0);
-        for (int64_t t = 0; t < s.T; ++t) {
+        for (int t = 0; t < s.T; ++t) {
             gates_of_reads();
             __syncthreads();
             lstm(t);
@@ -247,16 +251,16 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
     }
     MANN_INLINE void finish() const {
         if (has_unit) {
-            a.h1[b * s.H + share.first_unit + unit] = h_of(s.T)[example * l.leading_h + share.first_unit + unit];
-            a.c1[b * s.H + share.first_unit + unit] = to_storage<S>(c);
+            a.h1[own_unit(b)] = h_of(s.T)[example * l.leading_h + share.first_unit + unit];
+            a.c1[own_unit(b)] = to_storage<S>(c);
         }
         if (owned >= s.B) return;
-        for_each(s.words(), [&](int i) {
-            a.reads1[owned * s.words() + i] = at<S>(l.reads)[share.rank * l.leading_reads + i];
+        for_each(s.words, [&](int i) {
+            of_owned(a.reads1, s.words)[i] = at<S>(l.reads)[share.rank * l.leading_reads + i];
         });
-        give_rows(at<T>(l.memory), s.N, s.W, a.step.stride, a.memory1 + owned * s.N * s.W);
-        for_each(s.N, [&](int n) { a.usage1[owned * s.N + n] = to_storage<S>(at<T>(l.usage)[n]); });
-        give_heads(weights_of(owned_length), s.R, s.N, a.read_weights1 + owned * s.R * s.N);
+        give_rows(at<T>(l.memory), s.N, s.W, a.step.stride, of_owned(a.memory1, s.N * s.W));
+        for_each(s.N, [&](int n) { of_owned(a.usage1, s.N)[n] = to_storage<S>(at<T>(l.usage)[n]); });
+        give_heads(weights_of(owned_length), s.R, s.N, of_owned(a.read_weights1, s.R * s.N));
     }
 };
 

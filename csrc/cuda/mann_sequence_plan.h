@@ -11,11 +11,11 @@ struct MannPlan {
     int64_t forward_bytes = 0, backward_bytes = 0; // of shared memory; of the last form tried if none fits
 };
 
-template <typename S, Arithmetic arithmetic, int tile> MannPlan mann_plan_of(MannSizes s) {
-    s.tile = tile;
+template <typename S, Arithmetic arithmetic, int tile> MannPlan mann_plan_of(const MannSizes &sizes) {
+    const MannSizes s = sizes.with_tile(tile);
     const MemoryShape memory = MemoryShape::of(s.N, s.W, s.R, kThreads, true);
-    const bool shares = tile * s.units() <= kThreads && HeldRows<arithmetic, tile, S>::fits(4 * s.units()) &&
-                        s.padded<S>() <= kMostColumns && s.head() <= kMostColumns;
+    const bool shares = tile * s.units <= kThreads && HeldRows<arithmetic, tile, S>::fits(4 * s.units) &&
+                        s.padded<S>() <= kMostColumns && s.head <= kMostColumns;
     return {shares ? tile : 0, MannForwardLayout<S>::template of<arithmetic, tile>(s, memory).bytes,
             MannBackwardLayout<S>::template of<arithmetic, tile>(s, memory).bytes};
 }

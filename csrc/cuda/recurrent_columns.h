@@ -30,6 +30,7 @@ MANN_INLINE void columns_by_fma(const Matrix<T> &weights, const T (*registers)[4
 #pragma unroll
         for (int i = 0; i < held; ++i)
             if (i * 16 + part * 4 < weights.rows) add_rows(registers[i], vectors, i * 16 + part * 4, sums);
+#pragma unroll 1
         for (int row = held * 16 + part * 4; row < weights.rows; row += 16) {
             T weight[4][4];
 #pragma unroll
@@ -119,7 +120,7 @@ MANN_INLINE void vectors_times_columns(const Matrix<S> &weights, const Vectors<S
 // The same, with a thread's first weights in its registers.
 template <Arithmetic arithmetic, int tile, typename S> class HeldColumns {
     static constexpr bool fma = arithmetic == Arithmetic::kFma;
-    static constexpr int kQuads = 2, kSteps = 4; // 32 registers
+    static constexpr int kQuads = 2, kSteps = sizeof(S) == 2 ? 2 : 4; // 32 registers, of bfloat16 16
     S quads_[fma ? kQuads : 1][4][4];
     uint32_t words_[fma ? 1 : 2 * kSteps][4];
 

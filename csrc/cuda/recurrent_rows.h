@@ -16,9 +16,9 @@ template <Arithmetic arithmetic> MANN_BOTH constexpr int chunks_of(int rows, int
     const bool fma = arithmetic == Arithmetic::kFma;
     const int groups = fma ? (rows + 3) / 4 : (rows + 15) / 16; // of rows
     const int at_once = fma ? 8 * kWarps : kWarps;
-    const int most = fma ? (columns + 15) / 16 : (columns + 15) / 8 / 2;
-    const int wanted = at_once / groups;
-    return wanted < 1 ? 1 : wanted > most ? most : wanted;
+    const int wanted = at_once / groups, deep_enough = (columns + 15) / 16, most = 12;
+    const int chunks = wanted < deep_enough ? wanted : deep_enough;
+    return chunks < 1 ? 1 : chunks > most ? most : chunks;
 }
 template <int tile, typename T> MANN_INLINE T total(const Partial<T> &partial, int example, int row) {
     T sum = 0;
@@ -67,6 +67,7 @@ MANN_INLINE void rows_by_fma(const Matrix<T> &weights, const T (&registers)[4][4
             if (quad < quads) add_quad(registers, vectors, quad * 4, sums);
             quad += stride;
         }
+#pragma unroll 1
         for (; quad < quads; quad += stride) {
             T weight[4][4];
 #pragma unroll

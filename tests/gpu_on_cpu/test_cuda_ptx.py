@@ -24,7 +24,9 @@ WHY = cuda_on_cpu.missing() or emulated_cuda.missing()
 pytestmark = [pytest.mark.compiles, pytest.mark.skipif(WHY is not None, reason=str(WHY))]
 
 #: Clusters are of sm_90 and later: elsewhere mann_sequence runs another way.
-CASES = [(stem, target) for stem in STEMS for target in emulated_cuda.TARGETS if (stem, target) != ("mann_sequence", "sm_80")]
+CASES = [
+    (stem, target) for stem in STEMS for target in emulated_cuda.TARGETS if (stem, target) != ("mann_sequence", "sm_80")
+]
 #: At the paper's sizes: examples and steps. A cluster has eight examples.
 PAPER = {"content_address": (2, 1), "lrua_step": (2, 1), "mann_sequence": (8, 2)}
 
@@ -38,7 +40,9 @@ def test_matches_reference(stem, target, dtype, request):
     options = class_of(stem).options
     cases = [(SIZES[0], options[-1]), (SIZES[2], options[0])]
     if everything and target == "sm_90a":
-        cases += [(SIZES[3], options[1]), (SIZES[1], options[-1])] if stem != "mann_sequence" else [(SIZES[3], options[1])]
+        cases += (
+            [(SIZES[3], options[1]), (SIZES[1], options[-1])] if stem != "mann_sequence" else [(SIZES[3], options[1])]
+        )
     steps = {"T": 2} if stem.endswith("sequence") else {}
     with emulated_cuda.emulated_cuda(target) as launches:
         for seed, (size, each) in enumerate(cases):

@@ -1,0 +1,95 @@
+"""What ptxas made of every CUDA kernel, on every architecture: no spills, and no more registers and shared memory than noted.
+
+cuobjdump, which comes with Triton, reads it out of the library; nothing is compiled.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import triton
+
+from mann_kernels import _library
+
+BUDGETS = Path(__file__).parent / "budgets.json"
+LIBRARY = Path(_library.__file__).parent / "_CUDA.abi3.so"
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+#: mann_sequence needs clusters, which sm_80 has not.
+NEED_CLUSTERS = ("mann_sequence",)
+pytestmark = pytest.mark.skipif(_library.cuda_missing is not None, reason=str(_library.cuda_missing))
+
+
+def resources(said: str) -> dict[str, dict[str, dict[str, int]]]:
+    """By architecture and kernel: registers, spilled bytes and static shared memory of a thread or block."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for part in said.split("Fatbin elf code:")[1:]:
+        target = re.search(r"arch = (\w+)", part)[1]
+        for name, used in re.findall(r"Function (.*):\n(.*)", part):
+            registers, stack, shared, local = map(
+                int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", used).groups()
+            )
+            label = re.search(r"(\w+_kernel(?:<.*?>)?)\(", name)[1].replace("(mann::cuda::Arithmetic)", "")
+            entry = {"registers": registers, "spilled": stack + local, "shared": shared}
+            found.setdefault(target, {})[label] = entry
+    return found
+
+
+@pytest.fixture(scope="module")
+def found():
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    said = subprocess.run([tool, "--dump-resource-usage", LIBRARY], capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(["c++filt"], input=said, capture_output=True, text=True, check=True).stdout
+    return resources(names)
+
+
+def nvcc_version() -> str | None:
+    """That of the nvcc on PATH: the one that built the library, where the tests were set up with it."""
+    if shutil.which("nvcc") is None:
+        return None
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return "nvcc " + re.search(r"release (\d+\.\d+)", said)[1]
+
+
+def test_every_kernel_is_there_and_spills_nothing(found):
+    kernels = {name for names in found.values() for name in names}
+    for name in _library.cuda_kernels:
+        stem = name.removesuffix("_backward")
+        of_stem = [kernel for kernel in kernels if kernel.startswith(stem)]
+        assert any("float" in kernel for kernel in of_stem), name
+        assert any("bfloat16" in kernel for kernel in of_stem), name
+    for target in ARCHITECTURES:
+        of_target = {name for name in kernels if target != "sm_80" or not name.startswith(NEED_CLUSTERS)}
+        assert set(found[target]) == of_target
+        assert {name: used["spilled"] for name, used in found[target].items() if used["spilled"]} == {}
+
+
+def test_within_budget(found, request):
+    version = nvcc_version()
+    budgets = json.loads(BUDGETS.read_text())
+    if request.config.getoption("--write-budgets") and version is not None:
+        budgets[version] = {target: found[target] for target in ARCHITECTURES}
+        BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
+    if version not in budgets:
+        pytest.skip(f"no budgets for {version or 'a library that came from elsewhere'}")
+    for target in ARCHITECTURES:
+        assert set(found[target]) == set(budgets[version][target])
+        for name, used in found[target].items():
+            budget = budgets[version][target][name]
+            # registers are handed out eight at a time
+            allowed = budget | {"registers": -(-budget["registers"] // 8) * 8}
+            more = {what: (used[what], budget[what]) for what in budget if used[what] > allowed[what]}
+            assert not more, f"{name} on {target}: (found, budget) {more}"
+
+
+def test_what_cuobjdump_says_is_understood():
+    said = """
+Fatbin elf code:
+================
+arch = sm_90a
+ Function void mann::cuda::some_kernel<float, (mann::cuda::Arithmetic)0, 4>(mann::cuda::Args<float>):
+  REG:40 STACK:8 SHARED:1024 LOCAL:4 CONSTANT[0]:664 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    assert resources(said) == {"sm_90a": {"some_kernel<float, 0, 4>": {"registers": 40, "spilled": 12, "shared": 1024}}}

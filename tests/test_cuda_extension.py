@@ -1,0 +1,218 @@
+"""The CUDA kernels as a library: that it builds, loads, registers and says clearly what it cannot do, without a device."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from stem import outputs_of
+from test_properties import class_of
+from test_structure import _Calls
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mann_kernels
+from mann_kernels import _backend, _library
+
+ROOT = Path(__file__).parent.parent
+#: The operators that have CUDA kernels.
+STEMS = tuple(stem for stem in _backend.STEMS if (ROOT / "csrc" / "cuda" / f"{stem}.cu").exists())
+built = pytest.mark.skipif(_library.cuda_missing is not None, reason=str(_library.cuda_missing))
+
+
+def test_built_where_nvcc_is():
+    """Whoever has nvcc on PATH set the tests up with it."""
+    if shutil.which("nvcc") is None or os.environ.get("MANN_CUDA") == "0":
+        pytest.skip("no nvcc on PATH")
+    assert _library.cuda_missing is None
+
+
+@built
+def test_every_kernel_registers_itself():
+    assert len(STEMS) >= 4
+    assert _library.cuda_kernels == {name for stem in STEMS for name in (stem, f"{stem}_backward")}
+
+
+@built
+def test_they_are_the_default_where_they_can_be():
+    for stem in _backend.STEMS:
+        for dtype in (torch.float32, torch.bfloat16):
+            assert (_backend.default(stem, "cuda", dtype)[0] == "cuda") == (stem in STEMS)
+        assert _backend.default(stem, "cuda", torch.float16)[0] == "triton"
+        assert _backend.default(stem, "cpu", torch.float32)[0] == "cpp"
+    assert "not torch.float64" in _backend.missing("cuda", "lrua_step", "cuda", torch.float64)
+
+
+@built
+def test_a_device_too_old_takes_triton(monkeypatch):
+    monkeypatch.setattr(_backend, "_least_capability", lambda: (7, 5))
+    assert "capability 8.0 or more, a device here has 7.5" in _backend.missing("cuda", STEMS[0], "cuda", torch.float32)
+    assert _backend.default(STEMS[0], "cuda", torch.float32) == ("triton", None)
+    monkeypatch.setattr(_backend, "_least_capability", lambda: (8, 0))
+    assert _backend.missing("cuda", "lrua_step", "cuda", torch.float32) is None
+
+
+def test_not_on_amd(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "not on AMD" in _backend.missing("cuda", "lrua_step", "cuda", torch.float32)
+
+
+@built
+@pytest.mark.compiles
+def test_the_command_lists_them():
+    def output(*arguments):
+        command = [sys.executable, "-m", "mann_kernels", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    facts, text = json.loads(output("--json")), output()
+    assert facts["cuda_kernels"] == sorted(STEMS)
+    assert "CUDA kernels: built" in text
+    for stem in STEMS:
+        assert facts["operators"][stem]["cuda"]["runs"] == "cuda"
+        want = "cuda" if torch.cuda.is_available() else r"cuda \(built, no device\)"
+        assert re.search(rf"^{stem} +cpp +{want}$", text, re.MULTILINE)
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stem", STEMS)
+def test_shapes_are_known_without_a_device(stem, dtype):
+    """Fake CUDA tensors go through the public function, forward and backward, to the operators that have CUDA kernels."""
+    tests = class_of(stem)
+    for options in tests.options:
+        inputs = tests.inputs(1, 3, 7, 5, 2, **options).to(dtype)
+        want = outputs_of(getattr(mann_kernels, stem), inputs)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fakes = type(inputs)(
+                {
+                    k: torch.empty(v.shape, dtype=v.dtype, device="cuda") if isinstance(v, torch.Tensor) else v
+                    for k, v in inputs.items()
+                }
+            ).with_grad()
+            with _Calls() as calls:
+                outputs = outputs_of(getattr(mann_kernels, stem), fakes)
+                sum(output.sum() for output in outputs if output.requires_grad).backward()
+        assert [func.name() for func, _ in calls.made] == [f"mann::{stem}", f"mann::{stem}_backward"]
+        found = [(output.shape, output.dtype, output.device.type) for output in outputs]
+        assert found == [(output.shape, output.dtype, "cuda") for output in want]
+        for name, value in fakes.items():
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                assert (value.grad.shape, value.grad.device.type) == (inputs[name].shape, "cuda"), name
+
+
+@built
+@pytest.mark.parametrize("stem", STEMS)
+def test_without_a_driver_a_call_is_a_clear_error(stem):
+    """No CUDA tensor can be made without a driver, so the kernel is called with others."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    tests = class_of(stem)
+    with _Calls() as calls:
+        getattr(mann_kernels, stem)(**tests.inputs(1, 3, 7, 5, 2, **tests.options[0]).to(torch.float32))
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for func, args in calls.made:
+        with pytest.raises(RuntimeError, match=r"find no device: .*(driver|device)"):
+            func.redispatch(keys, *args)
+
+
+def test_cuda_cannot_be_asked_for_on_the_cpu():
+    with (
+        mann_kernels.backend("cuda"),
+        pytest.raises(RuntimeError, match="the CUDA kernels run on NVIDIA GPUs, not on cpu"),
+    ):
+        mann_kernels.content_address(torch.zeros(1, 2, 3), torch.zeros(1, 1, 3))
+
+
+def test_a_library_that_does_not_load_is_a_reason(monkeypatch, tmp_path):
+    broken = tmp_path / "_CUDA.abi3.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(broken)))
+    why, origin, kernels = _library._load("_CUDA", "CUDA", "")
+    assert "does not load" in why
+    assert (origin, kernels) == (None, frozenset())
+
+
+#: nvcc by name: says what version it is, and makes any file it is to make.
+FAKE_NVCC = """#!/bin/sh
+case "$*" in *--version*) echo "Cuda compilation tools, release {version}, V{version}.0"; exit;; esac
+while [ $# -gt 0 ]; do
+    case "$1" in -o) touch "$2";; -MF) : > "$2";; esac
+    shift
+done
+"""
+
+
+class TestSetup:
+    """setup.py on a tree with one C++ source and two CUDA sources."""
+
+    @pytest.fixture
+    def tree(self, tmp_path):
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, tmp_path)
+        for folder in ("mann_kernels", "csrc/cpu", "csrc/cuda", "bin"):
+            (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(ROOT / "mann_kernels" / "_version.py", tmp_path / "mann_kernels")
+        (tmp_path / "mann_kernels" / "__init__.py").touch()
+        (tmp_path / "csrc/cpu/one.cpp").touch()
+        (tmp_path / "csrc/cuda/one.cu").touch()
+        (tmp_path / "csrc/cuda/mann_sequence.cu").touch()
+        return tmp_path
+
+    def build(self, tree, version=None, **environment):
+        """What setup.py says, and whether it leaves the CUDA library in the tree."""
+        if version is not None:
+            (tree / "bin/nvcc").write_text(FAKE_NVCC.format(version=version))
+            (tree / "bin/nvcc").chmod(0o755)
+        path = f"{tree / 'bin'}:/usr/bin:/bin"
+        if version is None and shutil.which("nvcc", path=path):
+            pytest.skip("nvcc is where the compiler is")
+        environment = {k: v for k, v in os.environ.items() if k != "CUDA_HOME"} | {"PATH": path} | environment
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (tree / "mann_kernels/_C.abi3.so").exists()
+        return done.stderr, (tree / "mann_kernels/_CUDA.abi3.so").exists()
+
+    @pytest.mark.compiles
+    def test_with_nvcc(self, tree):
+        said, there = self.build(tree, "13.0")
+        assert there, said
+        commands = (tree / "build/ninja-cuda/build.ninja").read_text()
+        flags = {match[1]: match[2] for match in re.finditer(r"build \S+/(\w+)\.o: .*\n  own = (.*)", commands)}
+        everywhere = {"sm_80", "sm_90a", "sm_100", "compute_100"}
+        made = {name: set(re.findall(r"code=\[?(\w+)(?:,(\w+))?", own)) for name, own in flags.items()}
+        made = {name: {code for pair in pairs for code in pair if code} for name, pairs in made.items()}
+        assert made == {"one": everywhere, "mann_sequence": everywhere - {"sm_80"}}
+        # switched off, what was built before is gone too
+        said, there = self.build(tree, "13.0", MANN_CUDA="0")
+        assert "building without CUDA kernels: MANN_CUDA=0" in said
+        assert not there
+
+    @pytest.mark.compiles
+    def test_without_nvcc(self, tree):
+        said, there = self.build(tree)
+        assert "building without CUDA kernels: no nvcc found" in said
+        assert not there
+
+    @pytest.mark.compiles
+    def test_with_an_old_nvcc(self, tree):
+        said, there = self.build(tree, "12.4")
+        assert re.search(r"bin/nvcc is CUDA 12\.4, older than 12\.8", said)
+        assert not there
+
+    @pytest.mark.compiles
+    def test_nvcc_of_cuda_home_comes_first(self, tree):
+        (tree / "home").mkdir()
+        (tree / "bin").rename(tree / "home/bin")
+        (tree / "bin").mkdir()
+        (tree / "home/bin/nvcc").write_text(FAKE_NVCC.format(version="12.4"))
+        (tree / "home/bin/nvcc").chmod(0o755)
+        said, there = self.build(tree, "13.0", CUDA_HOME=str(tree / "home"))
+        assert "home/bin/nvcc is CUDA 12.4" in said
+        assert not there
