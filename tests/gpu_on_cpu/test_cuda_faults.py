@@ -100,7 +100,10 @@ FAULTS = {
         "content_address.cu",
         "    __syncthreads();\n    for_heads(s.R, [&](int h) { softmax_of_cosine(",
         "    if (threadIdx.x < 32) __syncthreads();\n    for_heads(s.R, [&](int h) { softmax_of_cosine(",
-        {"plain": r"divergent barrier: (reaches .*content_address\.cu|threads of the block)", "ptx": "divergent barrier"},
+        {
+            "plain": r"divergent barrier: (reaches .*content_address\.cu|threads of the block)",
+            "ptx": "divergent barrier",
+        },
     ),
     "misaligned vector": Fault(
         "content_address",

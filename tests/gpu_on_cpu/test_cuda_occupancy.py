@@ -8,18 +8,12 @@ pytest.importorskip("triton")
 import cuda_on_cpu
 import emulated_cuda
 from occupancy import DEVICES, clusters, occupancy
-from report import call_of
+from report import call_of, used_by_cuda
 from stem import run
 from test_cuda_kernels import STEMS
 from test_cuda_resources import found, pytestmark  # noqa: F401  (a fixture, and when there is nothing to read it from)
 
 import mann_kernels
-
-def registers_of(name, used):
-    """Of the kernel with this mangled name: most registers of the instances that it may be, by template arguments."""
-    of_kernel = {label: each["registers"] for label, each in used.items() if label.split("<")[0] in name}
-    narrow = "__nv_bfloat16" in name
-    return max(count for label, count in of_kernel.items() if ("bfloat16" in label) == narrow)
 
 
 @pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing()))
@@ -30,7 +24,7 @@ def test_paper_size_fits(stem, dtype, found):  # noqa: F811
         run(getattr(mann_kernels, stem), call_of(stem, 16, 2).to(dtype))
     assert len(launches) >= 2
     for launch in launches:
-        registers = registers_of(launch.name, found["sm_90a"])
+        registers, _ = used_by_cuda(launch.name, found["sm_90a"])
         fits = occupancy("sm_90", launch.threads, registers, launch.shared)
         assert fits.programs >= 1, (launch, registers)
         assert launch.shared <= DEVICES["sm_90"][2]
