@@ -60,7 +60,7 @@ sanitize: setup
 	@mkdir -p $(SANITIZED)
 	@rm -rf $(SANITIZED)/mann_kernels && cp -r mann_kernels tests bench csrc setup.py pyproject.toml $(SANITIZED)/
 	@rm -f $(SANITIZED)/mann_kernels/_C*.so
-	cd $(SANITIZED) && MANN_SANITIZE=address,undefined ../../$(RUN) setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && MANN_CUDA=0 MANN_SANITIZE=address,undefined ../../$(RUN) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) \
 	    ../../$(RUN) -m pytest --capture=sys $(SANITIZED_TESTS) $(TEST)

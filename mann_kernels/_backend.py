@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mann_kernels import _library
+from mann_kernels import _cuda_plan, _library
 
 #: The stems: every public operator, in the order in which one builds on another.
 STEMS = (
@@ -27,8 +27,9 @@ STEMS = (
 NAMES = ("reference", "cpp", "triton", "cuda")
 CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16)
-#: The least compute capability that the CUDA kernels are compiled for.
-CUDA_CAPABILITY = (8, 0)
+#: The least compute capability that the CUDA kernels are compiled for; mann_sequence needs clusters.
+CUDA_CAPABILITY = {"mann_sequence": (9, 0)}
+ANY_CUDA_CAPABILITY = (8, 0)
 TRITON_DTYPES = (*CPP_DTYPES, torch.float16)
 #: What the compiler does not make, though the interpreter runs it.
 TRITON_CANNOT = {
@@ -64,8 +65,11 @@ def backend(name: str):
         _requested = before
 
 
-def missing(name: str, stem: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why the implementation `name` cannot run `stem` on this device and dtype; None if it can."""
+def missing(name: str, stem: str, device: str, dtype: torch.dtype, sizes: dict | None = None) -> str | None:
+    """Why the implementation `name` cannot run `stem` on this device and dtype; None if it can.
+
+    sizes: where it depends on them, of mann_sequence: N, W, R, H, write_add and key_strength; None leaves that open.
+    """
     if name == "reference":
         return None
     if name == "cpp":
@@ -94,10 +98,10 @@ def missing(name: str, stem: str, device: str, dtype: torch.dtype) -> str | None
         if dtype not in TRITON_DTYPES:
             return f"the Triton kernels take {', '.join(map(str, TRITON_DTYPES))}, not {dtype}"
         return None
-    return _cuda_missing(stem, device, dtype)
+    return _cuda_missing(stem, device, dtype, sizes)
 
 
-def _cuda_missing(stem: str, device: str, dtype: torch.dtype) -> str | None:
+def _cuda_missing(stem: str, device: str, dtype: torch.dtype, sizes: dict | None) -> str | None:
     if device != "cuda" or torch.version.hip is not None:
         return f"the CUDA kernels run on NVIDIA GPUs, not on {device if torch.version.hip is None else 'AMD GPUs'}"
     if _library.cuda_missing is not None:
@@ -106,25 +110,31 @@ def _cuda_missing(stem: str, device: str, dtype: torch.dtype) -> str | None:
         return f"this version has no CUDA kernel for {stem}"
     if dtype not in CUDA_DTYPES:
         return f"the CUDA kernels take {', '.join(map(str, CUDA_DTYPES))}, not {dtype}"
-    capability = _least_capability()
-    if capability is not None and capability < CUDA_CAPABILITY:
+    capability, shared_limit = _least_device()
+    wanted = CUDA_CAPABILITY.get(stem, ANY_CUDA_CAPABILITY)
+    if capability < wanted:
         return (
-            f"the CUDA kernels need compute capability {'.'.join(map(str, CUDA_CAPABILITY))} or more, a device here has"
+            f"the CUDA kernel needs compute capability {'.'.join(map(str, wanted))} or more, a device here has"
             f" {'.'.join(map(str, capability))}"
         )
+    if stem == "mann_sequence" and sizes is not None:
+        return _cuda_plan.mann_sequence(**sizes, dtype=dtype, shared_limit=shared_limit).missing
     return None
 
 
 @functools.cache
-def _least_capability() -> tuple[int, int] | None:
-    """Of the CUDA devices of this process; None without one."""
-    return min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())), default=None)
+def _least_device() -> tuple[tuple[int, int], int]:
+    """The least compute capability of the CUDA devices of this process, and the least shared memory that a block may have on
+    them; without a device, those of an H100."""
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    capability = min(((device.major, device.minor) for device in found), default=(9, 0))
+    return capability, min((d.shared_memory_per_block_optin for d in found), default=_cuda_plan.SHARED_LIMIT)
 
 
-def default(stem: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
+def default(stem: str, device: str, dtype: torch.dtype, sizes: dict | None = None) -> tuple[str, str | None]:
     """The implementation that runs when none is asked for, and why it is not a kernel (None if it is one)."""
     for name in ("cuda", "triton") if device == "cuda" else ("cpp",):
-        why = missing(name, stem, device, dtype)
+        why = missing(name, stem, device, dtype, sizes)
         if why is None:
             return name, None
     return "reference", why
@@ -135,15 +145,15 @@ def _warn_once(stem: str, device: str, why: str) -> None:
     warnings.warn(f"mann_kernels: {stem} on {device} runs as plain PyTorch, slowly: {why}", stacklevel=4)
 
 
-def select(stem: str, tensor: torch.Tensor) -> str:
-    """The name of the implementation for this call of `stem`, decided by one of its tensors."""
+def select(stem: str, tensor: torch.Tensor, sizes: dict | None = None) -> str:
+    """The name of the implementation for this call of `stem`, decided by one of its tensors, and by sizes as in `missing`."""
     device, dtype = tensor.device.type, tensor.dtype
     if _requested is not None:
-        why = missing(_requested, stem, device, dtype)
+        why = missing(_requested, stem, device, dtype, sizes)
         if why is not None:
             raise RuntimeError(f"backend {_requested!r} was asked for, but cannot run {stem}: {why}")
         return _requested
-    name, why = default(stem, device, dtype)
+    name, why = default(stem, device, dtype, sizes)
     if why is not None and not torch.compiler.is_compiling():
         _warn_once(stem, device, why)
     return name

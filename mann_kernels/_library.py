@@ -21,6 +21,9 @@ cpp_kernels: frozenset[str] = frozenset()
 #: Why the compiled CUDA kernels are missing, or None when they are loaded. They load without a device or a driver.
 cuda_missing: str | None = None
 
+#: The file they were loaded from.
+cuda_file: str | None = None
+
 #: The operators that have a CUDA kernel; filled when the extension loads.
 cuda_kernels: frozenset[str] = frozenset()
 
@@ -73,8 +76,8 @@ def load_cpp() -> None:
 
 def load_cuda() -> None:
     """The same for the CUDA kernels."""
-    global cuda_missing, cuda_kernels
-    cuda_missing, _, cuda_kernels = _load("_CUDA", "CUDA", "pip install builds it where nvcc 12.8 or later is")
+    global cuda_missing, cuda_file, cuda_kernels
+    cuda_missing, cuda_file, cuda_kernels = _load("_CUDA", "CUDA", "pip install builds it where nvcc 12.8 or later is")
 
 
 def cpu_isa(limit: str | None = None) -> str | None:

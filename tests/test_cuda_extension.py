@@ -18,7 +18,7 @@ from test_structure import _Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mann_kernels
-from mann_kernels import _backend, _library
+from mann_kernels import _backend, _cuda_plan, _library
 
 ROOT = Path(__file__).parent.parent
 #: The operators that have CUDA kernels.
@@ -51,11 +51,50 @@ def test_they_are_the_default_where_they_can_be():
 
 @built
 def test_a_device_too_old_takes_triton(monkeypatch):
-    monkeypatch.setattr(_backend, "_least_capability", lambda: (7, 5))
-    assert "capability 8.0 or more, a device here has 7.5" in _backend.missing("cuda", STEMS[0], "cuda", torch.float32)
-    assert _backend.default(STEMS[0], "cuda", torch.float32) == ("triton", None)
-    monkeypatch.setattr(_backend, "_least_capability", lambda: (8, 0))
-    assert _backend.missing("cuda", "lrua_step", "cuda", torch.float32) is None
+    def why(stem, capability):
+        monkeypatch.setattr(_backend, "_least_device", lambda: (capability, 232_448))
+        found = _backend.missing("cuda", stem, "cuda", torch.float32)
+        assert _backend.default(stem, "cuda", torch.float32)[0] == ("cuda" if found is None else "triton")
+        return found
+
+    assert "capability 8.0 or more, a device here has 7.5" in why("lrua_step", (7, 5))
+    assert why("lrua_step", (8, 0)) is None
+    assert "capability 9.0 or more, a device here has 8.9" in why("mann_sequence", (8, 9))
+    assert why("mann_sequence", (9, 0)) is why("mann_sequence", (10, 0)) is None
+
+
+PAPER = {"N": 128, "W": 40, "R": 4, "H": 200}
+
+
+@built
+@pytest.mark.parametrize(("dtype", "cluster"), [(torch.float32, 8), (torch.bfloat16, 4)], ids=str)
+def test_the_papers_sizes_fit_a_cluster(dtype, cluster):
+    plan = _cuda_plan.mann_sequence(**PAPER, dtype=dtype)
+    assert plan.cluster == cluster
+    assert max(plan.forward_bytes, plan.backward_bytes) <= _cuda_plan.SHARED_LIMIT
+    assert plan.missing is None
+    # the least limit that it fits is what it says
+    most = max(plan.forward_bytes, plan.backward_bytes)
+    assert _cuda_plan.mann_sequence(**PAPER, dtype=dtype, shared_limit=most).cluster == cluster
+    assert _cuda_plan.mann_sequence(**PAPER, dtype=dtype, shared_limit=most - 1).cluster != cluster
+
+
+def test_the_plan_is_a_constant_to_the_compiler():
+    def marked():
+        pass
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked) == vars(_cuda_plan.mann_sequence)
+
+
+@built
+def test_sizes_that_fit_no_cluster_take_triton(monkeypatch):
+    monkeypatch.setattr(_backend, "_least_device", lambda: ((9, 0), _cuda_plan.SHARED_LIMIT))
+    options = {"write_add": False, "key_strength": False}
+    large = dict(PAPER, H=2048, **options)
+    assert "bytes of shared memory" in _backend.missing("cuda", "mann_sequence", "cuda", torch.float32, large)
+    assert _backend.default("mann_sequence", "cuda", torch.float32, large) == ("triton", None)
+    assert _backend.default("mann_sequence", "cuda", torch.float32, PAPER | options) == ("cuda", None)
 
 
 def test_not_on_amd(monkeypatch):

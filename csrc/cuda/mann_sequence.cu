@@ -166,3 +166,17 @@ STABLE_TORCH_LIBRARY_IMPL(MANN_LIBRARY, MANN_KEY, m) {
     m.impl("mann_sequence", TORCH_BOX(&mann::cuda::mann_sequence_cuda));
     m.impl("mann_sequence_backward", TORCH_BOX(&mann::cuda::mann_sequence_backward_cuda));
 }
+
+// mann_plan for Python: the blocks of a cluster, 0 where the sizes do not fit; bytes [2] of shared memory of a block,
+// forward and backward.
+extern "C" __attribute__((visibility("default"))) int mann_sequence_plan(int bf16, int N, int W, int R, int H,
+                                                                         int write_add, int key_strength,
+                                                                         int64_t shared_limit, int64_t *bytes) {
+    using namespace mann::cuda;
+    MannSizes s{};
+    s.N = N, s.W = W, s.R = R, s.H = H, s.write_add = write_add, s.key_strength = key_strength;
+    const MannPlan plan = bf16 ? mann_plan<Bf16, kArithmetic<Bf16>>(s, shared_limit)
+                               : mann_plan<float, kArithmetic<float>>(s, shared_limit);
+    bytes[0] = plan.forward_bytes, bytes[1] = plan.backward_bytes;
+    return plan.tile;
+}
