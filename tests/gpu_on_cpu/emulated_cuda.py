@@ -48,12 +48,14 @@ class Launch(ctypes.Structure):
     ]  # fmt: skip
 
 
-def compiled(target: str, *, sources: list[Path] | None = None, csrc: Path = CSRC, folder: Path = BUILD) -> list[Path]:
+def compiled(
+    target: str, *, sources: list[Path] | None = None, csrc: Path = CSRC, folder: Path = BUILD, options: str = ""
+) -> list[Path]:
     """The PTX of `sources` (all of csrc/cuda), compiled where anything changed."""
     folder = folder / f"ptx-{target}"
     folder.mkdir(parents=True, exist_ok=True)
     sources = sorted((csrc / "cuda").glob("*.cu")) if sources is None else sources
-    flags = f"-std=c++20 -ptx -lineinfo -arch={target} -DTORCH_TARGET_VERSION=0x020a000000000000ULL -I{csrc / 'cuda'}"
+    flags = f"-std=c++20 -ptx -lineinfo -arch={target} {options} -DTORCH_TARGET_VERSION=0x020a000000000000ULL -I{csrc / 'cuda'}"
     includes = " ".join(f"-isystem {path}" for path in cpp.include_paths())
     texts = [folder / f"{source.stem}.ptx" for source in sources]
     lines = [

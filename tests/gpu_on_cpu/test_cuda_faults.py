@@ -121,12 +121,15 @@ def test_a_planted_fault_is_named(fault, by, tmp_path):
     csrc = cuda_mutant(tmp_path, file, right, wrong)
     sources = [csrc / "cuda" / f"{stem}.cu"]
     if by == "ptx":
-        texts = emulated_cuda.compiled("sm_90a", sources=sources, csrc=csrc, folder=tmp_path)
+        texts = emulated_cuda.compiled(
+            "sm_90a", sources=sources, csrc=csrc, folder=tmp_path, options="-DMANN_ONLY_FLOAT32"
+        )
         call = class_of(stem).inputs(1, 3, 7, 5, 2, **class_of(stem).options[0]).to(torch.float32)
         message = rf"({said[by]}).*\(\w+\.(cu|h):\d+\)"
         with pytest.raises(PTXError, match=message), emulated_cuda.emulated_cuda("sm_90a", texts):
             run(getattr(mann_kernels, stem), call)
         return
-    ran = run_in_process(by, cuda_on_cpu.build(by, sources=sources, csrc=csrc, folder=tmp_path), stem, 20)
+    library = cuda_on_cpu.build("float32" if by == "plain" else by, sources=sources, csrc=csrc, folder=tmp_path)
+    ran = run_in_process(by, library, stem, 20)
     assert ran.returncode != 0
     assert re.search(said[by], ran.stderr), ran.stderr
