@@ -14,7 +14,7 @@ OTHER_TRITON := 3.9.0
 OTHER_PATH := build/triton-$(OTHER_TRITON)
 INTERPRETED := tests/gpu_on_cpu/test_interpreter.py tests/gpu_on_cpu/test_guard.py
 COMPILED := tests/gpu_on_cpu/test_compile.py tests/gpu_on_cpu/test_ptx.py tests/gpu_on_cpu/test_traffic.py
-CXX_FILES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu)
+CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/cpu/*.cpp csrc/cuda/*.cu $(addprefix tests/gpu_on_cpu/*.,h cpp cu))
 # The tests that drive the C++ kernels; those that start compilers or other processes would only slow the sanitizers down.
 SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles and not gpu"
 
@@ -43,7 +43,8 @@ test: setup
 	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED) $(TEST)
 
 # What can be known of the GPU kernels without a GPU: that they compile and fit, their numbers as source and as compiled code,
-# that every access is sound; with both versions of Triton. Ends with a table of what each kernel needs.
+# that every access is sound; with both versions of Triton, and for the CUDA kernels under sanitizers. Ends with a table of what
+# each kernel needs.
 verify-gpu: setup $(OTHER_PATH)
 	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED) --all-targets
 	$(RUN) -m pytest -n auto tests/gpu_on_cpu --all-targets

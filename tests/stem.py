@@ -196,8 +196,8 @@ class StemTests:
             for options in self.options:
                 check(self.stem, self.inputs(seed, *size, **options), dtype, device)
 
-    def _scalar(self, device):
-        inputs = self.small.on(device).with_grad()
+    def _scalar(self, device, inputs=None):
+        inputs = (inputs or self.small).on(device).with_grad()
         names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.requires_grad]
 
         def function(*tensors):

@@ -59,9 +59,9 @@ struct Launch {
     const void *kernel;
     unsigned grid[3], block[3];
     int64_t cluster, shared, arguments, memories;
-    const int64_t *sizes;       // [arguments]
-    const void *const *values;  // [arguments]
-    const Memory *memory;       // [memories] that the call may reach
+    const int64_t *sizes;      // [arguments]
+    const void *const *values; // [arguments]
+    const Memory *memory;      // [memories] that the call may reach
 };
 using Diversion = int (*)(const Launch *); // 0, or an error
 extern Diversion diversion;
@@ -75,7 +75,8 @@ void launch_kernel(const char *name, void (*kernel)(Wanted...), dim3 grid, dim3 
     const std::tuple<Wanted...> arguments(given...);
     if (diversion == nullptr) return launch(name, grid, block, cluster, shared, [&] { std::apply(kernel, arguments); });
     const int64_t sizes[] = {sizeof(Wanted)...};
-    const auto values = std::apply([](const Wanted &...each) { return std::vector<const void *>{&each...}; }, arguments);
+    const auto values =
+        std::apply([](const Wanted &...each) { return std::vector<const void *>{&each...}; }, arguments);
     divert(name, {reinterpret_cast<const void *>(kernel),
                   {grid.x, grid.y, grid.z},
                   {block.x, block.y, block.z},

@@ -33,8 +33,13 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 #: By the sanitizers: flags of the kernels, flags of the runtime, the shared libraries that must come first.
 KINDS = {
     "plain": ("-O2", "-O2", ()),
-    "address": ("-O1 -g1 -fsanitize=address,undefined -fno-omit-frame-pointer", "-O2 -DMANN_ASAN", ("asan", "ubsan")),
-    "thread": ("-O1 -g1 -fsanitize=thread", "-O2 -DMANN_TSAN", ("tsan",)),
+    "float32": ("-O1 -DMANN_ONLY_FLOAT32", "-O2", ()),  # compiles in a third of the time
+    "address": (
+        "-O1 -g1 -fsanitize=address,undefined -fno-omit-frame-pointer -DMANN_ONLY_FLOAT32",
+        "-O2 -DMANN_ASAN",
+        ("asan", "ubsan"),
+    ),
+    "thread": ("-O1 -g1 -fsanitize=thread -DMANN_ONLY_FLOAT32", "-O2 -DMANN_TSAN", ("tsan",)),
 }
 FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
 #: CUDA compilers do not assume that pointers to different types point to different memory.

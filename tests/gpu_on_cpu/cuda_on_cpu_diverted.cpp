@@ -1,4 +1,5 @@
-// Launches that go to the machine of ptx_machine.py instead of the fibers: which memory a call may reach, and how to hand over.
+// Launches that go to the machine of ptx_machine.py instead of the fibers: which memory a call may reach, and how to
+// hand over.
 #include "cuda_on_cpu.h"
 
 #include <stdexcept>

@@ -23,8 +23,8 @@ void __asan_unpoison_memory_region(const volatile void *address, size_t size);
 
 namespace mann::on_cpu {
 
-// Whether what one cluster leaves behind must stay apart from what the next one does. ThreadSanitizer takes a new fiber for
-// an old one that ended, so none does before all have run: about 8,000 threads to a launch.
+// Whether what one cluster leaves behind must stay apart from what the next one does. ThreadSanitizer takes a new fiber
+// for an old one that ended, so none does before all have run: about 8,000 threads to a launch.
 #if defined(MANN_TSAN)
 constexpr bool SEPARATE_CLUSTERS = true;
 #else

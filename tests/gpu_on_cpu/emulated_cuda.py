@@ -11,11 +11,12 @@ launch comes here, with the memory that the call knows.
 import contextlib
 import ctypes
 import functools
-import os
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import ptx
@@ -47,12 +48,14 @@ class Launch(ctypes.Structure):
     ]  # fmt: skip
 
 
-def compiled(target: str, *, sources: list[Path] | None = None, csrc: Path = CSRC, folder: Path = BUILD) -> list[Path]:
+def compiled(
+    target: str, *, sources: list[Path] | None = None, csrc: Path = CSRC, folder: Path = BUILD, options: str = ""
+) -> list[Path]:
     """The PTX of `sources` (all of csrc/cuda), compiled where anything changed."""
     folder = folder / f"ptx-{target}"
     folder.mkdir(parents=True, exist_ok=True)
     sources = sorted((csrc / "cuda").glob("*.cu")) if sources is None else sources
-    flags = f"-std=c++20 -ptx -lineinfo -arch={target} -DTORCH_TARGET_VERSION=0x020a000000000000ULL -I{csrc / 'cuda'}"
+    flags = f"-std=c++20 -ptx -lineinfo -arch={target} {options} -DTORCH_TARGET_VERSION=0x020a000000000000ULL -I{csrc / 'cuda'}"
     includes = " ".join(f"-isystem {path}" for path in cpp.include_paths())
     texts = [folder / f"{source.stem}.ptx" for source in sources]
     lines = [
@@ -92,34 +95,57 @@ def symbols(library: Path) -> dict[int, str]:
     return {int(place, 16): name for place, _, name in (line.split() for line in lines)}
 
 
-class _Gpu:
-    """What stands in for a GPU: runs each launch, and keeps what it did or what was wrong with it."""
+class Machinery:
+    """What stands in for a GPU: does something with each launch, and keeps what came of it, or what was wrong."""
 
-    def __init__(self, library, texts, options):
-        self.texts, self.options, self.launches, self.error = texts, options, [], None
+    def __init__(self, library, does):
+        self.does, self.launches, self.error = does, [], None
         self.names, loaded = symbols(library), load(library)
         here = ctypes.cast(loaded.mann_cuda_on_cpu_seed, ctypes.c_void_p).value
         self.base = here - next(place for place, name in self.names.items() if name == "mann_cuda_on_cpu_seed")
 
     def __call__(self, given):
         try:
-            self.launches.append(self._run(given.contents))
+            launch = given.contents
+            assert launch.block[1] == launch.block[2] == 1
+            self.launches.append(self.does(self.names[launch.kernel - self.base], launch))
             return 0
         except BaseException as error:  # C++ is in between: what it throws then is replaced by this
             self.error = error
             return 1
 
-    def _run(self, launch):
-        name = self.names[launch.kernel - self.base]
-        kernel = ptx.parse(self.texts[name], name)
-        values = {str(i): ctypes.string_at(launch.values[i], launch.sizes[i]) for i in range(launch.arguments)}
-        assert launch.block[1] == launch.block[2] == 1
-        static = -(-kernel.shared_bytes // 16) * 16
-        machine = Machine(
-            kernel, launch.grid[:], launch.block[0], static + launch.shared, values,
-            cluster=launch.cluster, buffers=buffers_of(launch), **self.options,
-        )  # fmt: skip
-        return machine.run()
+
+@contextlib.contextmanager
+def diverted(does):
+    """Within the block the launches of backend("cuda") on CPU tensors go to does(name, launch); yields the list of what it gave."""
+    library = build()
+    with cuda_on_cpu(library=library) as loaded:
+        gpu = Machinery(library, does)
+        diversion = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Launch))(gpu)
+        loaded.mann_cuda_on_cpu_divert(diversion)
+        try:
+            yield gpu.launches
+        except RuntimeError:
+            if gpu.error is not None:
+                raise gpu.error from None
+            raise
+        finally:
+            loaded.mann_cuda_on_cpu_divert(None)
+
+
+class Planned(NamedTuple):
+    name: str
+    blocks: int
+    threads: int
+    cluster: int
+    shared: int  # bytes that the launch gives each block, beside arrays of a fixed size
+
+
+def planned():
+    """Within the block launches run nothing and are noted; yields the list of them."""
+    return diverted(
+        lambda name, launch: Planned(name, math.prod(launch.grid), launch.block[0], launch.cluster, launch.shared)
+    )
 
 
 def buffers_of(launch) -> dict[str, torch.Tensor]:
@@ -134,22 +160,18 @@ def buffers_of(launch) -> dict[str, torch.Tensor]:
     return found
 
 
-@contextlib.contextmanager
 def emulated_cuda(target: str = "sm_90a", texts: list[Path] | None = None, **options):
     """Within the block backend("cuda") runs CPU tensors, in code compiled for `target`; yields the list of what launches did.
 
     `options` are those of Machine.
     """
-    library = build()
-    with cuda_on_cpu(library=library) as loaded:
-        gpu = _Gpu(library, entries(target, tuple(compiled(target) if texts is None else texts)), options)
-        diversion = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Launch))(gpu)
-        loaded.mann_cuda_on_cpu_divert(diversion)
-        try:
-            yield gpu.launches
-        except RuntimeError:
-            if gpu.error is not None:
-                raise gpu.error from None
-            raise
-        finally:
-            loaded.mann_cuda_on_cpu_divert(None)
+    known = entries(target, tuple(compiled(target) if texts is None else texts))
+
+    def run(name, launch):
+        kernel = ptx.parse(known[name], name)
+        values = {str(i): ctypes.string_at(launch.values[i], launch.sizes[i]) for i in range(launch.arguments)}
+        shared = -(-kernel.shared_bytes // 16) * 16 + launch.shared
+        given = options | {"cluster": launch.cluster, "buffers": buffers_of(launch)}
+        return Machine(kernel, launch.grid[:], launch.block[0], shared, values, **given).run()
+
+    return diverted(run)

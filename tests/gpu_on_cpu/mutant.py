@@ -1,4 +1,4 @@
-"""Copies of the Triton kernels with one mistake planted in their source."""
+"""Copies of the Triton and of the CUDA kernels with one mistake planted in their source."""
 
 import shutil
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import mann_kernels
 
 KERNELS = Path(mann_kernels.__file__).parent / "triton"
+CSRC = Path(__file__).parents[2] / "csrc"
 
 
 def mutant_of(folder: Path, change) -> str:
@@ -27,3 +28,14 @@ def mutant(folder: Path, file: str, right: str, wrong: str) -> str:
         return source.replace(right, wrong)
 
     return mutant_of(folder, change)
+
+
+def cuda_mutant(folder: Path, file: str, right: str, wrong: str) -> Path:
+    """A copy of csrc in `folder`, in which `right`, found once in csrc/cuda/`file`, became `wrong`."""
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc)
+    path = csrc / "cuda" / file
+    source = path.read_text()
+    assert source.count(right) == 1
+    path.write_text(source.replace(right, wrong))
+    return csrc

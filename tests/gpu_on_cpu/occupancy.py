@@ -1,4 +1,4 @@
-"""How many programs of a kernel one multiprocessor holds, by NVIDIA's own calculator, which runs on the host.
+"""How many programs of a kernel one multiprocessor holds, by NVIDIA's own calculator, which runs on the host; how many clusters.
 
 The calculator is the header cuda_occupancy.h, of the package nvidia-cuda-runtime-cu12 or beside nvcc.
 """
@@ -106,3 +106,20 @@ def occupancy(target: str, threads: int, registers: int, shared: int) -> Occupan
     warps = programs * -(-threads // 32)
     limits = ", ".join(name for bit, name in LIMITS.items() if factors & bit)
     return Occupancy(programs, warps, warps * 32 / DEVICES[target][0], limits)
+
+
+#: Multiprocessors of each group (GPC) of them; a cluster stands in one. An H100 SXM has 132, in 8 groups of 18 of which some are
+#: switched off (NVIDIA H100 Tensor Core GPU Architecture, white paper); which ones differs from chip to chip: one way to have 132.
+GROUPS = {"sm_90": (18, 18, 16, 16, 16, 16, 16, 16)}
+MOST_BLOCKS = 8  # of a cluster, on every GPU that has them
+
+
+def clusters(target: str, blocks: int, programs: int) -> int:
+    """How many clusters of `blocks` blocks run at once, where a multiprocessor holds `programs` of them.
+
+    The blocks of a cluster stand on multiprocessors of one group: each group holds whole clusters only. The driver says the same
+    by cudaOccupancyMaxActiveClusters, which needs a GPU.
+    """
+    if not 1 <= blocks <= MOST_BLOCKS:
+        raise ValueError(f"blocks: got {blocks}, want 1 to {MOST_BLOCKS}")
+    return sum(group * programs // blocks for group in GROUPS[target])

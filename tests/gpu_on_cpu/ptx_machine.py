@@ -35,6 +35,7 @@ class Stats:
     programs: int
     threads: int  # of a program
     shared_bytes: int  # of a program
+    cluster: int = 1  # programs
     loaded: Counter = dataclasses.field(default_factory=Counter)  # bytes, by the name of the argument
     stored: Counter = dataclasses.field(default_factory=Counter)
     sectors: Counter = dataclasses.field(default_factory=Counter)  # of 32 bytes
@@ -71,7 +72,7 @@ class Machine:
     """One launch: `arguments` are the kernel's tensors (or None) and numbers, by name and in order.
 
     Of `cluster` programs that follow each other, each reaches the shared memory of the others. `buffers` are what pointers inside
-    arguments lead to, by name. `worst` gives approximate instructions the largest error that the PTX manual allows, instead of none.
+    arguments lead to, by name. `worst` gives approximate instructions the largest error that the PTX manual allows, not none.
     """
 
     def __init__(self, kernel, grid, threads, shared, arguments, cluster=1, buffers=None, worst=False):
@@ -81,7 +82,7 @@ class Machine:
             raise PTXError(f"got a grid of {grid[0]} programs, want whole clusters of {cluster}")
         self.kernel, self.grid, self.threads, self.cluster, self.worst = kernel, tuple(grid), threads, cluster, worst
         self.programs, self.shared_bytes = int(np.prod(grid)), max(shared, kernel.shared_bytes)
-        self.stats = Stats(kernel, self.programs, threads, self.shared_bytes)
+        self.stats = Stats(kernel, self.programs, threads, self.shared_bytes, cluster)
         tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)} | (
             buffers or {}
         )

@@ -1,4 +1,4 @@
-"""What is known without a GPU of every Triton kernel at the paper's sizes: python tests/gpu_on_cpu/report.py [sm_90 ...]
+"""What is known without a GPU of every Triton and CUDA kernel at the paper's sizes: python tests/gpu_on_cpu/report.py [sm_90 ...]
 
 For one example and two time steps, float32: what ptxas makes of the kernel, how many of its programs fit on a multiprocessor, what
 the PTX machine counted, and the least time that its traffic and arithmetic could take. A model and counts, no measurement.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+import emulated_cuda  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from emulated import emulated  # noqa: E402
@@ -26,7 +27,7 @@ from test_properties import class_of  # noqa: E402
 
 import mann_kernels  # noqa: E402
 from bench.stems import SHAPES, inputs  # noqa: E402
-from mann_kernels import _backend  # noqa: E402
+from mann_kernels import _backend, _library  # noqa: E402
 
 OF_MANN = ("content_address", "lrua_write_weights", "memory_update", "lrua_step", "lrua_sequence", "mann_sequence")
 COLUMNS = (
@@ -57,20 +58,62 @@ def resources(text, target):
     return int(re.search(r"Used (\d+) registers", said)[1]), stores + loads
 
 
-def row_of(stats, target):
-    registers, spilled = resources(stats.kernel.text, target)
+def resources_of_cuda(target):
+    """By kernel: what ptxas gave each, from the built library."""
+    from test_cuda_resources import LIBRARY, resources
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    said = subprocess.run([tool, "--dump-resource-usage", LIBRARY], capture_output=True, text=True, check=True).stdout
+    return resources(subprocess.run(["c++filt"], input=said, capture_output=True, text=True, check=True).stdout)[target]
+
+
+def used_by_cuda(name, known):
+    """(registers, spilled bytes) of the kernel of this mangled name: the most of its instances of the same storage type."""
+    narrow = "__nv_bfloat16" in name
+    same = [used for label, used in known.items() if label.split("<")[0] in name and ("bfloat16" in label) == narrow]
+    return max(used["registers"] for used in same), max(used["spilled"] for used in same)
+
+
+def row_of(stats, target, used=None):
+    registers, spilled = used or resources(stats.kernel.text, target)
     fits = occupancy(target, stats.threads, registers, stats.shared_bytes)
     loaded, stored = stats.loaded.total(), stats.stored.total()
     once = stats.distinct_loaded.total(), stats.distinct_stored.total()
     gpu = next(name for name, each in GPUS.items() if each.target == target)
     bound = least_time(gpu, sum(once), stats.flops, stats.programs)
     return (
-        stats.kernel.name.removesuffix("_kernel"), stats.threads, registers, spilled, stats.shared_bytes,
+        plain_name(stats.kernel.name), stats.threads, registers, spilled, stats.shared_bytes,
         f"{fits.programs} ({fits.fraction:.0%} of warps)", f"{loaded / 1024:.1f} ({once[0] / 1024:.1f})",
-        f"{stored / 1024:.1f} ({once[1] / 1024:.1f})", stats.barriers // stats.programs,
+        f"{stored / 1024:.1f} ({once[1] / 1024:.1f})", barriers_of(stats),
         f"{stats.bank_conflicts} of {stats.shared_wavefronts}", stats.warp_instructions.total(),
         f"{bound.seconds * 1e6:.2f} {gpu}, {bound.limited_by}",
     )  # fmt: skip
+
+
+def plain_name(name):
+    """Of a kernel, without what C++ adds: its namespace, the length of the name and the types."""
+    return re.sub(r"^_ZN4mann4cuda\d+", "", name).split("_kernel")[0]
+
+
+def barriers_of(stats):
+    """Of a program, and with those of its cluster."""
+    of_cluster = stats.cluster_barriers // max(1, stats.programs // stats.cluster)
+    return f"{stats.barriers // stats.programs}" + (f" + {of_cluster} of the cluster" if of_cluster else "")
+
+
+def report_cuda(target):
+    """The same of the CUDA kernels, by nvcc."""
+    from test_cuda_ptx import CASES
+
+    by_nvcc = "sm_90a" if target == "sm_90" else target
+    known = resources_of_cuda(by_nvcc)
+    table = Table(*COLUMNS, title=f"CUDA kernels compiled for {by_nvcc} by nvcc, run on the CPU, never on a GPU")
+    for stem in [stem for stem, each in CASES if each == by_nvcc]:
+        with emulated_cuda.emulated_cuda(by_nvcc) as launches:
+            run(getattr(mann_kernels, stem), call_of(stem))
+        for stats in launches:
+            table.add_row(*map(str, row_of(stats, target, used_by_cuda(stats.kernel.name, known))))
+    Console(width=240).print(table)
 
 
 def report(target):
@@ -91,3 +134,5 @@ def report(target):
 if __name__ == "__main__":
     for target in sys.argv[1:] or ("sm_90",):
         report(target)
+        if _library.cuda_missing is None and emulated_cuda.missing() is None:
+            report_cuda(target)

@@ -15,15 +15,16 @@ from stem import matches  # noqa: E402
 from test_properties import class_of  # noqa: E402
 
 
-def main(library, stem, seed, size, *options):
+def main(library, stem, seeds, size, *options):
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     given = dict(option.split("=") for option in options)
     given = {name: ast.literal_eval(value) for name, value in given.items()}
-    dtype = getattr(torch, given.pop("dtype", "float32"))
-    with cuda_on_cpu(int(seed), Path(library)):
-        matches(stem, class_of(stem).inputs(int(seed), *map(int, size.split(",")), **given), dtype)
+    call = class_of(stem).inputs(1, *map(int, size.split(",")), **given)
+    for seed in range(int(seeds)):
+        with cuda_on_cpu(seed, Path(library)):
+            matches(stem, call, torch.float32)
 
 
 if __name__ == "__main__":

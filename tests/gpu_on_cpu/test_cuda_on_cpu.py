@@ -220,7 +220,7 @@ def sanitized_run(kind, name):
 @pytest.mark.parametrize("name", sorted(set(samples.CASES) - {"order"}))
 def test_sanitizers_report_nothing(kind, name):
     ran = sanitized_run(kind, name)
-    assert ran.returncode == 0 and not ran.stderr, ran.stderr
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, found in FOUND.items() for name in found])
@@ -228,4 +228,5 @@ def test_sanitizers_name_a_fault(kind, name):
     """And the line of the kernel."""
     ran = sanitized_run(kind, name)
     assert ran.returncode != 0
-    assert FOUND[kind][name] in ran.stderr and "sample_kernels.cu:" in ran.stderr, ran.stderr
+    assert FOUND[kind][name] in ran.stderr, ran.stderr
+    assert "sample_kernels.cu:" in ran.stderr, ran.stderr

@@ -11,6 +11,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("has nothing to do with Triton", allow_module_level=True)
 
+pytest.importorskip("triton")
+
 import cuda_on_cpu
 import emulated_cuda
 from report import call_of

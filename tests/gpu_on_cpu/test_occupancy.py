@@ -1,7 +1,7 @@
 """Occupancy and the least time of a kernel, against values worked out by hand."""
 
 import pytest
-from occupancy import occupancy
+from occupancy import clusters, occupancy
 from roofline import GPUS, least_time
 
 
@@ -33,6 +33,16 @@ def test_occupancy(target, threads, registers, shared, programs, limit):
 def test_what_does_not_fit():
     assert occupancy("sm_120", 256, 32, 120_000).programs == 0
     assert occupancy("sm_80", 1024, 128, 0).programs == 0
+
+
+@pytest.mark.parametrize(("blocks", "programs", "want"), [(8, 1, 16), (4, 1, 32), (8, 2, 32), (1, 1, 132), (8, 0, 0)])
+def test_clusters(blocks, programs, want):
+    assert clusters("sm_90", blocks, programs) == want
+
+
+def test_a_cluster_that_no_gpu_promises():
+    with pytest.raises(ValueError, match="blocks: got 16, want 1 to 8"):
+        clusters("sm_90", 16, 1)
 
 
 def test_least_time():

@@ -105,10 +105,10 @@ def test_a_grid_is_whole_clusters():
 
 def struct_of(parameter_loads, value, **options):
     out = np.zeros(64, np.uint32)
-    text = HEAD.format(
-        parameters=".param .u64 out, .param .align 8 .b8 one_param_1[24]", threads=64,
-        body=f"ld.param.b64 %d1, [out]; mov.u32 %r1, %tid.x; mad.wide.u32 %d2, %r1, 4, %d1;\n{parameter_loads}\nst.global.b32 [%d2], %r5;",
-    )  # fmt: skip
+    begin = "ld.param.b64 %d1, [out]; mov.u32 %r1, %tid.x; mad.wide.u32 %d2, %r1, 4, %d1;"
+    parameters = ".param .u64 out, .param .align 8 .b8 one_param_1[24]"
+    body = f"{begin}\n{parameter_loads}\nst.global.b32 [%d2], %r5;"
+    text = HEAD.format(parameters=parameters, threads=64, body=body)
     arguments = {"out": torch.from_numpy(out), "struct": value}
     Machine(ptx.parse(text), (1, 1, 1), 64, 0, arguments, **options).run()
     return out

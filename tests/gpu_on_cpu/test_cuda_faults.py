@@ -1,0 +1,135 @@
+"""The CUDA kernels under sanitizers, which report nothing; and the same kernels with a fault planted, which is named.
+
+A part of `make verify-gpu`, with --all-targets: every fault is a build of its own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("has nothing to do with Triton", allow_module_level=True)
+
+import cuda_on_cpu
+import emulated_cuda
+from mutant import cuda_mutant
+from ptx import PTXError
+from stem import run
+from test_properties import class_of
+
+import mann_kernels
+
+WHY = cuda_on_cpu.missing() or emulated_cuda.missing()
+pytestmark = [pytest.mark.compiles, pytest.mark.skipif(WHY is not None, reason=str(WHY))]
+
+RUN = Path(__file__).with_name("run_cuda_on_cpu.py")
+#: What is enough for a sanitizer, which is slow: more examples than blocks of a cluster would be 8,192 threads.
+CALLS = {
+    "content_address": ("3,7,5,2", "beta=True"),
+    "lrua_step": ("3,7,5,2", "add=True", "beta=True", "lru='shared'"),
+    "augmented_linear": ("3,7,5,2",),
+    "mann_sequence": ("3,7,5,2", "T=2", "lengths=True", "write='add'", "key_strength=True"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _only_when_everything_is_asked_for(request):
+    if not request.config.getoption("--all-targets"):
+        pytest.skip("with --all-targets")
+
+
+def run_in_process(kind, library, stem, seeds):
+    command = [sys.executable, RUN, library, stem, str(seeds), *CALLS[stem]]
+    return subprocess.run(command, env=os.environ | cuda_on_cpu.sanitized(kind), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("stem", CALLS)
+@pytest.mark.parametrize("kind", ["address", "thread"])
+def test_sanitizers_report_nothing(kind, stem):
+    ran = run_in_process(kind, cuda_on_cpu.build(kind), stem, 2)
+    assert ran.returncode == 0, ran.stderr
+    assert "Sanitizer" not in ran.stderr, ran.stderr
+
+
+class Fault(NamedTuple):
+    stem: str
+    file: str
+    right: str
+    wrong: str
+    #: By what sees it, what it says: a kind of build, "plain" for the numbers and the checks of the fibers, "ptx" for the machine.
+    said: dict[str, str]
+
+
+FAULTS = {
+    "missing cluster barrier": Fault(
+        "mann_sequence",
+        "mann_sequence_forward.h",
+        "            head_parts();\n            cluster_barrier();\n",
+        "            head_parts();\n            __syncthreads();\n",
+        {"plain": "output 0: error", "thread": "data race", "ptx": "race: shared|uninitialised"},
+    ),
+    "single buffer": Fault(
+        "mann_sequence",
+        "mann_sequence_forward.h",
+        "at<S>(l.h) + t % 2 * (tile * l.leading_h)",
+        "at<S>(l.h) + t * 0",
+        {"plain": "error", "thread": "data race", "ptx": "race: shared store"},
+    ),
+    "one past the end": Fault(
+        "content_address",
+        "content_address.cu",
+        "dmemory[n * s.W + w] = ",
+        "dmemory[n * s.W + w + 1] = ",
+        {"address": "heap-buffer-overflow", "ptx": "out of bounds: global store|race: global store"},
+    ),
+    "sum across blocks": Fault(
+        "content_address",
+        "content_address.cu",
+        "a.dbeta[b * s.R + h] = to_storage<S>(grad.dbeta);",
+        "a.dbeta[h] = to_storage<S>(to_arith(a.dbeta[h]) + grad.dbeta);",
+        {"thread": "data race", "ptx": "race: global (load|store)"},
+    ),
+    "divergent barrier": Fault(
+        "content_address",
+        "content_address.cu",
+        "    __syncthreads();\n    for_heads(s.R, [&](int h) { softmax_of_cosine(",
+        "    if (threadIdx.x < 32) __syncthreads();\n    for_heads(s.R, [&](int h) { softmax_of_cosine(",
+        {
+            "plain": r"divergent barrier: (reaches .*content_address\.cu|threads of the block)",
+            "ptx": "divergent barrier",
+        },
+    ),
+    "misaligned vector": Fault(
+        "content_address",
+        "content_address.cu",
+        "load_heads(ddots, g * s.N + n)",
+        "load_heads(ddots + 1, g * s.N + n)",
+        {"plain": "misaligned: load of a vector", "address": "misaligned address", "ptx": "misaligned: shared load"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("fault", "by"), [(name, by) for name, fault in FAULTS.items() for by in fault.said])
+def test_a_planted_fault_is_named(fault, by, tmp_path):
+    stem, file, right, wrong, said = FAULTS[fault]
+    csrc = cuda_mutant(tmp_path, file, right, wrong)
+    sources = [csrc / "cuda" / f"{stem}.cu"]
+    if by == "ptx":
+        texts = emulated_cuda.compiled(
+            "sm_90a", sources=sources, csrc=csrc, folder=tmp_path, options="-DMANN_ONLY_FLOAT32"
+        )
+        call = class_of(stem).inputs(1, 3, 7, 5, 2, **class_of(stem).options[0]).to(torch.float32)
+        message = rf"({said[by]}).*\(\w+\.(cu|h):\d+\)"
+        with pytest.raises(PTXError, match=message), emulated_cuda.emulated_cuda("sm_90a", texts):
+            run(getattr(mann_kernels, stem), call)
+        return
+    library = cuda_on_cpu.build("float32" if by == "plain" else by, sources=sources, csrc=csrc, folder=tmp_path)
+    ran = run_in_process(by, library, stem, 20)
+    assert ran.returncode != 0
+    assert re.search(said[by], ran.stderr), ran.stderr
