@@ -130,9 +130,9 @@ template <Arithmetic arithmetic, int tile, typename S> class HeldColumns {
 
     // at(row, column) is a weight, or zero beyond the matrix.
     template <typename At> MANN_INLINE void take(int columns, At &&at) {
-        const int lane = lane_of_warp();
+        const int thread = thread_again(), lane = thread % kLanes, warp = thread / kLanes;
         if constexpr (fma) {
-            const int column = min(warp_of_block() * 8 + lane % 8, (columns + 3) / 4 - 1) * 4;
+            const int column = min(warp * 8 + lane % 8, (columns + 3) / 4 - 1) * 4;
 #pragma unroll
             for (int n = 0; n < kQuads; ++n)
 #pragma unroll
@@ -146,7 +146,7 @@ template <Arithmetic arithmetic, int tile, typename S> class HeldColumns {
                 for (int part = 0; part < 4; ++part) {
                     const int row = n % kSteps * kDepth<S> + part / 2 * kDepth<S> / 2 + lane % 4 * kPerWord<S>;
                     const int column =
-                        (warp_of_block() + n / kSteps * kWarps) * 16 + column_of<S>(lane / 4, part % 2);
+                        (warp + n / kSteps * kWarps) * 16 + column_of<S>(lane / 4, part % 2);
                     words_[n][part] = word_of(as_factor<arithmetic>(at(row, column)), at(row + 1, column));
                 }
         }
