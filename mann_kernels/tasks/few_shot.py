@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class Tasks(NamedTuple):
@@ -58,3 +59,12 @@ class FewShotTasks:
             tensor[:, part].flatten(1, 2) for part in (slice(self.shots), slice(self.shots, None)) for tensor in (x, y)
         )
         return Tasks(*halves)
+
+    def loss(self, output: torch.Tensor, tasks: Tasks) -> torch.Tensor:
+        """Mean cross-entropy of the queries, from logits [G, ways*queries, ways]."""
+        return F.cross_entropy(output.flatten(0, 1), tasks.query_y.flatten())
+
+    def scores(self, output: torch.Tensor, tasks: Tasks) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Right answers and queries of each task [G]."""
+        right = output.argmax(-1) == tasks.query_y
+        return {"accuracy": (right.sum(-1), torch.full((len(right),), right.shape[1]))}

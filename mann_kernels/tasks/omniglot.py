@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-#: The split of Vinyals et al. 2016 in three, as prototypical networks have it.
-SPLITS = {"train": 0, "validation": 1, "test": 2}
+#: The split of Vinyals et al. 2016 in three, as prototypical networks have it; "background" is the 1,200 classes that are not
+#: for testing, in the numbers of Santoro et al. 2016.
+SPLITS = {"train": (0,), "validation": (1,), "background": (0, 1), "test": (2,)}
 
 
 def load_omniglot(path: str | Path, split: str) -> torch.Tensor:
@@ -13,7 +14,7 @@ def load_omniglot(path: str | Path, split: str) -> torch.Tensor:
 
     Args:
         path: an .npz with `images`, uint8 [classes, drawers, height, width], and `class_vinyals`, [classes], one of SPLITS.
-        split: "train", "validation" or "test".
+        split: one of SPLITS.
 
     Raises:
         FileNotFoundError, ValueError: naming the file and what it lacks.
@@ -35,7 +36,7 @@ def load_omniglot(path: str | Path, split: str) -> torch.Tensor:
     if images.dtype != np.uint8 or images.ndim != 4 or classes.shape != images.shape[:1]:
         got = f"images {images.dtype} {list(images.shape)}, class_vinyals {list(classes.shape)}"
         raise ValueError(f"{path}: got {got}, want uint8 [classes, drawers, height, width] and [classes]")
-    return torch.from_numpy(images[classes == SPLITS[split]]).unsqueeze(2)
+    return torch.from_numpy(images[np.isin(classes, SPLITS[split])]).unsqueeze(2)
 
 
 def with_rotations(images: torch.Tensor) -> torch.Tensor:
