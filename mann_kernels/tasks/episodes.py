@@ -20,12 +20,16 @@ class Episodes(NamedTuple):
     Attributes:
         x: [T, B, I], the input.
         y: [T, B] or [T, B, ...], the answers.
-        presentation: int64 [T, B], counts from 1 how often the class of this step has been shown; None where there are no classes.
+        presentation: int64 [T, B], counts from 1 how often the class of this step has been shown; None without classes.
+        asked: bool [T, B], the steps that are to be answered; None: all are.
+        exact: [T, B], the loss of the best that can be known at each step; None where that is not known.
     """
 
     x: torch.Tensor
     y: torch.Tensor
     presentation: torch.Tensor | None = None
+    asked: torch.Tensor | None = None
+    exact: torch.Tensor | None = None
 
 
 def before(y: torch.Tensor) -> torch.Tensor:

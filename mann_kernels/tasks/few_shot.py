@@ -1,4 +1,4 @@
-"""Few-shot classification: a support set with labels, then queries."""
+"""The few-shot protocol, a support set with answers, then queries; and classification in it."""
 
 from typing import NamedTuple
 
@@ -7,19 +7,19 @@ import torch.nn.functional as F
 
 
 class Tasks(NamedTuple):
-    """G tasks of `ways` classes, shuffled labels 0..ways-1, no example in both halves.
+    """G tasks of S support examples and L queries; no example is in both halves.
 
     Attributes:
-        support_x, support_y: [G, ways*shots, ...] and int64 [G, ways*shots].
-        query_x, query_y: [G, ways*queries, ...] and int64 [G, ways*queries].
-
-    The support examples are ordered shot by shot, with the classes in order of their labels within each; so are the queries.
+        support_x, support_y: [G, S, ...] and int64 [G, S], or float [G, S, O] in a regression.
+        query_x, query_y: [G, L, ...] and int64 [G, L], or float [G, L, O].
+        descriptor: [G, D], what tells the tasks apart, where that is known.
     """
 
     support_x: torch.Tensor
     support_y: torch.Tensor
     query_x: torch.Tensor
     query_y: torch.Tensor
+    descriptor: torch.Tensor | None = None
 
 
 class FewShotTasks:
@@ -46,9 +46,13 @@ class FewShotTasks:
                 f"shots, queries: got {shots} + {queries}, want at most {examples.shape[1]}, the examples of a class"
             )
         self.examples, self.ways, self.shots, self.queries = examples, ways, shots, queries
+        self.input_size, self.output_size = examples.shape[2:].numel(), ways
 
     def sample(self, G: int, generator: torch.Generator) -> Tasks:
-        """G independent tasks: classes, labels and examples drawn uniformly without replacement."""
+        """G independent tasks: classes, labels 0..ways-1 and examples drawn uniformly without replacement.
+
+        The support examples are ordered shot by shot, with the classes in order of their labels within each; so are the queries.
+        """
         number, each = self.examples.shape[:2]
         classes = torch.rand(G, number, generator=generator).argsort(-1)[:, None, : self.ways]
         chosen = torch.rand(G, each, self.ways, generator=generator).argsort(1)[:, : self.shots + self.queries]

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mann_kernels.tasks import COUNTS, LABELS
 from mann_kernels.train import build
 from mann_kernels.train.loop import Run
 from mann_kernels.train.settings import OPTIMIZERS, SCHEDULES, Settings
@@ -18,8 +19,10 @@ from mann_kernels.train.settings import OPTIMIZERS, SCHEDULES, Settings
 DEFAULT = {field.name: field.default for field in fields(Settings)}
 #: What differs from task to task where it is not given.
 OF_TASK = {
-    "omniglot": {"learner": "mann", "tasks_per_update": 16},
-    "few-shot": {"learner": "metanet"},
+    "copy": {"length": 20},
+    "associative-recall": {"length": 10},
+    "sinusoid": {"learner": "context-mean", "shots": 10},
+    "few-shot": {"learner": "metanet", "tasks_per_update": 1},
 }
 console = Console()
 
@@ -38,7 +41,7 @@ def choose(name: str, value: str, known) -> None:
 
 
 def main(
-    task: Annotated[str, typer.Argument(help=f"One of {', '.join(build.TASKS)}.")],
+    task: Annotated[str, typer.Argument(help=f"One of {', '.join(build.TASKS)}.")] = "copy",
     data: Annotated[Path | None, typer.Option(help="Omniglot, for the tasks that are made of it.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the log, the checkpoint and the curve.")] = Path("run"),
     learner: Annotated[str | None, typer.Option(help=f"One of {', '.join(build.LEARNERS)}.")] = None,
@@ -50,9 +53,13 @@ def main(
     ways: Annotated[int, typer.Option(min=2, help="Classes of a task.")] = DEFAULT["ways"],
     shots: Annotated[int, typer.Option(min=1, help="Support examples of a class.")] = DEFAULT["shots"],
     queries: Annotated[int, typer.Option(min=1, help="Query examples of a class.")] = DEFAULT["queries"],
-    length: Annotated[int, typer.Option(min=1, help="Steps of an episode.")] = DEFAULT["length"],
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Steps of an episode, vectors to copy, pairs to recall, points.")
+    ] = None,
     labels: Annotated[str, typer.Option(help="onehot, or string: five characters.")] = DEFAULT["labels"],
     counts: Annotated[str, typer.Option(help="Of the classes of an episode: random, or equal.")] = DEFAULT["counts"],
+    bits: Annotated[int, typer.Option(min=1, help="Of a vector to copy or recall.")] = DEFAULT["bits"],
+    dimensions: Annotated[int, typer.Option(min=1, max=3, help="Of gp-regression's x.")] = DEFAULT["dimensions"],
     hidden_size: Annotated[int, typer.Option(min=1, help="Units of the controller.")] = DEFAULT["hidden_size"],
     num_slots: Annotated[int, typer.Option(min=1, help="Slots of the memory.")] = DEFAULT["num_slots"],
     slot_size: Annotated[int, typer.Option(min=1, help="Width of a slot.")] = DEFAULT["slot_size"],
@@ -75,8 +82,16 @@ def main(
     """Meta-train a learner on tasks, and test it on tasks of classes it has never seen."""
     choose("TASK", task, build.TASKS)
     given = {name: value for name, value in locals().items() if value is not None}
-    given = DEFAULT | OF_TASK[task] | given | {"schedule_updates": updates if schedule == "cosine" else 0}
+    given = (
+        DEFAULT
+        | {"length": 10 * ways}
+        | OF_TASK.get(task, {})
+        | given
+        | {"schedule_updates": updates if schedule == "cosine" else 0}
+    )
     choose("--learner", given["learner"], build.LEARNERS)
+    choose("--labels", labels, LABELS)
+    choose("--counts", counts, COUNTS)
     choose("--optimizer", optimizer, OPTIMIZERS)
     choose("--schedule", schedule, SCHEDULES)
     settings = Settings(**{name: given[name] for name in DEFAULT})

@@ -48,7 +48,8 @@ def plot_log(rows: list[dict], names: list[str], path: Path, title: str) -> None
         tested = [row for row in rows if row.get(f"test_{name}")]
         if tested:
             tasks, mean, half = (
-                [float(row[column]) for row in tested] for column in ("tasks", f"test_{name}", f"test_{name}_half_width")
+                [float(row[column]) for row in tested]
+                for column in ("tasks", f"test_{name}", f"test_{name}_half_width")
             )
             bars = {"yerr": half, "capsize": 2} if name == names[0] else {}
             axes.errorbar(tasks, mean, color=color, marker=".", label=name.replace("_", " "), **bars)

@@ -31,9 +31,11 @@ def mean_and_half_width(totals: torch.Tensor, counts: torch.Tensor) -> tuple[flo
 
 
 def answer(learner: torch.nn.Module, batch) -> torch.Tensor:
-    """What the learner says: at each step of an episode, or to the queries after adapting to the support set."""
+    """What the learner says: at each step of an episode, or to the queries, given the support set or the task's descriptor."""
     if isinstance(batch, Episodes):
         return learner(batch.x)
+    if not hasattr(learner, "adapt"):
+        return learner(batch.query_x, batch.descriptor)
     return learner.predict(batch.query_x, learner.adapt(batch.support_x, batch.support_y))
 
 
@@ -54,7 +56,14 @@ class Run:
     """
 
     def __init__(
-        self, learner: torch.nn.Module, train_tasks, test_tasks, settings: Settings, folder: Path, *, resume: bool = False
+        self,
+        learner: torch.nn.Module,
+        train_tasks,
+        test_tasks,
+        settings: Settings,
+        folder: Path,
+        *,
+        resume: bool = False,
     ):
         self.learner, self.train_tasks, self.test_tasks, self.settings = learner, train_tasks, test_tasks, settings
         self.optimizer = settings.make_optimizer(learner.parameters())

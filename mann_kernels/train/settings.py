@@ -18,8 +18,8 @@ SCHEDULES = ("constant", "cosine")
 class Settings:
     """A run goes on only with the settings it began with. What a task or learner has no use for is left as it is here."""
 
-    task: str
-    learner: str
+    task: str = "copy"
+    learner: str = "mann"
     # the tasks
     ways: int = 5
     shots: int = 1
@@ -27,6 +27,8 @@ class Settings:
     length: int = 50
     labels: str = "onehot"
     counts: str = "random"
+    bits: int = 8
+    dimensions: int = 1
     # the learner: the paper's sizes
     hidden_size: int = 200
     num_slots: int = 128
@@ -36,7 +38,7 @@ class Settings:
     key_strength: bool = False
     forget_bias: float = 0.0
     # the updates
-    tasks_per_update: int = 1
+    tasks_per_update: int = 16
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     schedule: str = "constant"
