@@ -31,6 +31,10 @@ class Episodes(NamedTuple):
     asked: torch.Tensor | None = None
     exact: torch.Tensor | None = None
 
+    def to(self, device: torch.device | str) -> "Episodes":
+        """The same on another device."""
+        return Episodes(*(None if field is None else field.to(device) for field in self))
+
 
 def before(y: torch.Tensor) -> torch.Tensor:
     """[T, ...] one step later, with zeros at the first: what may be seen of the answers at each step."""

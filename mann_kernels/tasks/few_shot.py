@@ -21,6 +21,10 @@ class Tasks(NamedTuple):
     query_y: torch.Tensor
     descriptor: torch.Tensor | None = None
 
+    def to(self, device: torch.device | str) -> "Tasks":
+        """The same on another device."""
+        return Tasks(*(None if field is None else field.to(device) for field in self))
+
 
 class FewShotTasks:
     """Draws tasks from examples that are sorted by class.

@@ -32,7 +32,8 @@ def prepare(settings: Settings, data: Path | None, out: Path, resume: bool) -> R
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     tasks = build.tasks(settings, data)
-    return Run(build.learner(settings, tasks[0]), *tasks, settings, out, resume=resume)
+    learner = build.learner(settings, tasks[0]).to(settings.device)
+    return Run(learner, *tasks, settings, out, resume=resume)
 
 
 def choose(name: str, value: str, known) -> None:
@@ -74,21 +75,18 @@ def main(
     clip: Annotated[float, typer.Option(help="Largest norm of the whole gradient.")] = DEFAULT["clip"],
     seed: Annotated[int, typer.Option(help="Of weights, tasks and test tasks.")] = DEFAULT["seed"],
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch; the same number repeats bit for bit.")] = 1,
+    device: Annotated[str, typer.Option(help="Of the learner: cpu, cuda, ...")] = DEFAULT["device"],
     log_every: Annotated[int, typer.Option(min=1, help="Updates between rows of the log, and checkpoints.")] = 50,
     test_every: Annotated[int, typer.Option(min=1, help="Updates between tests, a multiple of --log-every.")] = 500,
     interim_tasks: Annotated[int, typer.Option(min=2, help="Tasks of these tests.")] = DEFAULT["interim_tasks"],
     test_tasks: Annotated[int, typer.Option(min=2, help="Tasks of the last test.")] = DEFAULT["test_tasks"],
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the log's numbers for it too.")] = False,
 ):
     """Meta-train a learner on tasks, and test it on tasks of classes it has never seen."""
     choose("TASK", task, build.TASKS)
     given = {name: value for name, value in locals().items() if value is not None}
-    given = (
-        DEFAULT
-        | {"length": 10 * ways}
-        | OF_TASK.get(task, {})
-        | given
-        | {"schedule_updates": updates if schedule == "cosine" else 0}
-    )
+    given = DEFAULT | {"length": 10 * ways} | OF_TASK.get(task, {}) | given
+    given["schedule_updates"] = updates if schedule == "cosine" else 0
     choose("--learner", given["learner"], build.LEARNERS)
     choose("--labels", labels, LABELS)
     choose("--counts", counts, COUNTS)
@@ -97,9 +95,28 @@ def main(
     settings = Settings(**{name: given[name] for name in DEFAULT})
     try:
         run = prepare(settings, data, out, resume)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
+    if tensorboard:
+        log_to_tensorboard(run)
     show(run, updates, minutes)
+
+
+def log_to_tensorboard(run: Run) -> None:
+    """From here on every row of the log goes to the folder `tensorboard` as well."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise typer.BadParameter("--tensorboard: it is not installed (pip install tensorboard)") from None
+    writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.update + 1)
+
+    def write(row: dict) -> None:
+        for name, value in row.items():
+            if value not in ("", None) and name != "update":
+                writer.add_scalar(name, float(value), row["update"])
+        writer.flush()
+
+    run.on_row = write
 
 
 def show(run: Run, updates: int, minutes: float) -> None:

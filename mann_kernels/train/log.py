@@ -2,9 +2,8 @@
 
 import csv
 import io
+import math
 from pathlib import Path
-
-import torch
 
 from mann_kernels.train.checkpoint import write_atomically
 
@@ -25,7 +24,7 @@ def write_log(path: Path, rows: list[dict], names: list[str]) -> None:
     write_atomically(path, text.getvalue().encode())
 
 
-def read_log(path: Path, last: int) -> list[dict]:
+def read_log(path: Path, last: float = math.inf) -> list[dict]:
     """The rows up to the update `last`: a run stopped between the log and the checkpoint has one more."""
     if not path.exists():
         return []
@@ -33,30 +32,31 @@ def read_log(path: Path, last: int) -> list[dict]:
         return [row for row in csv.DictReader(file) if int(row["update"]) <= last]
 
 
-def plot_log(rows: list[dict], names: list[str], path: Path, title: str) -> None:
-    """The scores over the tasks seen: of training, and on the test tasks, there with the confidence interval of the first."""
-    import matplotlib
+def plot_log(rows: list[dict], names: list[str], title: str) -> bytes:
+    """A PNG of the scores over the updates: thin lines in training; dots on the test tasks, with the first one's interval."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    colors = pyplot.cm.viridis(torch.linspace(0, 0.9, len(names)).tolist())
-    for name, color in zip(names, colors, strict=True):
-        seen = [(float(row["tasks"]), float(row[name])) for row in rows if row.get(name)]
-        axes.plot(*zip(*seen, strict=True), color=color, linewidth=0.8, alpha=0.5)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for n, name in enumerate(names):
+        color = colormaps["viridis"](0.9 * n / len(names))
+        seen = [(float(row["update"]), float(row[name])) for row in rows if row.get(name)]
+        axes.plot(*zip(*seen, strict=True), color=color, linewidth=0.7, alpha=0.5)
         tested = [row for row in rows if row.get(f"test_{name}")]
         if tested:
-            tasks, mean, half = (
-                [float(row[column]) for row in tested]
-                for column in ("tasks", f"test_{name}", f"test_{name}_half_width")
-            )
-            bars = {"yerr": half, "capsize": 2} if name == names[0] else {}
-            axes.errorbar(tasks, mean, color=color, marker=".", label=name.replace("_", " "), **bars)
-    axes.set(xlabel="tasks seen", title=f"{title}: dots on test tasks, thin lines in training")
+            of = ("update", f"test_{name}", f"test_{name}_half_width")
+            updates, mean, half = ([float(row[column]) for row in tested] for column in of)
+            bars = {"yerr": half, "capsize": 2} if n == 0 else {}
+            axes.errorbar(updates, mean, color=color, marker=".", label=name.replace("_", " "), **bars)
+    axes.set(xlabel="updates", title=f"{title}: dots on test tasks, thin lines in training")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return as_png(figure)
+
+
+def as_png(figure) -> bytes:
+    """A matplotlib figure as the content of a file."""
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    pyplot.close(figure)
-    write_atomically(path, image.getvalue())
+    figure.savefig(image, format="png", dpi=100)
+    return image.getvalue()

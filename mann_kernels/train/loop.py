@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mann_kernels.tasks import Episodes
-from mann_kernels.train.checkpoint import load_checkpoint, read_facts, save_checkpoint
+from mann_kernels.train.checkpoint import load_checkpoint, read_facts, save_checkpoint, write_atomically
 from mann_kernels.train.log import plot_log, read_log, write_log
 from mann_kernels.train.settings import Settings
 
@@ -39,8 +39,27 @@ def answer(learner: torch.nn.Module, batch) -> torch.Tensor:
     return learner.predict(batch.query_x, learner.adapt(batch.support_x, batch.support_y))
 
 
+@torch.no_grad()
+def measure(
+    learner: torch.nn.Module, tasks, number: int, seed: int, device: str = "cpu", at_once: int = 10
+) -> dict[str, tuple[float, float]]:
+    """The mean of each score on `number` tasks drawn with this seed, and its half-width; torch's generator is left as it was."""
+    learner.eval()
+    found: list[dict] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        for first in range(0, number, at_once):
+            batch = tasks.sample(min(at_once, number - first), generator).to(device)
+            found.append(tasks.scores(answer(learner, batch), batch))
+    return {
+        name: mean_and_half_width(*(torch.cat([scores[name][part] for scores in found]) for part in (0, 1)))
+        for name in found[0]
+    }
+
+
 class Run:
-    """One run in its folder: `log.csv`, `checkpoint.safetensors`, `accuracy.png`.
+    """One run in its folder: `log.csv`, `checkpoint.safetensors`, and a picture named after the task's first score.
 
     Args:
         learner: an nn.Module: for Episodes called with x; for Tasks with `adapt(support_x, support_y) -> state` and
@@ -50,6 +69,8 @@ class Run:
         settings: see Settings.
         folder: made if need be.
         resume: go on from the folder's checkpoint, if there is one; without it there must be none.
+
+    `on_row` is called with each new row of the log.
 
     Raises:
         ValueError: a checkpoint that is in the way, or of other settings.
@@ -71,6 +92,7 @@ class Run:
         self.folder, self.checkpoint = folder, folder / "checkpoint.safetensors"
         self.update, self.seconds, self.cpu_seconds, self.rows = 0, 0.0, 0.0, []
         self._since: list[tuple[float, Totals]] = []
+        self.on_row = lambda row: None
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             if not resume:
@@ -114,7 +136,7 @@ class Run:
                 self._log(self.settings.test_tasks if last else interim * self.settings.interim_tasks)
 
     def _one_update(self) -> dict:
-        batch = self.train_tasks.sample(self.settings.tasks_per_update, self.generator)
+        batch = self.train_tasks.sample(self.settings.tasks_per_update, self.generator).to(self.settings.device)
         self.learner.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(self.update)
@@ -130,21 +152,9 @@ class Run:
         self._since.append((loss.item(), totals))
         return {"update": self.update, "loss": self._since[-1][0], "scores": totals}
 
-    @torch.no_grad()
-    def test(self, tasks: int, at_once: int = 5) -> dict[str, tuple[float, float]]:
+    def test(self, tasks: int) -> dict[str, tuple[float, float]]:
         """The mean of each score on this many tasks of the test classes, always the same ones, and its half-width."""
-        self.learner.eval()
-        found: list[dict] = []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed)
-            generator = torch.Generator().manual_seed(self.settings.seed)
-            for first in range(0, tasks, at_once):
-                batch = self.test_tasks.sample(min(at_once, tasks - first), generator)
-                found.append(self.test_tasks.scores(answer(self.learner, batch), batch))
-        return {
-            name: mean_and_half_width(*(torch.cat([scores[name][part] for scores in found]) for part in (0, 1)))
-            for name in found[0]
-        }
+        return measure(self.learner, self.test_tasks, tasks, self.settings.seed, self.settings.device)
 
     def _log(self, test_tasks: int) -> None:
         row = {"update": self.update, "tasks": self.update * self.settings.tasks_per_update}
@@ -157,6 +167,7 @@ class Run:
                 row |= {f"test_{name}": f"{mean:.4f}", f"test_{name}_half_width": f"{half:.4f}"}
         self._clock()
         self.rows.append(row | {"seconds": f"{self.seconds:.1f}", "cpu_seconds": f"{self.cpu_seconds:.1f}"})
+        self.on_row(self.rows[-1])
         names, self._since = list(self._since[0][1]), []
         # The log first: stopped in between, the rows past the checkpoint are dropped and written again.
         write_log(self.folder / "log.csv", self.rows, names)
@@ -164,4 +175,4 @@ class Run:
         facts |= {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         save_checkpoint(self.checkpoint, self.learner, self.optimizer, self.generator, facts)
         if test_tasks:
-            plot_log(self.rows, names, self.folder / f"{names[0]}.png", self.settings.title())
+            write_atomically(self.folder / f"{names[0]}.png", plot_log(self.rows, names, self.settings.title()))

@@ -46,6 +46,7 @@ class Settings:
     clip: float = 10.0
     seed: int = 0
     threads: int = 1
+    device: str = "cpu"
     # the log
     log_every: int = 50
     test_every: int = 500
@@ -63,4 +64,5 @@ class Settings:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
     def title(self) -> str:
+        """Of a picture."""
         return f"{self.learner}, {self.task}"
