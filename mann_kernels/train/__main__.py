@@ -71,7 +71,10 @@ def main(
     tasks_per_update: Annotated[int | None, typer.Option(min=1, help="Tasks in one update.")] = None,
     optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = DEFAULT["optimizer"],
     learning_rate: Annotated[float, typer.Option(help="At the start.")] = DEFAULT["learning_rate"],
-    schedule: Annotated[str, typer.Option(help="constant, or cosine: down to 0 at --updates.")] = DEFAULT["schedule"],
+    schedule: Annotated[str, typer.Option(help="constant, or cosine: falling to 0.")] = DEFAULT["schedule"],
+    schedule_updates: Annotated[
+        int | None, typer.Option(min=1, help="Of a cosine, --updates if not given; then the next, from half the rate.")
+    ] = None,
     clip: Annotated[float, typer.Option(help="Largest norm of the whole gradient.")] = DEFAULT["clip"],
     seed: Annotated[int, typer.Option(help="Of weights, tasks and test tasks.")] = DEFAULT["seed"],
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch; the same number repeats bit for bit.")] = 1,
@@ -86,7 +89,7 @@ def main(
     choose("TASK", task, build.TASKS)
     given = {name: value for name, value in locals().items() if value is not None}
     given = DEFAULT | {"length": 10 * ways} | OF_TASK.get(task, {}) | given
-    given["schedule_updates"] = updates if schedule == "cosine" else 0
+    given["schedule_updates"] = (schedule_updates or updates) if schedule == "cosine" else 0
     choose("--learner", given["learner"], build.LEARNERS)
     choose("--labels", labels, LABELS)
     choose("--counts", counts, COUNTS)

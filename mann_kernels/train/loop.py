@@ -103,7 +103,8 @@ class Run:
         self._clock()
 
     def _restore(self) -> None:
-        found = read_facts(self.checkpoint)["settings"]
+        # An older checkpoint lacks newer settings, and did what is their default.
+        found = asdict(self.settings) | asdict(Settings()) | read_facts(self.checkpoint)["settings"]
         other = {name: value for name, value in asdict(self.settings).items() if found.get(name) != value}
         if other:
             changes = ", ".join(

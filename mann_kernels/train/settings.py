@@ -57,11 +57,12 @@ class Settings:
         return OPTIMIZERS[self.optimizer](parameters, self.learning_rate)
 
     def learning_rate_at(self, update: int) -> float:
-        """Of the update after this many: constant, or half a cosine down to 0 at `schedule_updates`."""
+        """Of the update after this many: constant, or falling to 0 by half a cosine every `schedule_updates`; each of these
+        begins at half the rate of the one before."""
         if self.schedule == "constant":
             return self.learning_rate
-        done = min(1.0, update / self.schedule_updates)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        cycle, within = divmod(update, self.schedule_updates)
+        return self.learning_rate * 0.5**cycle * 0.5 * (1 + math.cos(math.pi * within / self.schedule_updates))
 
     def title(self) -> str:
         """Of a picture."""
