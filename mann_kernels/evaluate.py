@@ -115,7 +115,7 @@ def likelihoods(nll: torch.Tensor, exact: torch.Tensor):
     axes = figure.add_subplot()
     points = range(1, len(nll) + 1)
     for name, values in (("learner", nll), ("the true process", exact)):
-        axes.plot(points, values.mean(1).cpu(), label=name)
+        axes.plot(points, values.mean(1).cpu().numpy(), label=name)
     axes.set(xlabel="point", ylabel=f"negative log-likelihood, mean of {nll.shape[1]} functions")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -125,11 +125,15 @@ def draw_episode(
     grid = figure.add_gridspec(3, 2)
     for n, (title, values) in enumerate(rows):
         axes = figure.add_subplot(grid[n // 2, n % 2])
-        picture = axes.imshow(values[:, touched].t().cpu(), aspect="auto", interpolation="nearest", cmap="magma")
+        picture = axes.imshow(
+            values[:, touched].t().cpu().numpy(), aspect="auto", interpolation="nearest", cmap="magma"
+        )
         axes.set(title=title, xlabel="step", ylabel="slots written to" if n % 2 == 0 else "")
         figure.colorbar(picture, ax=axes)
     axes = figure.add_subplot(grid[2, 0])
-    picture = axes.imshow(trace.memory[-1, example][touched].cpu(), aspect="auto", interpolation="nearest", cmap="RdBu")
+    picture = axes.imshow(
+        trace.memory[-1, example][touched].cpu().numpy(), aspect="auto", interpolation="nearest", cmap="RdBu"
+    )
     picture.set_clim(-picture.norm.vmax, picture.norm.vmax)
     axes.set(title="memory after the last step", xlabel="element", ylabel="slots written to")
     figure.colorbar(picture, ax=axes)
@@ -150,6 +154,6 @@ def _draw_sources(figure, axes, found, classes, delay):
             axes.axhline(border + 0.5, color="white", linewidth=0.6)
             axes.axvline(border + 0.5, color="white", linewidth=0.6)
         axes.set(xlabel="step of the example, by class", ylabel="step of the reading, by class")
-    picture = axes.imshow(found, aspect="auto", interpolation="nearest", cmap="magma")
+    picture = axes.imshow(found.numpy(), aspect="auto", interpolation="nearest", cmap="magma")
     axes.set_title("whose memory is read")
     figure.colorbar(picture, ax=axes)
