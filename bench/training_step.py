@@ -1,4 +1,4 @@
-"""`python -m bench.training_step [--data FILE]`: a whole training step of the paper's MANN, data included, with and without kernels.
+"""`python -m bench.training_step [--data FILE]`: a whole training step of the paper's MANN, with kernels and without.
 
 Two runs from the same seed, one on each implementation, take turns; the losses of both are compared, and the times.
 """
