@@ -69,7 +69,7 @@ def same(a, b):
 
 
 def test_it_learns_and_logs(data, tmp_path):
-    run = make(data, tmp_path, replace(SETTINGS, learning_rate=3e-3))
+    run = make(data, tmp_path, replace(SETTINGS, learning_rate=3e-3, test_every=40))
     before = run.test(40)["accuracy"][0]
     losses = drain(run, 120)
     assert sum(losses[-10:]) < sum(losses[:10])
@@ -77,7 +77,7 @@ def test_it_learns_and_logs(data, tmp_path):
     with (tmp_path / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["update"]) for row in rows] == list(range(2, 121, 2))
-    assert [bool(row["test_accuracy_half_width"]) for row in rows] == [update % 4 == 0 for update in range(2, 121, 2)]
+    assert [bool(row["test_accuracy_half_width"]) for row in rows] == [update % 40 == 0 for update in range(2, 121, 2)]
     assert float(rows[0]["loss"]) == pytest.approx(sum(losses[:2]) / 2, abs=1e-6)
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy.png", "checkpoint.safetensors", "log.csv"]

@@ -1,4 +1,4 @@
-"""`python -m mann_kernels.train TASK --data FILE`: meta-train a learner; a run cut short goes on with --resume."""
+"""`python -m mann_kernels.train TASK`: meta-train a learner; a run cut short goes on with --resume."""
 
 import math
 import time

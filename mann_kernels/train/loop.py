@@ -13,6 +13,8 @@ from mann_kernels.train.checkpoint import load_checkpoint, read_facts, save_chec
 from mann_kernels.train.log import plot_log, read_log, write_log
 from mann_kernels.train.settings import Settings
 
+#: Added to a seed for tests, so that no test task was drawn for training by the same seed.
+FOR_TESTS = 1 << 40
 #: For each score of a task: the sum over some tasks, and over how many answers.
 Totals = dict[str, tuple[float, float]]
 
@@ -48,7 +50,7 @@ def measure(
     found: list[dict] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed + FOR_TESTS)
         for first in range(0, number, at_once):
             batch = tasks.sample(min(at_once, number - first), generator).to(device)
             found.append(tasks.scores(answer(learner, batch), batch))
