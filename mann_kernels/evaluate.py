@@ -49,8 +49,8 @@ def main(
         _, test_tasks = build.tasks(settings, data)
         learner = build.learner(settings, test_tasks)
         load_weights(checkpoint, learner)
-        learner.to(device)
-    except (OSError, ValueError, RuntimeError) as error:
+        build.on_device(learner, device)
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     if isinstance(test_tasks, OmniglotEpisodes):
         test_tasks.turns = turns

@@ -217,6 +217,7 @@ def invoke(*args, command=None):
     [
         (["--learner", "maml"], "--learner: got 'maml'"),
         (["--learner", "multi-task"], "--learner: got 'multi-task', want for few-shot one of metanet"),
+        (["--device", "abacus"], "--device: got 'abacus': Expected one of cpu"),
         (["--counts", "some"], "--counts: got 'some', want one of random, equal"),
         (["--data", "none.npz"], "none.npz: no such file"),
         (["--ways", "40"], "ways: got 40, want at most 16"),

@@ -32,7 +32,7 @@ def prepare(settings: Settings, data: Path | None, out: Path, resume: bool) -> R
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     tasks = build.tasks(settings, data)
-    learner = build.learner(settings, tasks[0]).to(settings.device)
+    learner = build.on_device(build.learner(settings, tasks[0]), settings.device)
     return Run(learner, *tasks, settings, out, resume=resume)
 
 
@@ -98,7 +98,7 @@ def main(
     settings = Settings(**{name: given[name] for name in DEFAULT})
     try:
         run = prepare(settings, data, out, resume)
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     if tensorboard:
         log_to_tensorboard(run)

@@ -57,6 +57,14 @@ def tasks(settings: Settings, data: Path | None) -> tuple:
     return tuple(FewShotTasks(images, s.ways, s.shots, s.queries) for images in halves)
 
 
+def on_device(module: nn.Module, device: str) -> nn.Module:
+    """The module moved there; ValueError where there is no such device."""
+    try:
+        return module.to(device)
+    except (AssertionError, RuntimeError) as error:  # a torch without CUDA asserts
+        raise ValueError(f"--device: got {device!r}: {str(error).splitlines()[0]}") from None
+
+
 def learner(settings: Settings, task) -> nn.Module:
     """A learner of the sizes of the settings for a task.
 

@@ -55,7 +55,7 @@ def measure(
             batch = tasks.sample(min(at_once, number - first), generator).to(device)
             found.append(tasks.scores(answer(learner, batch), batch))
     return {
-        name: mean_and_half_width(*(torch.cat([scores[name][part] for scores in found]) for part in (0, 1)))
+        name: mean_and_half_width(*(torch.cat([scores[name][part].cpu() for scores in found]) for part in (0, 1)))
         for name in found[0]
     }
 
