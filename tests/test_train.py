@@ -303,12 +303,9 @@ def test_evaluation_shows_the_paper_beside(tmp_path):
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("args", [TINY.split(), ["few-shot", "--learner", "metanet", "--ways", "3", "--queries", "2"]])
-def test_the_command_survives_being_killed(args, data, tmp_path):
-    """Killed without warning and gone on with: in the end the same weights, bit for bit. By hand: python tests/kills.py."""
-    few_shot = args[0] == "few-shot"
-    more = ["--data", str(data), "--interim-tasks", "2", "--test-tasks", "2"] if few_shot else ["--length", "5"]
-    call = [*args, *more, "--updates", "8" if few_shot else "200", "--log-every", "1" if few_shot else "5"]
-    found = kills.survive([*call, "--test-every", "100"], tmp_path, kills=1, seed=0, longest=1.0)
+def test_the_command_survives_being_killed(tmp_path):
+    """Killed without warning and gone on with: in the end the same bits. Twenty times: python tests/kills.py."""
+    call = [*TINY.split(), "--length", "5", "--updates", "200", "--log-every", "5", "--test-every", "100"]
+    found = kills.survive(call, tmp_path, kills=1, seed=0, longest=1.0)
     assert found.same
-    assert found.updates[0] < (8 if few_shot else 200)
+    assert 0 < found.updates[0] < 200
