@@ -19,7 +19,7 @@ def lrua_write_weights(usage, read_weights, gate, *, lru="per_head"):
     """
     heads, slots = read_weights.shape[-2:]
     least_used = least_used_slots(usage, heads)
-    own_slot = torch.nn.functional.one_hot(least_used.long(), slots).to(read_weights.dtype)
+    own_slot = (least_used[..., None] == torch.arange(slots, device=usage.device)).to(read_weights.dtype)
     if lru == "shared":  # every head writes to all n = R least-used slots
         own_slot = own_slot.sum(-2, keepdim=True)
     # eq. 7
