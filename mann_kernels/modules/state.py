@@ -70,6 +70,7 @@ class MetaNetState(NamedTuple):
         return self.map(lambda field: field.to(*args, **kwargs))
 
 
-# Under these names torch.export and AOTInductor keep the states in the files they write.
+# torch.load takes them from a file as it takes tensors; under these names torch.export and AOTInductor keep them in theirs.
+torch.serialization.add_safe_globals([MANNState, MetaNetState])
 for _state in (MANNState, MetaNetState):
     _register_namedtuple(_state, serialized_type_name=f"mann_kernels.{_state.__name__}")
