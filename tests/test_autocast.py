@@ -9,7 +9,12 @@ import mann_kernels
 from mann_kernels import MANN, MetaNet, _backend
 
 LOW = ("augmented_linear", "augmented_conv2d")
-PLACES = [("cpu", torch.bfloat16), ("cpu", torch.float16), on_gpu("cuda", torch.bfloat16), on_gpu("cuda", torch.float16)]
+PLACES = [
+    ("cpu", torch.bfloat16),
+    ("cpu", torch.float16),
+    on_gpu("cuda", torch.bfloat16),
+    on_gpu("cuda", torch.float16),
+]
 
 
 def drawn(stem):
@@ -35,7 +40,9 @@ def test_the_type_an_operator_computes_in(stem, device, dtype):
             with torch.autocast(device, dtype):
                 return function(**given)
 
-        if stem == "mann_sequence":  # x enters through a product in the low type: here exact, as all of it is in that type
+        if (
+            stem == "mann_sequence"
+        ):  # x enters through a product in the low type: here exact, as all of it is in that type
             inputs["weight_ih"], inputs["x"] = inputs["weight_ih"] * 0, inputs["x"] * 0
         wanted = dtype if stem in LOW else torch.float32
         outputs, grads = run(in_autocast, inputs)

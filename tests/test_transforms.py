@@ -18,6 +18,11 @@ def mann(seed=0, **options):
     return MANN(6, hidden_size=7, num_slots=9, slot_size=4, num_heads=2, dtype=torch.float64, **options)
 
 
+def by_position(function, names, rest):
+    """`function` of its tensors, in the order of `names`."""
+    return lambda *tensors: function(**dict(zip(names, tensors, strict=True)), **rest)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stem", _backend.STEMS)
 def test_vmap(stem, device):
@@ -30,7 +35,7 @@ def test_vmap(stem, device):
         calls = [first, {**first, **moved}]
         rest = {name: value for name, value in first.items() if name not in names}
         stacked = [torch.stack([inputs[name] for inputs in calls]) for name in names]
-        batched = vmap(lambda *tensors: function(**dict(zip(names, tensors, strict=True)), **rest))(*stacked)
+        batched = vmap(by_position(function, names, rest))(*stacked)
         for i, inputs in enumerate(calls):
             single = function(**inputs)
             if not isinstance(single, tuple):
@@ -44,6 +49,7 @@ def test_a_batch_of_models(controller):
     models = [mann(seed, controller=controller) for seed in range(3)]
     parameters, buffers = stack_module_state(models)
     skeleton, x = mann(controller=controller).to("meta"), torch.randn(5, 3, 6, dtype=torch.float64)
+
     def run(parameters, buffers):
         output, state = functional_call(skeleton, (parameters, buffers), (x,))
         return output, state.memory
@@ -104,5 +110,8 @@ def test_it_is_said_that_no_kernel_runs():
     x = torch.randn(2, 1, 5, 3), torch.randn(2, 1, 2, 3)
     with pytest.warns(UserWarning, match=r"runs as plain PyTorch, slowly: the kernels have no rules for .* torch.func"):
         vmap(mann_kernels.content_address)(*x)
-    with mann_kernels.backend("cpp"), pytest.raises(RuntimeError, match="cannot run content_address: the kernels have no"):
+    with (
+        mann_kernels.backend("cpp"),
+        pytest.raises(RuntimeError, match="cannot run content_address: the kernels have no"),
+    ):
         vmap(mann_kernels.content_address)(*x)
