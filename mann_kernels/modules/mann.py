@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ CONTROLLERS = ("lstm", "feedforward")
 
 class _MANNBase(nn.Module):
     """Parameters, options and state that the sequence and the single step have in common."""
+
+    #: What runs an episode with either controller.
+    _sequences: ClassVar = {"lstm": mann_sequence, "feedforward": lrua_sequence}
 
     def __init__(
         self,
@@ -124,7 +128,7 @@ class _MANNBase(nn.Module):
         """x [T,B,I] -> output [T,B,H+R*W] and the state after each example's last real step."""
         memory, usage, read_weights, reads, h, c = state
         if self.controller == "lstm":
-            output, h, c, reads, memory, usage, read_weights = mann_sequence(
+            output, h, c, reads, memory, usage, read_weights = self._sequences["lstm"](
                 x, h, c, reads, memory, usage, read_weights,
                 self.weight_ih, self.weight_hh, self.bias, self.weight_head, self.bias_head, lengths,
                 **self.head_options, **self.memory_options,
@@ -137,7 +141,7 @@ class _MANNBase(nn.Module):
             head, self.num_heads, self.slot_size, key_strength=options["key_strength"], write=options["write"]
         )
         head = activate_head(*head, squash=options["squash"])
-        all_reads, memory, usage, read_weights = lrua_sequence(
+        all_reads, memory, usage, read_weights = self._sequences["feedforward"](
             memory, usage, read_weights, *head, lengths, **self.memory_options
         )
         if lengths is not None:
