@@ -13,6 +13,7 @@ import pytest
 import mann_kernels
 import mann_kernels.compat
 import mann_kernels.distributed
+import mann_kernels.testing
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs/pages").glob("*.md"))

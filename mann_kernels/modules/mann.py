@@ -234,9 +234,16 @@ class MANN(_MANNBase):
 
 
 class MANNCell(_MANNBase):
-    """One step of a MANN, called like nn.LSTMCell; its arguments and parameters are MANN's (without batch_first).
+    """One step of a MANN, called like nn.LSTMCell (Santoro et al. 2016). A state_dict of MANN fits.
 
-    Shapes: x [B, I], state (None starts an episode) -> output [B, H + R*W] and the next state. A state_dict of MANN fits.
+    Args:
+        input_size, hidden_size, num_slots, slot_size, num_heads, controller, write, key_strength, squash, lru, erase, decay,
+            eps, memory_init, device, dtype: as MANN, which has the same parameters.
+
+    Shapes: x [B, I], state (None starts an episode) -> output [B, H + R*W] and the next state, a MANNState.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it wants.
     """
 
     def forward(self, x: torch.Tensor, state: MANNState | None = None) -> tuple[torch.Tensor, MANNState]:
