@@ -66,7 +66,7 @@ def test_two_lines_make_the_difference():
     assert changed[2][0].strip().startswith("self.recurrent = Recurrent(")
 
 
-@pytest.mark.parametrize(("name", "updates", "least"), [("custom_controller", 250, 0.7), ("metanet", 60, 0.6)])
+@pytest.mark.parametrize(("name", "updates", "least"), [("custom_controller", 250, 0.7), ("metanet", 60, 0.42)])
 def test_an_example_learns(name, updates, least):
     names: dict = {"__name__": name}
     exec(compile((ROOT / f"docs/examples/{name}.py").read_text(), name, "exec"), names)
