@@ -146,7 +146,7 @@ TRANSFORMED = "the kernels have no rules for the transforms of torch.func"
 
 @functools.cache
 def _warn_once(stem: str, device: str, why: str) -> None:
-    warnings.warn(f"mann_kernels: {stem} on {device} runs as plain PyTorch, slowly: {why}", stacklevel=4)
+    warnings.warn(f"mann_kernels: {stem} on {device} runs as plain PyTorch, slowly: {why}", stacklevel=5)
 
 
 def select(stem: str, tensor: torch.Tensor, sizes: dict | None = None) -> str:

@@ -38,6 +38,8 @@ def _rule(function, dtype_of, stays_on: bool = False):
         with torch.autocast(device, enabled=stays_on):
             return function(*args, **kwargs)
 
+    # code of its own for each: torch.compile counts how often one piece of code was compiled, and stops after a few
+    cast.__code__ = cast.__code__.replace(co_name=function.__name__)
     return cast
 
 
