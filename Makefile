@@ -1,12 +1,14 @@
 # make bench   verify every kernel, then time it         (BENCH="--quick", "--data FILE", ... are passed on)
 # make test    run the tests                             (TEST="-k name" is passed on)
-# make sanitize, verify-gpu, lint, format, wheel, clean
+# make reproduce DATA=FILE   train MANN and LSTM on Omniglot and print the paper's table beside ours (hours; goes on where it was)
+# make sanitize, verify-gpu, verify-sharded, lint, format, wheel, clean
 # Everything is set up first, in .venv; a second call finds it done.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 BENCH ?=
+DATA ?=
 TEST ?=
 SANITIZED := build/sanitize
 # A second version of Triton, beside the pinned one: alone in a folder that comes first on the path.
@@ -19,7 +21,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/cpu/*.cpp csrc/cuda/*.cu $(addp
 SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles and not gpu"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test verify-gpu sanitize lint format wheel clean
+.PHONY: help setup bench test reproduce verify-gpu verify-sharded sanitize lint format wheel clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -42,6 +44,16 @@ test: setup
 	$(RUN) -m pytest -n auto tests/gpu_on_cpu $(TEST)
 	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED) $(TEST)
 
+# Santoro et al. 2016, table 1: 5 classes, one-hot labels, the paper's sizes. A second call goes on from the last checkpoint.
+OMNIGLOT := omniglot --data $(DATA) --resume --updates 100000 --schedule cosine --schedule-updates 50000 \
+    --log-every 100 --test-every 1000 --interim-tasks 200 --test-tasks 1000
+reproduce: setup
+	@test -n "$(DATA)" || { echo "make reproduce DATA=FILE: want Omniglot, see mann_kernels.tasks.load_omniglot"; exit 1; }
+	$(RUN) -m mann_kernels.train $(OMNIGLOT) --out build/reproduce/mann --write add --key-strength
+	$(RUN) -m mann_kernels.train $(OMNIGLOT) --out build/reproduce/lstm --learner lstm
+	@for run in mann lstm; do \
+	    $(RUN) -m mann_kernels.evaluate build/reproduce/$$run --data $(DATA) --plots build/reproduce/$$run; done
+
 # What can be known of the GPU kernels without a GPU: that they compile and fit, their numbers as source and as compiled code,
 # that every access is sound; with both versions of Triton, and for the CUDA kernels under sanitizers. Ends with a table of what
 # each kernel needs.
@@ -51,6 +63,10 @@ verify-gpu: setup $(OTHER_PATH)
 	TRITON_INTERPRET=1 PYTHONPATH=$(OTHER_PATH) $(RUN) -m pytest -n auto $(INTERPRETED)
 	PYTHONPATH=$(OTHER_PATH) $(RUN) -m pytest -n auto $(COMPILED)
 	$(RUN) tests/gpu_on_cpu/report.py sm_80 sm_90
+
+# A memory of a million slots over two processes, against the whole one (about 10 GB).
+verify-sharded: setup
+	$(RUN) -m torch.distributed.run --standalone --nproc-per-node 2 tests/sharded.py large
 
 $(OTHER_PATH):
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$(OTHER_TRITON)

@@ -114,10 +114,11 @@ def cuda_ninja(nvcc: Path, output: Path, objects: Path) -> str:
         (source, objects / f"{source.stem}.o", WITH_CLUSTERS if source.stem in NEED_CLUSTERS else EVERYWHERE)
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     ]
+    # nvcc knows where its libraries are, but that of PyPI looks in the wrong folder.
+    runtime = f"-L{nvcc.parents[1] / 'lib'}"
     command = f"{nvcc} -ccbin {compiler()} {CUDA_FLAGS} {compiling}"
-    return ninja_file(
-        command, f"{nvcc} -ccbin {compiler()} -shared -arch=sm_80 -cudart static $in {linking} -o $out", sources, output
-    )
+    link = f"{nvcc} -ccbin {compiler()} -shared -arch=sm_80 -cudart static $in {runtime} {linking} -o $out"
+    return ninja_file(command, link, sources, output)
 
 
 class BuildNinja(build_ext):

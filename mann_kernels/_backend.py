@@ -140,20 +140,26 @@ def default(stem: str, device: str, dtype: torch.dtype, sizes: dict | None = Non
     return "reference", why
 
 
+#: Why no kernel runs in torch.func.vmap, grad, jacrev and the like, where plain PyTorch does the right thing.
+TRANSFORMED = "the kernels have no rules for the transforms of torch.func"
+
+
 @functools.cache
 def _warn_once(stem: str, device: str, why: str) -> None:
-    warnings.warn(f"mann_kernels: {stem} on {device} runs as plain PyTorch, slowly: {why}", stacklevel=4)
+    warnings.warn(f"mann_kernels: {stem} on {device} runs as plain PyTorch, slowly: {why}", stacklevel=5)
 
 
 def select(stem: str, tensor: torch.Tensor, sizes: dict | None = None) -> str:
     """The name of the implementation for this call of `stem`, decided by one of its tensors, and by sizes as in `missing`."""
     device, dtype = tensor.device.type, tensor.dtype
+    transformed = torch._C._are_functorch_transforms_active()  # what torch.autograd.Function itself asks
     if _requested is not None:
-        why = missing(_requested, stem, device, dtype, sizes)
+        refused = transformed and _requested != "reference"
+        why = TRANSFORMED if refused else missing(_requested, stem, device, dtype, sizes)
         if why is not None:
             raise RuntimeError(f"backend {_requested!r} was asked for, but cannot run {stem}: {why}")
         return _requested
-    name, why = default(stem, device, dtype, sizes)
+    name, why = ("reference", TRANSFORMED) if transformed else default(stem, device, dtype, sizes)
     if why is not None and not torch.compiler.is_compiling():
         _warn_once(stem, device, why)
     return name

@@ -3,7 +3,7 @@ import pytest
 import torch
 from packed import write_packed
 
-from mann_kernels.tasks import FewShotTasks, load_omniglot, with_rotations
+from mann_kernels.tasks import FewShotTasks, load_omniglot, omniglot, with_rotations
 
 
 def numbered(classes=12, each=9):
@@ -54,7 +54,7 @@ def test_classes_labels_and_examples_are_uniform():
 def test_the_generator_decides():
     source = FewShotTasks(numbered(), queries=3)
     first, again, other = (source.sample(2, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[:4], again[:4], strict=True))
     assert not torch.equal(first.support_x, other.support_x)
 
 
@@ -91,17 +91,70 @@ def test_rotations_are_classes_of_their_own():
         assert torch.equal(turned[2 * k : 2 * k + 2, :, 0], torch.from_numpy(want))
 
 
+def test_background_is_what_is_not_for_testing(tmp_path):
+    path = write_packed(tmp_path / "small.npz")
+    file = np.load(path)
+    want = file["images"][file["class_vinyals"] < 2]
+    assert np.array_equal(load_omniglot(path, "background")[:, :, 0].numpy(), want)
+
+
+def test_packed_bits_and_smaller_images(tmp_path):
+    """105 x 105 in bits is 255 where there is ink; a pixel of 20 x 20 is the mean of its 5.25 x 5.25, whole pixels or parts."""
+    ink = np.random.default_rng(0).integers(0, 2, (3, 2, 105, 105), np.uint8)
+    np.savez(tmp_path / "bits.npz", images=np.packbits(ink, axis=-1), class_vinyals=np.uint8([0, 2, 0]))
+    images = load_omniglot(tmp_path / "bits.npz", "train")
+    assert np.array_equal(images[:, :, 0].numpy(), ink[[0, 2]] * 255)
+    small = load_omniglot(tmp_path / "bits.npz", "train", side=20)
+    assert small.shape == (2, 2, 1, 20, 20)
+    fine = np.repeat(np.repeat(ink[[0, 2]], 4, -1), 4, -2).reshape(2, 2, 20, 21, 20, 21).mean((3, 5)) * 255
+    assert np.abs(small[:, :, 0].numpy() - fine).max() < 0.51
+    with pytest.raises(ValueError, match="got images of 105 pixels, want at least 200"):
+        load_omniglot(tmp_path / "bits.npz", "train", side=200)
+
+
+@pytest.mark.parametrize("inner", ["", "omniglot-py", "python"])
+def test_a_folder_of_drawings(tmp_path, inner, monkeypatch):
+    """As torchvision unpacks it, as the archives are, and as their repository has them: ink is black there."""
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.setattr(omniglot, "VALIDATION_FROM", 2)
+    monkeypatch.setattr(omniglot, "TEST_FROM", 3)
+    ink = np.random.default_rng(0).integers(0, 2, (4, 3, 5, 5)).astype(bool)
+    names = ["background/Greek/character01", "background/Greek/character02", "background/Latin/character01"]
+    for name, drawn in zip([*names, "evaluation/Aurek/character01"], ink, strict=True):
+        folder = tmp_path / inner / f"images_{name}"
+        folder.mkdir(parents=True)
+        for n, one in enumerate(drawn):
+            image.fromarray(~one).save(folder / f"0001_{n + 1:02}.png")
+    for split, classes in (("train", [0, 1]), ("validation", [2]), ("background", [0, 1, 2]), ("test", [3])):
+        images = load_omniglot(tmp_path, split)
+        assert images.dtype == torch.uint8
+        assert np.array_equal(images[:, :, 0].numpy(), ink[classes] * 255)
+    (tmp_path / inner / "images_background/Greek/character01/0001_03.png").unlink()
+    with pytest.raises(ValueError, match="want 1623 classes of 20 drawings"):
+        load_omniglot(tmp_path, "train")
+
+
 def test_bad_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none.npz: no such file, want Omniglot packed as .npz with `images`"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"none.npz: no such file, want one of: an .npz with `images`.* torchvision.* images_background.zip",
+    ):
         load_omniglot(tmp_path / "none.npz", "train")
-    with pytest.raises(ValueError, match="split: got 'all', want one of train, validation, test"):
+    with pytest.raises(ValueError, match="split: got 'all', want one of train, validation, background, test"):
         load_omniglot(tmp_path / "none.npz", "all")
+    with pytest.raises(
+        FileNotFoundError, match=r"no images_background and images_evaluation in it, want one of: an .npz"
+    ):
+        load_omniglot(tmp_path, "train")
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(ValueError, match=r"text.npz: cannot read `images`"):
         load_omniglot(tmp_path / "text.npz", "train")
     np.savez(tmp_path / "lacks.npz", images=np.zeros((2, 2, 4, 4), np.uint8))
     with pytest.raises(ValueError, match="class_vinyals"):
         load_omniglot(tmp_path / "lacks.npz", "train")
+    np.savez(tmp_path / "oblong.npz", images=np.zeros((2, 2, 4, 3), np.uint8), class_vinyals=np.zeros(2, np.uint8))
+    with pytest.raises(ValueError, match=r"got images uint8 \[2, 2, 4, 3\], .* want square images"):
+        load_omniglot(tmp_path / "oblong.npz", "train")
     np.savez(tmp_path / "float.npz", images=np.zeros((2, 2, 4, 4)), class_vinyals=np.zeros(2, np.uint8))
     with pytest.raises(ValueError, match=r"got images float64 \[2, 2, 4, 4\]"):
         load_omniglot(tmp_path / "float.npz", "train")

@@ -30,8 +30,8 @@ class TestMannSequence(StemTests):
         (lambda _: {"squash": "relu"}, ValueError, "squash: got 'relu', want one of"),
     )
 
-    def inputs(self, seed, B, N, W, R, T=4, lengths=False, **options):
-        I, H = 3, 5 + 4 * seed  # noqa: E741
+    def inputs(self, seed, B, N, W, R, T=4, H=None, lengths=False, **options):
+        I, H = 3, H or 5 + 4 * seed  # noqa: E741
         P = R * W + R + R * options.get("key_strength", False) + R * W * (options.get("write") == "add")
         inputs = draw(seed, x=(T, B, I), h=(B, H), c=(B, H), reads=(B, R, W))
         inputs.update(memory_state(seed + 50, B, N, W, R))

@@ -35,7 +35,8 @@ static int64_t copies(int64_t T, int64_t checkpoint_every) { return T > 0 ? (T -
 // Calls f with the blocks of a cluster as a constant.
 template <typename S, typename F> static void with_tile(const Call &call, MannSizes &s, F &&f) {
     const MannPlan plan = mann_plan<S, kArithmetic<S>>(s, call.shared_limit());
-    STD_TORCH_CHECK(plan.tile > 0, "mann_sequence: the cluster kernels take no such sizes: a cluster of 8 blocks needs ",
+    STD_TORCH_CHECK(plan.tile > 0,
+                    "mann_sequence: the cluster kernels take no such sizes: a cluster of 8 blocks needs ",
                     std::max(plan.forward_bytes, plan.backward_bytes), " bytes of shared memory in each, there are ",
                     call.shared_limit());
     s = s.with_tile(plan.tile);
@@ -53,8 +54,7 @@ static Forward mann_sequence_cuda(Tensor gates_x, Tensor weight_hh, Tensor weigh
                                   bool shared, bool erase_all, double decay, double eps, int64_t checkpoint_every,
                                   bool save) {
     Call call(gates_x);
-    MannSizes s =
-        mann_sizes(weight_hh, c, read_weights, gates_x, write_add, key_strength, squash, checkpoint_every);
+    MannSizes s = mann_sizes(weight_hh, c, read_weights, gates_x, write_add, key_strength, squash, checkpoint_every);
     const int64_t T = s.T, B = s.B, H = s.H, N = s.N, W = s.W, R = s.R, K = s.recurrent, heads = s.head;
     const auto saved = [&](Sizes sizes, ScalarType dtype) {
         return save ? call.empty(sizes, dtype) : call.empty({0}, dtype);
@@ -115,8 +115,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     Tensor saved_gates, Tensor saved_least_used, Tensor saved_c, Tensor saved_memory, Tensor saved_read_weights,
     bool write_add, bool key_strength, bool squash, bool shared, bool erase_all, double eps, int64_t checkpoint_every) {
     Call call(doutput);
-    MannSizes s =
-        mann_sizes(weight_hh, c, read_weights, doutput, write_add, key_strength, squash, checkpoint_every);
+    MannSizes s = mann_sizes(weight_hh, c, read_weights, doutput, write_add, key_strength, squash, checkpoint_every);
     const int64_t T = s.T, B = s.B, H = s.H, N = s.N, W = s.W, R = s.R, K = s.recurrent, heads = s.head;
     const int64_t kept = copies(T, checkpoint_every), segment = std::min(T, checkpoint_every);
     const Tensor dgates = call.empty({T, B, 4 * H}), dhead = call.empty({T, B, heads});
@@ -153,8 +152,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
             a.cells = call.scratch<A>((segment + 1) * B * H), a.records = call.scratch<A>(segment * B * a.record());
             a.restarts = call.scratch<A>(segment / kRestartEvery * B * a.step.memory());
             const auto mann_sequence_backward = &mann_sequence_bwd_kernel<S, kArithmetic<S>, tile>;
-            if (B > 0)
-                MANN_LAUNCH(mann_sequence_backward, blocks(s), kThreads, tile, a.layout.bytes, call.stream(), a);
+            if (B > 0) MANN_LAUNCH(mann_sequence_backward, blocks(s), kThreads, tile, a.layout.bytes, call.stream(), a);
         });
     });
     return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};

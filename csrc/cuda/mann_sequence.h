@@ -1,8 +1,8 @@
 // What the two directions of mann_sequence share: sizes, weights and heads.
 //
 // A cluster of `tile` blocks takes `tile` examples through time. Each block has a share of the hidden units: their rows
-// of weight_hh (all four gates) and their columns of weight_head stay with it for the whole episode. It also owns one of
-// the examples, whose memory stays in its shared memory.
+// of weight_hh (all four gates) and their columns of weight_head stay with it for the whole episode. It also owns one
+// of the examples, whose memory stays in its shared memory.
 #pragma once
 
 #include "recurrent_columns.h"

@@ -17,19 +17,19 @@ constexpr int kRestartEvery = 8;
 
 // What stands where in shared memory, in bytes.
 template <typename S> struct MannBackwardLayout {
-    int weight_hh, weight_head;         // [4 units, leading_hh], [units, leading_head] of S
-    int dhead, bias_head;               // [tile, leading_head] of S, [head]
-    int memory, dmemory;                // of the example: [N, stride] twice
-    int weights, dweights;              // [2, G, N, 4], [G, N, 4]
-    int key, add, dreads;               // [G, W, 4] each
-    int gate, beta, dgate, dbeta;       // [R] each
-    int carried, overwritten;           // [words], the gradient of the reads before the step at hand; [R, W]
-    int least_used, lengths;            // [R], [tile] of int32
-    int state;                          // [2, tile, units], of the threads' units
-    int step_scratch;                   // of the memory's phase
-    int partial, dgates;                // of the gates' phase, in its place: [chunks, tile, leading_partial],
-                                        // [tile, leading_gates] of S
-    int parts_of_dh, parts_of_dreads;   // and until they are summed: [tile, tile, units], [tile, words]
+    int weight_hh, weight_head;       // [4 units, leading_hh], [units, leading_head] of S
+    int dhead, bias_head;             // [tile, leading_head] of S, [head]
+    int memory, dmemory;              // of the example: [N, stride] twice
+    int weights, dweights;            // [2, G, N, 4], [G, N, 4]
+    int key, add, dreads;             // [G, W, 4] each
+    int gate, beta, dgate, dbeta;     // [R] each
+    int carried, overwritten;         // [words], the gradient of the reads before the step at hand; [R, W]
+    int least_used, lengths;          // [R], [tile] of int32
+    int state;                        // [2, tile, units], of the threads' units
+    int step_scratch;                 // of the memory's phase
+    int partial, dgates;              // of the gates' phase, in its place: [chunks, tile, leading_partial],
+                                      // [tile, leading_gates] of S
+    int parts_of_dh, parts_of_dreads; // and until they are summed: [tile, tile, units], [tile, words]
     int64_t bytes;
     int leading_hh, leading_head, leading_gates, leading_partial;
     int held, chunks; // rows of weight_hh in registers, chunks of the product with weight_head
@@ -59,8 +59,8 @@ template <typename S> struct MannBackwardLayout {
         l.partial = gates.take<T>(l.chunks * tile * l.leading_partial);
         l.dgates = gates.take<S>(tile * l.leading_gates);
         l.parts_of_dh = gates.take<T>(tile * tile * units), l.parts_of_dreads = gates.take<T>(tile * s.words);
-        l.step_scratch = step.take<T>(std::max(step_forward_scratch(memory_shape, kThreads),
-                                               step_backward_scratch(memory_shape, kThreads)));
+        l.step_scratch = step.take<T>(
+            std::max(step_forward_scratch(memory_shape, kThreads), step_backward_scratch(memory_shape, kThreads)));
         l.bytes = std::max(gates.bytes(), step.bytes());
         return l;
     }
@@ -74,14 +74,14 @@ template <typename S> struct MannBackwardArgs {
     const S *doutput;                                         // [T, B, H + words]
     const S *dh1, *dc1, *dreads1, *dmemory1, *dread_weights1; // each may be null (zero)
     const S *weight_hh, *weight_head, *bias_head;             // as forward
-    const T *heads;                                           // [T, B, head], of every step, before bias and activations
-    const S *c, *memory, *read_weights;                       // before the first step
+    const T *heads;                     // [T, B, head], of every step, before bias and activations
+    const S *c, *memory, *read_weights; // before the first step
     const int64_t *lengths;
     const T *saved_gates;
     const int32_t *saved_least_used;
     const T *saved_c, *saved_memory, *saved_read_weights;
-    S *dgates, *dhead;                                  // [T, B, 4H], [T, B, head] out, before the activations
-    S *dh, *dc, *dreads, *dmemory, *dread_weights;      // of the state before the first step, out
+    S *dgates, *dhead;                             // [T, B, 4H], [T, B, head] out, before the activations
+    S *dh, *dc, *dreads, *dmemory, *dread_weights; // of the state before the first step, out
     // Of each step of a segment: c before it and after the last [segment + 1, B, H], and records
     // [segment, B, record()] of the owner. Every kRestartEvery steps a memory, [segment / kRestartEvery, B, N, stride].
     T *cells, *records, *restarts;
@@ -140,9 +140,8 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
             dc() = a.dc1 ? to_arith(a.dc1[share.at(u, u.b)]) : T(0);
         }
         if (share.owned() >= s.B) return;
-        for_each(s.words, [&](int i) {
-            at<T>(l.carried)[i] = a.dreads1 ? to_arith(of_owned(a.dreads1, s.words)[i]) : T(0);
-        });
+        for_each(s.words,
+                 [&](int i) { at<T>(l.carried)[i] = a.dreads1 ? to_arith(of_owned(a.dreads1, s.words)[i]) : T(0); });
         if (a.dmemory1) take_rows(of_owned(a.dmemory1, s.N * s.W), s.N, s.W, a.step.stride, at<T>(l.dmemory));
         else fill_zero(at<T>(l.dmemory), int(a.step.memory()));
         take_heads(of_owned(a.dread_weights1, s.R * s.N), s.R, s.N, at<T>(l.dweights));
@@ -156,7 +155,8 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
         }
     }
     MANN_INLINE void rest(int t) const {
-        if (share.owned() < s.B) for_each(s.head, [&](int p) { a.dhead[s.row(t, share.owned()) * s.head + p] = S(0.0f); });
+        if (share.owned() < s.B)
+            for_each(s.head, [&](int p) { a.dhead[s.row(t, share.owned()) * s.head + p] = S(0.0f); });
     }
 
     // The read weights before a segment.
@@ -248,9 +248,7 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
 
     // The memory's step of the owned example, and the gradient of its head to every block.
     MANN_INLINE void forget(int t) const {
-        for_numbers(s.R, s.W, [&](int h, int w, int i) {
-            at<T>(l.dreads)[of_head(h, w, s.W)] += at<T>(l.carried)[i];
-        });
+        for_numbers(s.R, s.W, [&](int h, int w, int i) { at<T>(l.dreads)[of_head(h, w, s.W)] += at<T>(l.carried)[i]; });
         __syncthreads();
         StepBackward<T> step{};
         step.memory = at<T>(l.memory), step.dmemory = at<T>(l.dmemory);
@@ -263,8 +261,7 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
         const int64_t row = s.row(t, share.owned());
         const auto give = [&](int p, T value) {
             const S grad = to_storage<S>(value);
-            for (int rank = 0; rank < tile; ++rank)
-                of_rank(at<S>(l.dhead), rank)[from * l.leading_head + p] = grad;
+            for (int rank = 0; rank < tile; ++rank) of_rank(at<S>(l.dhead), rank)[from * l.leading_head + p] = grad;
             a.dhead[row * s.head + p] = grad;
         };
         step_backward<true>(a.step, step, [&](int h, int w, T dkey, T dadd) {
@@ -304,8 +301,7 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
         held.multiply(weights, {at<S>(l.dgates), l.leading_gates}, [&](int to, int column, T sum) {
             const int read = column - s.reads_at<S>();
             if (column < s.H)
-                of_rank(at<T>(l.parts_of_dh), column / s.units)[(from * tile + to) * s.units +
-                                                                  column % s.units] = sum;
+                of_rank(at<T>(l.parts_of_dh), column / s.units)[(from * tile + to) * s.units + column % s.units] = sum;
             else if (read >= 0) of_rank(at<T>(l.parts_of_dreads), to)[from * s.words + read] = sum;
         });
     }
@@ -317,7 +313,8 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
                 sum += at<T>(l.parts_of_dh)[(rank * tile + u.example) * s.units + u.unit];
             dh() = sum;
         }
-        if (t < owned_length()) for_each(s.words, [&](int i) {
+        if (t < owned_length())
+            for_each(s.words, [&](int i) {
                 T sum = 0;
                 for (int rank = 0; rank < tile; ++rank) sum += at<T>(l.parts_of_dreads)[rank * s.words + i];
                 at<T>(l.carried)[i] = sum;

@@ -1,9 +1,9 @@
 // mann_sequence, forward: two barriers of the cluster a step.
 //
 // A block makes the gates and h of its units for all examples, and its units' part of every example's head; h goes to
-// all blocks, the part of the head to the example's owner. Barrier. The owner sums the parts, takes the memory's step and
-// sends the reads to all blocks. Barrier; while a block waits, it makes h's part of the next gates. So h has two buffers:
-// a block that has not passed the barrier still reads the one while others fill the other.
+// all blocks, the part of the head to the example's owner. Barrier. The owner sums the parts, takes the memory's step
+// and sends the reads to all blocks. Barrier; while a block waits, it makes h's part of the next gates. So h has two
+// buffers: a block that has not passed the barrier still reads the one while others fill the other.
 #pragma once
 
 #include "mann_sequence.h"
@@ -30,7 +30,8 @@ template <typename S> struct MannForwardLayout {
         using T = Arith<S>;
         MannForwardLayout l;
         const int units = s.units, rows = 4 * units, reads_at = s.reads_at<S>();
-        l.held = HeldRows<arithmetic, tile, S>::columns(rows, reads_at), l.chunks = chunks_of<arithmetic>(rows, reads_at);
+        l.held = HeldRows<arithmetic, tile, S>::columns(rows, reads_at),
+        l.chunks = chunks_of<arithmetic>(rows, reads_at);
         l.leading_hh = leading<S>(s.padded<S>() - l.held), l.leading_head = leading<S>(s.head);
         l.leading_h = leading<S>(s.H), l.leading_reads = leading<S>(s.words), l.leading_units = leading<S>(units);
         l.leading_partial = partial_leading(rows);
@@ -67,8 +68,8 @@ template <typename S> struct MannForwardArgs {
     S *h1, *c1, *reads1, *memory1, *usage1, *read_weights1; // as the state above, out
     // For backward, all out or all null. The copies of the state are taken after every checkpoint_every steps but the
     // last ones.
-    T *saved_gates;                              // [T, B, 4H], after their activations; real steps only
-    int32_t *saved_least_used;                   // [T, B, R]
+    T *saved_gates;                                 // [T, B, 4H], after their activations; real steps only
+    int32_t *saved_least_used;                      // [T, B, R]
     T *saved_c, *saved_memory, *saved_read_weights; // [copies, B, H], [copies, B, N, W], [copies, B, R, N]
 };
 
@@ -154,8 +155,7 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
             const auto cell = lstm_cell(gates[0], gates[1], gates[2], gates[3], c);
             c = cell.c, h = to_storage<S>(cell.h);
 #pragma unroll
-            for (int g = 0; a.saved_gates && g < 4; ++g)
-                a.saved_gates[share.at(u, s.row(t, u.b) * 4 + g)] = gates[g];
+            for (int g = 0; a.saved_gates && g < 4; ++g) a.saved_gates[share.at(u, s.row(t, u.b) * 4 + g)] = gates[g];
         } else if (u.exists) {
             h = h_of(t)[at_h]; // nothing changes
         }
@@ -169,9 +169,8 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
         const Matrix<S> weights{at<S>(l.weight_head), l.leading_head, s.units, s.head, 0};
         const int from = share.rank();
         vectors_times_columns<arithmetic, tile>(
-            weights, {at<S>(l.own_h), l.leading_units}, [&](int owner, int p, T sum) {
-                of_rank(at<T>(l.head_parts), owner)[from * s.head + p] = sum;
-            });
+            weights, {at<S>(l.own_h), l.leading_units},
+            [&](int owner, int p, T sum) { of_rank(at<T>(l.head_parts), owner)[from * s.head + p] = sum; });
     }
 
     // The memory's step of the owned example, and the reads to every block.
@@ -196,8 +195,7 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
         step_forward(a.step, step, [&](int h, int w, T value) {
             const S read = to_storage<S>(value);
             const int word = h * s.W + w;
-            for (int rank = 0; rank < tile; ++rank)
-                of_rank(at<S>(l.reads), rank)[from * l.leading_reads + word] = read;
+            for (int rank = 0; rank < tile; ++rank) of_rank(at<S>(l.reads), rank)[from * l.leading_reads + word] = read;
             a.output[row * s.recurrent + s.H + word] = read;
         });
     }
@@ -213,7 +211,8 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
         if (u.exists) a.saved_c[share.at(u, copy + u.b)] = c;
         if (share.owned() >= s.B) return;
         give_rows(at<T>(l.memory), s.N, s.W, a.step.stride, a.saved_memory + (copy + share.owned()) * s.N * s.W);
-        give_heads(weights_of(min(t + 1, owned_length())), s.R, s.N, a.saved_read_weights + (copy + share.owned()) * s.R * s.N);
+        give_heads(weights_of(min(t + 1, owned_length())), s.R, s.N,
+                   a.saved_read_weights + (copy + share.owned()) * s.R * s.N);
     }
 
     MANN_INLINE void run() {
@@ -251,9 +250,8 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
             a.c1[share.at(u, u.b)] = to_storage<S>(c);
         }
         if (share.owned() >= s.B) return;
-        for_each(s.words, [&](int i) {
-            of_owned(a.reads1, s.words)[i] = at<S>(l.reads)[share.rank() * l.leading_reads + i];
-        });
+        for_each(s.words,
+                 [&](int i) { of_owned(a.reads1, s.words)[i] = at<S>(l.reads)[share.rank() * l.leading_reads + i]; });
         give_rows(at<T>(l.memory), s.N, s.W, a.step.stride, of_owned(a.memory1, s.N * s.W));
         for_each(s.N, [&](int n) { of_owned(a.usage1, s.N)[n] = to_storage<S>(at<T>(l.usage)[n]); });
         give_heads(weights_of(owned_length()), s.R, s.N, of_owned(a.read_weights1, s.R * s.N));

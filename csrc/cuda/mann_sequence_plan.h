@@ -7,7 +7,7 @@
 namespace mann::cuda {
 
 struct MannPlan {
-    int tile = 0; // blocks of a cluster, and examples; 0: the sizes do not fit
+    int tile = 0;                                  // blocks of a cluster, and examples; 0: the sizes do not fit
     int64_t forward_bytes = 0, backward_bytes = 0; // of shared memory; of the last form tried if none fits
 };
 
@@ -19,8 +19,8 @@ template <typename S, Arithmetic arithmetic, int tile> MannPlan mann_plan_of(con
     return {shares ? tile : 0, MannForwardLayout<S>::template of<arithmetic, tile>(s, memory).bytes,
             MannBackwardLayout<S>::template of<arithmetic, tile>(s, memory).bytes};
 }
-// The smallest cluster that has room for the weights: the more clusters there are at once. shared_limit: bytes of shared
-// memory that a block may have.
+// The smallest cluster that has room for the weights: the more clusters there are at once. shared_limit: bytes of
+// shared memory that a block may have.
 template <typename S, Arithmetic arithmetic> MannPlan mann_plan(const MannSizes &s, int64_t shared_limit) {
     for (const auto plan : {mann_plan_of<S, arithmetic, 4>(s), mann_plan_of<S, arithmetic, 8>(s)}) {
         if (plan.tile > 0 && std::max(plan.forward_bytes, plan.backward_bytes) <= shared_limit) return plan;

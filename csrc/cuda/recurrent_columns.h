@@ -113,7 +113,8 @@ MANN_INLINE void columns_by_tensor(const Matrix<S> &weights, const uint32_t (*re
 constexpr int kMostColumns = 2 * 16 * kWarps;
 template <Arithmetic arithmetic, int tile, typename S, typename F>
 MANN_INLINE void vectors_times_columns(const Matrix<S> &weights, const Vectors<S> &vectors, F &&give) {
-    if constexpr (arithmetic == Arithmetic::kFma) columns_by_fma<tile, 0>(weights, static_cast<const S(*)[4][4]>(nullptr), vectors, give);
+    if constexpr (arithmetic == Arithmetic::kFma)
+        columns_by_fma<tile, 0>(weights, static_cast<const S(*)[4][4]>(nullptr), vectors, give);
     else columns_by_tensor<arithmetic, tile, 0>(weights, nullptr, vectors, give);
 }
 
@@ -130,9 +131,9 @@ template <Arithmetic arithmetic, int tile, typename S> class HeldColumns {
 
     // at(row, column) is a weight, or zero beyond the matrix.
     template <typename At> MANN_INLINE void take(int columns, At &&at) {
-        const int lane = lane_of_warp();
+        const int thread = thread_again(), lane = thread % kLanes, warp = thread / kLanes;
         if constexpr (fma) {
-            const int column = min(warp_of_block() * 8 + lane % 8, (columns + 3) / 4 - 1) * 4;
+            const int column = min(warp * 8 + lane % 8, (columns + 3) / 4 - 1) * 4;
 #pragma unroll
             for (int n = 0; n < kQuads; ++n)
 #pragma unroll
@@ -145,8 +146,7 @@ template <Arithmetic arithmetic, int tile, typename S> class HeldColumns {
 #pragma unroll
                 for (int part = 0; part < 4; ++part) {
                     const int row = n % kSteps * kDepth<S> + part / 2 * kDepth<S> / 2 + lane % 4 * kPerWord<S>;
-                    const int column =
-                        (warp_of_block() + n / kSteps * kWarps) * 16 + column_of<S>(lane / 4, part % 2);
+                    const int column = (warp + n / kSteps * kWarps) * 16 + column_of<S>(lane / 4, part % 2);
                     words_[n][part] = word_of(as_factor<arithmetic>(at(row, column)), at(row + 1, column));
                 }
         }

@@ -2,8 +2,9 @@
 // cluster works on.
 //
 // float32 multiplies on the FMA units, or on the tensor cores in TF32 where torch allows that; bfloat16 on the tensor
-// cores, with float32 sums. The weights are the 16 side of the tensor cores' products, the examples the 8 side. A thread
-// meets the same weights at every step: the first of them stay in its registers, which no other part of a step needs.
+// cores, with float32 sums. The weights are the 16 side of the tensor cores' products, the examples the 8 side. A
+// thread meets the same weights at every step: the first of them stay in its registers, which no other part of a step
+// needs.
 #pragma once
 
 #include "block.h"
@@ -69,8 +70,8 @@ template <Arithmetic arithmetic> MANN_INLINE void mma(float d[4], const uint32_t
 template <Arithmetic arithmetic, int tile, typename S>
 MANN_INLINE void load_vectors(const Vectors<S> &vectors, int step, uint32_t b[2]) {
     const int lane = lane_of_warp();
-    const S *from = vectors.numbers + min(lane / 4, tile - 1) * vectors.leading + step * kDepth<S> +
-                    lane % 4 * kPerWord<S>;
+    const S *from =
+        vectors.numbers + min(lane / 4, tile - 1) * vectors.leading + step * kDepth<S> + lane % 4 * kPerWord<S>;
     b[0] = word_at(from), b[1] = word_at(from + kDepth<S> / 2);
     if constexpr (arithmetic == Arithmetic::kTf32)
         b[0] = to_tf32(__uint_as_float(b[0])), b[1] = to_tf32(__uint_as_float(b[1]));

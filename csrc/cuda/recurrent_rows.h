@@ -173,8 +173,8 @@ template <Arithmetic arithmetic, int tile, typename S> class HeldRows {
 #pragma unroll
                 for (int part = 0; part < 4; ++part) {
                     const int row = item % tiles * 16 + lane / 4 + part % 2 * 8;
-                    const int column = (item / tiles + i * chunks) * kDepth<S> + part / 2 * kDepth<S> / 2 +
-                                       lane % 4 * kPerWord<S>;
+                    const int column =
+                        (item / tiles + i * chunks) * kDepth<S> + part / 2 * kDepth<S> / 2 + lane % 4 * kPerWord<S>;
                     words_[i][part] = word_of(as_factor<arithmetic>(at(row, column)), at(row, column + 1));
                 }
         }

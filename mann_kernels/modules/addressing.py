@@ -17,6 +17,9 @@ class ContentAddressing(nn.Module):
         device, dtype: of the parameter.
 
     Shapes: memory [B, N, W], key [B, R, W] -> reads [B, R, W], read_weights [B, R, N].
+
+    Raises:
+        TypeError, ValueError: as mann_kernels.content_address; with key_strength, a key of another number of heads.
     """
 
     def __init__(self, num_heads: int = 1, *, key_strength: bool = False, eps: float = 1e-6, device=None, dtype=None):

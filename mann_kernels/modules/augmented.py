@@ -81,8 +81,9 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
     """nn.Conv2d that takes fast weights beside its own (slow) ones (Munkhdalai & Yu 2017, section 3.3).
 
     Args:
-        in_channels ... dtype: as nn.Conv2d, whose parameters it has, for what mann_kernels.augmented_conv2d covers:
-            square kernels, stride 1, equal zero padding on all sides, no dilation, no groups.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            nn.Conv2d, whose parameters it has, for what mann_kernels.augmented_conv2d covers: square kernels, stride 1,
+            equal zero padding on all sides, no dilation, no groups.
         form, activation: as in AugmentedLinear.
         pool: a 2 x 2 max-pool in steps of 2 follows, of the sum; it keeps the odd last row and column (ceil mode).
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ CONTROLLERS = ("lstm", "feedforward")
 
 class _MANNBase(nn.Module):
     """Parameters, options and state that the sequence and the single step have in common."""
+
+    #: What runs an episode with either controller.
+    _sequences: ClassVar = {"lstm": mann_sequence, "feedforward": lrua_sequence}
 
     def __init__(
         self,
@@ -124,7 +128,7 @@ class _MANNBase(nn.Module):
         """x [T,B,I] -> output [T,B,H+R*W] and the state after each example's last real step."""
         memory, usage, read_weights, reads, h, c = state
         if self.controller == "lstm":
-            output, h, c, reads, memory, usage, read_weights = mann_sequence(
+            output, h, c, reads, memory, usage, read_weights = self._sequences["lstm"](
                 x, h, c, reads, memory, usage, read_weights,
                 self.weight_ih, self.weight_hh, self.bias, self.weight_head, self.bias_head, lengths,
                 **self.head_options, **self.memory_options,
@@ -137,7 +141,7 @@ class _MANNBase(nn.Module):
             head, self.num_heads, self.slot_size, key_strength=options["key_strength"], write=options["write"]
         )
         head = activate_head(*head, squash=options["squash"])
-        all_reads, memory, usage, read_weights = lrua_sequence(
+        all_reads, memory, usage, read_weights = self._sequences["feedforward"](
             memory, usage, read_weights, *head, lengths, **self.memory_options
         )
         if lengths is not None:
@@ -230,9 +234,16 @@ class MANN(_MANNBase):
 
 
 class MANNCell(_MANNBase):
-    """One step of a MANN, called like nn.LSTMCell; its arguments and parameters are MANN's (without batch_first).
+    """One step of a MANN, called like nn.LSTMCell (Santoro et al. 2016). A state_dict of MANN fits.
 
-    Shapes: x [B, I], state (None starts an episode) -> output [B, H + R*W] and the next state. A state_dict of MANN fits.
+    Args:
+        input_size, hidden_size, num_slots, slot_size, num_heads, controller, write, key_strength, squash, lru, erase, decay,
+            eps, memory_init, device, dtype: as MANN, which has the same parameters.
+
+    Shapes: x [B, I], state (None starts an episode) -> output [B, H + R*W] and the next state, a MANNState.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it wants.
     """
 
     def forward(self, x: torch.Tensor, state: MANNState | None = None) -> tuple[torch.Tensor, MANNState]:

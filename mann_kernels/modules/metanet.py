@@ -25,6 +25,9 @@ class FastWeightGenerator(nn.Module):
         device, dtype: of the parameters.
 
     Shapes: gradients of any shape -> fast weights of the same shape.
+
+    Raises:
+        TypeError, ValueError: a size below 1; otherwise as mann_kernels.generate_fast_weights.
     """
 
     def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
@@ -57,6 +60,9 @@ class GradientSummarizer(nn.Module):
         device, dtype: of the parameters.
 
     Shapes: gradients [T, ...] -> fast weights [...]. The order of the T gradients matters.
+
+    Raises:
+        TypeError, ValueError: a size below 1; otherwise as mann_kernels.summarize_gradients.
     """
 
     def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
@@ -88,6 +94,9 @@ class FastWeightMemory(nn.Module):
 
     Shapes: index [G, S, K] and key [G, L, K] -> mix [G, L, S], the softmax of the cosines over the S rows, with which an
     augmented layer mixes the rows of a memory [G, S, P]. The order of the rows does not matter.
+
+    Raises:
+        TypeError, ValueError: as mann_kernels.content_address.
     """
 
     def __init__(self, *, eps: float = 1e-6):

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch.utils._pytree import _register_namedtuple
 
 
 class MANNState(NamedTuple):
@@ -67,3 +68,9 @@ class MetaNetState(NamedTuple):
     def to(self, *args, **kwargs) -> "MetaNetState":
         """The state on another device or in another dtype, with the arguments of torch.Tensor.to."""
         return self.map(lambda field: field.to(*args, **kwargs))
+
+
+# torch.load takes them from a file as it takes tensors; under these names torch.export and AOTInductor keep them in theirs.
+torch.serialization.add_safe_globals([MANNState, MetaNetState])
+for _state in (MANNState, MetaNetState):
+    _register_namedtuple(_state, serialized_type_name=f"mann_kernels.{_state.__name__}")

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from mann_kernels import _backend, _library, reference
+from mann_kernels.ops import _autocast
 from mann_kernels.ops._augment import ACTIVATION, activation_of, canonical, check_layer, keeps_slopes
 from mann_kernels.ops._vjp import reference_vjp
 from mann_kernels.ops.lrua_sequence import arithmetic_dtype
@@ -57,6 +58,7 @@ class _AugmentedConv2d(torch.autograd.Function):
         return y.view(*x.shape[:-3], *y.shape[2:])
 
     @staticmethod
+    @_autocast.off
     def backward(ctx, dy):
         *inputs, codes, slopes = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -73,6 +75,7 @@ class _AugmentedConv2d(torch.autograd.Function):
         return dx.view(x.shape) if need_dx else None, dweight, dfast.view(fast.shape), dmix, dbias, *[None] * 5
 
 
+@_autocast.in_low_type
 def augmented_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,

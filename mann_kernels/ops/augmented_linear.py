@@ -5,6 +5,7 @@ import functools
 import torch
 
 from mann_kernels import _backend, _library, reference
+from mann_kernels.ops import _autocast
 from mann_kernels.ops._augment import ACTIVATION, activation_of, canonical, check_layer
 from mann_kernels.ops._vjp import reference_vjp
 from mann_kernels.ops.lrua_sequence import arithmetic_dtype
@@ -46,6 +47,7 @@ class _AugmentedLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
+    @_autocast.off
     def backward(ctx, dy):
         *inputs, slopes = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -60,6 +62,7 @@ class _AugmentedLinear(torch.autograd.Function):
         return dx.view(x.shape), dweight, dfast.view(fast.shape), dmix, dbias, None, None, None
 
 
+@_autocast.in_low_type
 def augmented_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from mann_kernels import _backend, _library, reference
-from mann_kernels.ops import _check
+from mann_kernels.ops import _autocast, _check
 from mann_kernels.ops._vjp import reference_vjp
 
 _library.define(
@@ -33,6 +33,7 @@ class _ContentAddress(torch.autograd.Function):
         return read_weights
 
     @staticmethod
+    @_autocast.off
     def backward(ctx, dread_weights):
         memory, key, beta, read_weights = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -44,6 +45,7 @@ class _ContentAddress(torch.autograd.Function):
         return dmemory, dkey, None if beta is None else dbeta, None, None
 
 
+@_autocast.in_float32
 def content_address(
     memory: torch.Tensor, key: torch.Tensor, beta: torch.Tensor | None = None, *, eps: float = 1e-6
 ) -> torch.Tensor:

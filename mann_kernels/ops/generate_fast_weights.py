@@ -5,7 +5,7 @@ import functools
 import torch
 
 from mann_kernels import _backend, _library, reference
-from mann_kernels.ops import _check
+from mann_kernels.ops import _autocast, _check
 from mann_kernels.ops._vjp import reference_vjp
 
 WEIGHTS = "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3"
@@ -30,6 +30,7 @@ class _GenerateFastWeights(torch.autograd.Function):
         return _library.operators(backend).generate_fast_weights(*inputs, p)
 
     @staticmethod
+    @_autocast.off
     def backward(ctx, dfast):
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -38,6 +39,7 @@ class _GenerateFastWeights(torch.autograd.Function):
         return *_library.operators(ctx.backend).generate_fast_weights_backward(dfast, *inputs, ctx.p), None, None
 
 
+@_autocast.in_float32
 def generate_fast_weights(
     grads: torch.Tensor,
     weight1: torch.Tensor,

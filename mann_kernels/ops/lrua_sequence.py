@@ -5,7 +5,7 @@ import functools
 import torch
 
 from mann_kernels import _backend, _library, reference
-from mann_kernels.ops import _check
+from mann_kernels.ops import _autocast, _check
 from mann_kernels.ops._vjp import reference_vjp
 from mann_kernels.ops.lrua_step import check_options, check_state
 
@@ -92,6 +92,7 @@ class _LruaSequence(torch.autograd.Function):
         return reads, memory1, usage1, read_weights1
 
     @staticmethod
+    @_autocast.off
     def backward(ctx, dreads, dmemory1, _, dread_weights1):
         memory, usage, read_weights, key, gate, beta, add, lengths, *saved = ctx.saved_tensors
         options = ctx.options
@@ -108,6 +109,7 @@ class _LruaSequence(torch.autograd.Function):
         return dmemory, None, dread_weights, dkey, dgate, dbeta, dadd, *[None] * 7
 
 
+@_autocast.in_float32
 def lrua_sequence(
     memory: torch.Tensor,
     usage: torch.Tensor,

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from mann_kernels import _backend, _library, reference
-from mann_kernels.ops import _check
+from mann_kernels.ops import _autocast, _check
 from mann_kernels.ops._vjp import reference_vjp
 from mann_kernels.ops.lrua_write_weights import LRU
 from mann_kernels.ops.memory_update import ERASE
@@ -51,6 +51,7 @@ class _LruaStep(torch.autograd.Function):
         return reads, memory1, usage1, read_weights1
 
     @staticmethod
+    @_autocast.off
     def backward(ctx, dreads, dmemory1, _, dread_weights1):
         *inputs, least_used = ctx.saved_tensors
         memory, _, read_weights, key, gate, beta, add = inputs
@@ -67,6 +68,7 @@ class _LruaStep(torch.autograd.Function):
         return dmemory, None, dread_weights, dkey, dgate, dbeta, dadd, *[None] * 5
 
 
+@_autocast.in_float32
 def lrua_step(
     memory: torch.Tensor,
     usage: torch.Tensor,

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from mann_kernels import _backend, _library, reference
-from mann_kernels.ops import _check
+from mann_kernels.ops import _autocast, _check
 from mann_kernels.ops._vjp import reference_vjp
 
 LRU = ("per_head", "shared")
@@ -41,6 +41,7 @@ class _LruaWriteWeights(torch.autograd.Function):
         return write_weights, least_used
 
     @staticmethod
+    @_autocast.off
     def backward(ctx, dwrite_weights, _):
         usage, read_weights, gate, least_used = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -52,6 +53,7 @@ class _LruaWriteWeights(torch.autograd.Function):
         return None, dread_weights, dgate, None, None
 
 
+@_autocast.in_float32
 def lrua_write_weights(
     usage: torch.Tensor, read_weights: torch.Tensor, gate: torch.Tensor, *, lru: str = "per_head"
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from mann_kernels import _backend, _library, reference
-from mann_kernels.ops import _check
+from mann_kernels.ops import _autocast, _check
 from mann_kernels.ops._vjp import reference_vjp
 from mann_kernels.ops.lrua_sequence import CHECKPOINT_EVERY, arithmetic_dtype, empty_saved
 from mann_kernels.ops.lrua_step import check_options, check_state
@@ -79,9 +79,9 @@ class _MannSequence(torch.autograd.Function):
         lengths, write, key_strength, squash, lru, erase, decay, eps, save, backend,
     ):  # fmt: skip
         flags = (write == "add", key_strength, squash == "tanh", lru == "shared", erase == "all")
-        ctx.backend = backend
+        ctx.backend, ctx.products = backend, _autocast.setting(x)
         output, *state_and_saved = _library.operators(backend).mann_sequence(
-            *(F.linear(x, weight_ih, bias), weight_hh, weight_head, bias_head),
+            *(F.linear(x, weight_ih, bias).to(x.dtype), weight_hh, weight_head, bias_head),
             *(h, c, reads, memory, usage, read_weights, lengths),
             *(*flags, decay, eps, CHECKPOINT_EVERY, save),
         )
@@ -98,6 +98,7 @@ class _MannSequence(torch.autograd.Function):
         return output, *state
 
     @staticmethod
+    @_autocast.off
     def backward(ctx, doutput, dh1, dc1, dreads1, dmemory1, _, dread_weights1):
         kept = ctx.saved_tensors  # once: every look unpacks them all
         inputs, (lengths, output), saved = kept[:12], kept[12:14], kept[14:]
@@ -113,7 +114,9 @@ class _MannSequence(torch.autograd.Function):
             *(*ctx.flags, ctx.options["eps"], CHECKPOINT_EVERY),
         )
         state = (dh, dc, dreads, dmemory, None, dread_weights)
-        weights = _weight_grads(ctx.needs_input_grad, x, h, reads, output, weight_ih, dgates, dhead)
+        with torch.autocast(**ctx.products):
+            weights = _weight_grads(ctx.needs_input_grad, x, h, reads, output, weight_ih, dgates, dhead)
+        weights = [None if grad is None else grad.to(x.dtype) for grad in weights]
         return weights[0], *state, *weights[1:], *[None] * 10
 
 
@@ -133,6 +136,7 @@ def _weight_grads(needs, x, h, reads, output, weight_ih, dgates, dhead):
     return dx, dweight_ih, dweight_hh, dbias, dweight_head, dbias_head
 
 
+@_autocast.around_float32
 def mann_sequence(
     x: torch.Tensor,
     h: torch.Tensor,
@@ -218,6 +222,6 @@ def mann_sequence(
     shape |= {"write_add": write == "add", "key_strength": key_strength}
     backend = _backend.select("mann_sequence", x, shape)
     if backend == "reference":
-        return reference.mann_sequence(*inputs, lengths, **options)
+        return _autocast.in_float32(reference.mann_sequence)(*inputs, lengths, **options)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     return _MannSequence.apply(*inputs, lengths, *options.values(), save, backend)

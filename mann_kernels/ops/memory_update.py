@@ -5,7 +5,7 @@ import functools
 import torch
 
 from mann_kernels import _backend, _library, reference
-from mann_kernels.ops import _check
+from mann_kernels.ops import _autocast, _check
 from mann_kernels.ops._vjp import reference_vjp
 
 ERASE = ("least", "all")
@@ -34,6 +34,7 @@ class _MemoryUpdate(torch.autograd.Function):
         return _library.operators(backend).memory_update(memory, write_weights, add, least_used, erase == "all")
 
     @staticmethod
+    @_autocast.off
     def backward(ctx, dmemory):
         memory, write_weights, add, least_used = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -45,6 +46,7 @@ class _MemoryUpdate(torch.autograd.Function):
         return *grads, None, None, None
 
 
+@_autocast.in_float32
 def memory_update(
     memory: torch.Tensor,
     write_weights: torch.Tensor,

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from mann_kernels import _backend, _library, reference
-from mann_kernels.ops import _check
+from mann_kernels.ops import _autocast, _check
 from mann_kernels.ops._vjp import reference_vjp
 
 WEIGHTS = "Tensor weight_ih, Tensor weight_hh, Tensor bias, Tensor weight_out, Tensor bias_out"
@@ -30,6 +30,7 @@ class _SummarizeGradients(torch.autograd.Function):
         return _library.operators(backend).summarize_gradients(*inputs, p)
 
     @staticmethod
+    @_autocast.off
     def backward(ctx, dfast):
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -38,6 +39,7 @@ class _SummarizeGradients(torch.autograd.Function):
         return *_library.operators(ctx.backend).summarize_gradients_backward(dfast, *inputs, ctx.p), None, None
 
 
+@_autocast.in_float32
 def summarize_gradients(
     grads: torch.Tensor,
     weight_ih: torch.Tensor,

@@ -13,15 +13,17 @@ def where_active(lengths, t, new, old):
     return torch.where(active, new, old)
 
 
-def lrua_sequence(memory, usage, read_weights, key, gate, beta=None, add=None, lengths=None, **options):
+def lrua_sequence(
+    memory, usage, read_weights, key, gate, beta=None, add=None, lengths=None, *, one_step=lrua_step, **options
+):
     """key [T,B,R,W], gate [T,B,R], beta [T,B,R]?, add [T,B,R,W]?, lengths int [B]?; state and options as in lrua_step
-    -> reads [T,B,R,W], memory, usage, read_weights.
+    -> reads [T,B,R,W], memory, usage, read_weights. one_step: what is called as lrua_step.
 
     Step t of example b is padding when t >= lengths[b]: it reads zeros and leaves the state alone.
     """
     reads = []
     for t in range(key.shape[0]):
-        step = lrua_step(
+        step = one_step(
             memory,
             usage,
             read_weights,

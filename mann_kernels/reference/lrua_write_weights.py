@@ -12,6 +12,15 @@ def least_used_slots(usage, count):
     return torch.sort(usage.detach(), dim=-1, stable=True).indices[..., :count].to(torch.int32)
 
 
+def interpolate(read_weights, gate, own_slot, *, lru="per_head"):
+    """eq. 7: previous read_weights [B,R,N], gate [B,R] (before the sigmoid), own_slot bool [B,R,N] -> write_weights [B,R,N]."""
+    own_slot = own_slot.to(read_weights.dtype)
+    if lru == "shared":  # every head writes to all n = R least-used slots
+        own_slot = own_slot.sum(-2, keepdim=True)
+    interpolation = torch.sigmoid(gate)[..., None]
+    return interpolation * read_weights + (1 - interpolation) * own_slot
+
+
 def lrua_write_weights(usage, read_weights, gate, *, lru="per_head"):
     """usage [B,N], previous read_weights [B,R,N], gate [B,R] (before the sigmoid) -> write_weights [B,R,N], least_used [B,R].
 
@@ -19,9 +28,5 @@ def lrua_write_weights(usage, read_weights, gate, *, lru="per_head"):
     """
     heads, slots = read_weights.shape[-2:]
     least_used = least_used_slots(usage, heads)
-    own_slot = torch.nn.functional.one_hot(least_used.long(), slots).to(read_weights.dtype)
-    if lru == "shared":  # every head writes to all n = R least-used slots
-        own_slot = own_slot.sum(-2, keepdim=True)
-    # eq. 7
-    interpolation = torch.sigmoid(gate)[..., None]
-    return interpolation * read_weights + (1 - interpolation) * own_slot, least_used
+    own_slot = least_used[..., None] == torch.arange(slots, device=usage.device)
+    return interpolate(read_weights, gate, own_slot, lru=lru), least_used

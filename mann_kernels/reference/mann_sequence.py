@@ -40,12 +40,13 @@ def mann_sequence(
     write="key",
     key_strength=False,
     squash="tanh",
+    one_step=lrua_step,
     **options,
 ):
     """x [T,B,I]; h, c [B,H]; reads [B,R,W]; memory [B,N,W]; usage [B,N]; read_weights [B,R,N];
     weight_ih [4H,I], weight_hh [4H,H+R*W], bias [4H] in nn.LSTM's order (input, forget, cell, output);
     weight_head [P,H], bias_head [P] with P = R*W + R (+ R with key_strength) (+ R*W with write="add")
-    -> output [T,B,H+R*W], h, c, reads, memory, usage, read_weights.
+    -> output [T,B,H+R*W], h, c, reads, memory, usage, read_weights. one_step: what is called as lrua_step.
     """
     heads, width = reads.shape[-2:]
     output = []
@@ -59,7 +60,7 @@ def mann_sequence(
 
         head = F.linear(new_h, weight_head, bias_head)
         head = split_head(head, heads, width, key_strength=key_strength, write=write)
-        step = lrua_step(memory, usage, read_weights, *activate_head(*head, squash=squash), **options)
+        step = one_step(memory, usage, read_weights, *activate_head(*head, squash=squash), **options)
 
         row = torch.cat([new_h, step[0].flatten(-2)], dim=-1)
         output.append(where_active(lengths, t, row, torch.zeros_like(row)))

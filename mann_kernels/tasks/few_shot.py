@@ -1,24 +1,29 @@
-"""Few-shot classification: a support set with labels, then queries."""
+"""The few-shot protocol, a support set with answers, then queries; and classification in it."""
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class Tasks(NamedTuple):
-    """G tasks of `ways` classes, shuffled labels 0..ways-1, no example in both halves.
+    """G tasks of S support examples and L queries; no example is in both halves.
 
     Attributes:
-        support_x, support_y: [G, ways*shots, ...] and int64 [G, ways*shots].
-        query_x, query_y: [G, ways*queries, ...] and int64 [G, ways*queries].
-
-    The support examples are ordered shot by shot, with the classes in order of their labels within each; so are the queries.
+        support_x, support_y: [G, S, ...] and int64 [G, S], or float [G, S, O] in a regression.
+        query_x, query_y: [G, L, ...] and int64 [G, L], or float [G, L, O].
+        descriptor: [G, D], what tells the tasks apart, where that is known.
     """
 
     support_x: torch.Tensor
     support_y: torch.Tensor
     query_x: torch.Tensor
     query_y: torch.Tensor
+    descriptor: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Tasks":
+        """The same on another device."""
+        return Tasks(*(None if field is None else field.to(device) for field in self))
 
 
 class FewShotTasks:
@@ -45,9 +50,13 @@ class FewShotTasks:
                 f"shots, queries: got {shots} + {queries}, want at most {examples.shape[1]}, the examples of a class"
             )
         self.examples, self.ways, self.shots, self.queries = examples, ways, shots, queries
+        self.input_size, self.output_size = examples.shape[2:].numel(), ways
 
     def sample(self, G: int, generator: torch.Generator) -> Tasks:
-        """G independent tasks: classes, labels and examples drawn uniformly without replacement."""
+        """G independent tasks: classes, labels 0..ways-1 and examples drawn uniformly without replacement.
+
+        The support examples are ordered shot by shot, with the classes in order of their labels within each; so are the queries.
+        """
         number, each = self.examples.shape[:2]
         classes = torch.rand(G, number, generator=generator).argsort(-1)[:, None, : self.ways]
         chosen = torch.rand(G, each, self.ways, generator=generator).argsort(1)[:, : self.shots + self.queries]
@@ -58,3 +67,12 @@ class FewShotTasks:
             tensor[:, part].flatten(1, 2) for part in (slice(self.shots), slice(self.shots, None)) for tensor in (x, y)
         )
         return Tasks(*halves)
+
+    def loss(self, output: torch.Tensor, tasks: Tasks) -> torch.Tensor:
+        """Mean cross-entropy of the queries, from logits [G, ways*queries, ways]."""
+        return F.cross_entropy(output.flatten(0, 1), tasks.query_y.flatten())
+
+    def scores(self, output: torch.Tensor, tasks: Tasks) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Right answers and queries of each task [G]."""
+        right = output.argmax(-1) == tasks.query_y
+        return {"accuracy": (right.sum(-1), torch.full((len(right),), right.shape[1]))}

@@ -1,41 +1,100 @@
-"""Omniglot's drawings (Lake et al. 2015) from a packed file."""
+"""Omniglot's drawings (Lake et al. 2015): from a packed file, torchvision's folder, or the official archives unpacked."""
 
 from pathlib import Path
 
 import torch
 
-#: The split of Vinyals et al. 2016 in three, as prototypical networks have it.
-SPLITS = {"train": 0, "validation": 1, "test": 2}
+#: The split of Vinyals et al. 2016 in three, as prototypical networks have it; "background" is the 1,200 classes that are not
+#: for testing, in the numbers of Santoro et al. 2016.
+SPLITS = {"train": (0,), "validation": (1,), "background": (0, 1), "test": (2,)}
+#: The classes of a folder in three, in the order of their names: the last 423 are for testing, as in Santoro et al. 2016.
+VALIDATION_FROM, TEST_FROM = 1028, 1200
+WANT = (
+    "want one of: an .npz with `images` (uint8 [classes, drawers, side, side], 255 is ink, or 105 x 105 packed by "
+    "np.packbits) and `class_vinyals` (0 train, 1 validation, 2 test); the root that torchvision.datasets.Omniglot downloaded to; "
+    "the folder where images_background.zip and images_evaluation.zip of github.com/brendenlake/omniglot are unpacked"
+)
 
 
-def load_omniglot(path: str | Path, split: str) -> torch.Tensor:
-    """The drawings of a split, uint8 [classes, drawers, 1, height, width], 255 is full ink.
+def load_omniglot(path: str | Path, split: str, side: int | None = None) -> torch.Tensor:
+    """The drawings of a split, uint8 [classes, drawers, 1, side, side], 255 is full ink.
 
     Args:
-        path: an .npz with `images`, uint8 [classes, drawers, height, width], and `class_vinyals`, [classes], one of SPLITS.
-        split: "train", "validation" or "test".
+        path: an .npz or a folder, see Raises; a folder needs Pillow.
+        split: one of SPLITS: the file's own `class_vinyals`; of a folder's classes, by name, the first 1,200 and the last 423.
+        side: average the pixels down to this size; None keeps that of the data.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file and what it lacks.
+        FileNotFoundError, ValueError: naming the file and what it lacks, or all that can be read.
     """
-    import numpy as np
-
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, want one of {', '.join(SPLITS)}")
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file, want Omniglot packed as .npz with `images` (uint8 [classes, drawers, height, width], "
-            "255 is ink) and `class_vinyals` (0 train, 1 validation, 2 test)"
-        )
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file, {WANT}")
+    images = torch.from_numpy((_from_folder if path.is_dir() else _from_file)(path, SPLITS[split])).unsqueeze(2)
+    if side is None or side == images.shape[-1]:
+        return images
+    if side > images.shape[-1]:
+        raise ValueError(f"{path}: got images of {images.shape[-1]} pixels, want at least {side}")
+    return _smaller(images, side)
+
+
+def _from_file(path: Path, parts: tuple[int, ...]):
+    import numpy as np
+
     try:
         with np.load(path, allow_pickle=False) as file:
             images, classes = file["images"], file["class_vinyals"]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: cannot read `images` and `class_vinyals` from it: {error}") from None
+        raise ValueError(f"{path}: cannot read `images` and `class_vinyals` from it: {error}; {WANT}") from None
+    got = f"images {images.dtype} {list(images.shape)}, class_vinyals {list(classes.shape)}"
     if images.dtype != np.uint8 or images.ndim != 4 or classes.shape != images.shape[:1]:
-        got = f"images {images.dtype} {list(images.shape)}, class_vinyals {list(classes.shape)}"
-        raise ValueError(f"{path}: got {got}, want uint8 [classes, drawers, height, width] and [classes]")
-    return torch.from_numpy(images[classes == SPLITS[split]]).unsqueeze(2)
+        raise ValueError(f"{path}: got {got}, want uint8 [classes, drawers, side, side] and [classes]")
+    images, side = images[np.isin(classes, parts)], images.shape[2]
+    if images.shape[3] == -(-side // 8):
+        images = np.unpackbits(images, axis=-1, count=side) * np.uint8(255)
+    if images.shape[3] != side:
+        raise ValueError(f"{path}: got {got}, want square images")
+    return images
+
+
+def _from_folder(root: Path, parts: tuple[int, ...]):
+    """From <root>/[omniglot-py|python]/images_{background,evaluation}/<alphabet>/<character>/<drawing>.png."""
+    import numpy as np
+
+    for base in (root, root / "omniglot-py", root / "python"):
+        halves = [base / f"images_{half}" for half in ("background", "evaluation")]
+        if all(half.is_dir() for half in halves):
+            break
+    else:
+        raise FileNotFoundError(f"{root}: no images_background and images_evaluation in it, {WANT}")
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ValueError(f"{root}: reading a folder of PNGs needs Pillow (pip install pillow)") from None
+    folders = [folder for half in halves for folder in sorted(half.glob("*/*")) if folder.is_dir()]
+    part = [0 if n < VALIDATION_FROM else 1 if n < TEST_FROM else 2 for n in range(len(folders))]
+    chosen = [folder for folder, n in zip(folders, part, strict=True) if n in parts]
+    # Ink is black, that is 0, in the files.
+    images = [[255 - np.asarray(Image.open(file).convert("L")) for file in sorted(f.glob("*.png"))] for f in chosen]
+    shapes = {(len(drawn), *drawn[0].shape) if drawn else (0,) for drawn in images}
+    if len(shapes) != 1 or shapes == {(0,)}:
+        got = f"{len(folders)} classes" if images else f"only {len(folders)} classes"
+        raise ValueError(
+            f"{root}: got {got} of {sorted(shapes)} drawings, want 1623 classes of 20 drawings of one size"
+        )
+    return np.array(images, np.uint8)
+
+
+def _smaller(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Each new pixel is the mean of the area under it, rounded."""
+    old = images.shape[-1]
+    edges, starts = torch.arange(side + 1) * (old / side), torch.arange(old)
+    covered = torch.minimum(edges[1:, None], starts + 1) - torch.maximum(edges[:-1, None], starts)
+    weights = covered.clamp(min=0) * (side / old)  # [side, old], rows sum to 1
+    parts = (weights @ part.float() @ weights.t() for part in images.split(64))
+    return torch.cat([part.round().to(torch.uint8) for part in parts])
 
 
 def with_rotations(images: torch.Tensor) -> torch.Tensor:

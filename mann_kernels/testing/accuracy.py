@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How far a result is from the float64 reference, and how far it may be."""
+    """How far a result is from the float64 reference, `error`, and how far it may be, `budget`. Raises nothing; see `ok`."""
 
     error: float
     budget: float
@@ -29,6 +29,9 @@ def accuracy(actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor
     follows the conditioning of the problem. In float64 the reference is its own yardstick and shows no error: 10,000 eps of
     the largest magnitude stand for it there, far below what any mistake in a formula makes. NaN and infinity must
     stand where they stand in `exact`: if they do not, the error is infinite.
+
+    Raises:
+        ValueError: shapes that differ.
     """
     if actual.shape != exact.shape:
         raise ValueError(f"actual: got shape {list(actual.shape)}, want {list(exact.shape)}")
@@ -51,7 +54,16 @@ def accuracy(actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor
 
 
 def assert_accurate(actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor, name: str = "result") -> None:
-    """Raise AssertionError, with the error and its budget, unless `accuracy(...)` is within its budget."""
+    """Holds a result to the one tolerance rule.
+
+    Args:
+        actual, same_dtype, exact: as in `accuracy`.
+        name: what the message calls it.
+
+    Raises:
+        AssertionError: with the error and its budget, unless `accuracy(actual, same_dtype, exact)` is within its budget.
+        ValueError: shapes that differ.
+    """
     found = accuracy(actual, same_dtype, exact)
     if not found.ok:
         raise AssertionError(

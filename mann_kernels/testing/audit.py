@@ -10,7 +10,7 @@ from mann_kernels import reference
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: its name, whether the cell passed, and the numbers that say so."""
+    """One check of an audit, which raises nothing: its `name`, whether the cell passed (`ok`), and `evidence`, the numbers."""
 
     name: str
     ok: bool
@@ -19,7 +19,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """All findings of an audit."""
+    """All `findings` of an audit, which raises nothing: `ok` if every check passed, `faults` the names of those that failed."""
 
     findings: tuple[Finding, ...]
 

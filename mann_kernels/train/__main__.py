@@ -1,4 +1,4 @@
-"""`python -m mann_kernels.train TASK --data FILE`: meta-train a learner; a run cut short goes on with --resume."""
+"""`python -m mann_kernels.train TASK`: meta-train a learner; a run cut short goes on with --resume."""
 
 import math
 import time
@@ -11,39 +11,41 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mann_kernels import MetaNet
-from mann_kernels.tasks import FewShotTasks, load_omniglot, with_rotations
-from mann_kernels.train.loop import Run, Settings
+from mann_kernels.tasks import COUNTS, LABELS
+from mann_kernels.train import build
+from mann_kernels.train.loop import Run
+from mann_kernels.train.settings import OPTIMIZERS, SCHEDULES, Settings
 
-LEARNERS = {
-    variant: lambda settings, variant=variant: MetaNet.omniglot(settings.ways, variant=variant)
-    for variant in ("metanet", "metanet-", "metanet+")
-}
-TASKS = {"omniglot": load_omniglot}
 DEFAULT = {field.name: field.default for field in fields(Settings)}
+#: What differs from task to task where it is not given.
+OF_TASK = {
+    "copy": {"length": 20},
+    "associative-recall": {"length": 10},
+    "sinusoid": {"learner": "context-mean", "shots": 10},
+    "few-shot": {"learner": "metanet", "tasks_per_update": 1},
+}
 console = Console()
 
 
-def tasks_of(settings: Settings, data: Path) -> list[FewShotTasks]:
-    """Training and test tasks, of different classes; the quarter turns of a class are classes of their own in both."""
-    load = TASKS[settings.task]
-    sizes = settings.ways, settings.shots, settings.queries
-    return [FewShotTasks(with_rotations(load(data, split)), *sizes) for split in ("train", "test")]
-
-
-def prepare(settings: Settings, data: Path, out: Path, resume: bool) -> Run:
+def prepare(settings: Settings, data: Path | None, out: Path, resume: bool) -> Run:
     """Everything in place for the first update, or for the next one of a run cut short."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    learner = LEARNERS[settings.learner](settings)
-    return Run(learner, *tasks_of(settings, data), settings, out, resume=resume)
+    tasks = build.tasks(settings, data)
+    learner = build.on_device(build.learner(settings, tasks[0]), settings.device)
+    return Run(learner, *tasks, settings, out, resume=resume)
+
+
+def choose(name: str, value: str, known) -> None:
+    if value not in known:
+        raise typer.BadParameter(f"{name}: got {value!r}, want one of {', '.join(known)}")
 
 
 def main(
-    task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.")],
-    data: Annotated[Path, typer.Option(help="The task's data: for omniglot the packed .npz of 28 x 28 images.")],
+    task: Annotated[str, typer.Argument(help=f"One of {', '.join(build.TASKS)}.")] = "copy",
+    data: Annotated[Path | None, typer.Option(help="Omniglot, for the tasks that are made of it.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the log, the checkpoint and the curve.")] = Path("run"),
-    learner: Annotated[str, typer.Option(help=f"One of {', '.join(LEARNERS)}.")] = "metanet",
+    learner: Annotated[str | None, typer.Option(help=f"One of {', '.join(build.LEARNERS)}.")] = None,
     updates: Annotated[int, typer.Option(min=1, help="Train up to this update.")] = 10_000,
     minutes: Annotated[
         float, typer.Option(help="Stop after the update that passes this many minutes in all.")
@@ -52,42 +54,91 @@ def main(
     ways: Annotated[int, typer.Option(min=2, help="Classes of a task.")] = DEFAULT["ways"],
     shots: Annotated[int, typer.Option(min=1, help="Support examples of a class.")] = DEFAULT["shots"],
     queries: Annotated[int, typer.Option(min=1, help="Query examples of a class.")] = DEFAULT["queries"],
-    tasks_per_update: Annotated[int, typer.Option(min=1, help="Tasks in one update.")] = DEFAULT["tasks_per_update"],
-    learning_rate: Annotated[float, typer.Option(help="Adam's.")] = DEFAULT["learning_rate"],
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Steps of an episode, vectors to copy, pairs to recall, points.")
+    ] = None,
+    labels: Annotated[str, typer.Option(help="onehot, or string: five characters.")] = DEFAULT["labels"],
+    counts: Annotated[str, typer.Option(help="Of the classes of an episode: random, or equal.")] = DEFAULT["counts"],
+    bits: Annotated[int, typer.Option(min=1, help="Of a vector to copy or recall.")] = DEFAULT["bits"],
+    dimensions: Annotated[int, typer.Option(min=1, max=3, help="Of gp-regression's x.")] = DEFAULT["dimensions"],
+    hidden_size: Annotated[int, typer.Option(min=1, help="Units of the controller.")] = DEFAULT["hidden_size"],
+    num_slots: Annotated[int, typer.Option(min=1, help="Slots of the memory.")] = DEFAULT["num_slots"],
+    slot_size: Annotated[int, typer.Option(min=1, help="Width of a slot.")] = DEFAULT["slot_size"],
+    num_heads: Annotated[int, typer.Option(min=1, help="Heads of the memory.")] = DEFAULT["num_heads"],
+    write: Annotated[str, typer.Option(help="What MANN writes: key or add.")] = DEFAULT["write"],
+    key_strength: Annotated[bool, typer.Option(help="MANN learns a key strength.")] = DEFAULT["key_strength"],
+    forget_bias: Annotated[float, typer.Option(help="Added to the forget gate's.")] = DEFAULT["forget_bias"],
+    tasks_per_update: Annotated[int | None, typer.Option(min=1, help="Tasks in one update.")] = None,
+    optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = DEFAULT["optimizer"],
+    learning_rate: Annotated[float, typer.Option(help="At the start.")] = DEFAULT["learning_rate"],
+    schedule: Annotated[str, typer.Option(help="constant, or cosine: falling to 0.")] = DEFAULT["schedule"],
+    schedule_updates: Annotated[
+        int | None, typer.Option(min=1, help="Of a cosine, --updates if not given; then the next, from half the rate.")
+    ] = None,
     clip: Annotated[float, typer.Option(help="Largest norm of the whole gradient.")] = DEFAULT["clip"],
     seed: Annotated[int, typer.Option(help="Of weights, tasks and test tasks.")] = DEFAULT["seed"],
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch; the same number repeats bit for bit.")] = 1,
+    device: Annotated[str, typer.Option(help="Of the learner: cpu, cuda, ...")] = DEFAULT["device"],
     log_every: Annotated[int, typer.Option(min=1, help="Updates between rows of the log, and checkpoints.")] = 50,
     test_every: Annotated[int, typer.Option(min=1, help="Updates between tests, a multiple of --log-every.")] = 500,
     interim_tasks: Annotated[int, typer.Option(min=2, help="Tasks of these tests.")] = DEFAULT["interim_tasks"],
     test_tasks: Annotated[int, typer.Option(min=2, help="Tasks of the last test.")] = DEFAULT["test_tasks"],
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the log's numbers for it too.")] = False,
 ):
-    """Meta-train a learner on few-shot tasks and test it on classes it has never seen."""
-    for name, value, known in (("TASK", task, TASKS), ("--learner", learner, LEARNERS)):
-        if value not in known:
-            raise typer.BadParameter(f"{name}: got {value!r}, want one of {', '.join(known)}")
-    given = locals()
-    settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
+    """Meta-train a learner on tasks, and test it on tasks of classes it has never seen."""
+    choose("TASK", task, build.TASKS)
+    given = {name: value for name, value in locals().items() if value is not None}
+    given = DEFAULT | {"length": 10 * ways} | OF_TASK.get(task, {}) | given
+    given["schedule_updates"] = (schedule_updates or updates) if schedule == "cosine" else 0
+    choose("--learner", given["learner"], build.LEARNERS)
+    choose("--labels", labels, LABELS)
+    choose("--counts", counts, COUNTS)
+    choose("--optimizer", optimizer, OPTIMIZERS)
+    choose("--schedule", schedule, SCHEDULES)
+    settings = Settings(**{name: given[name] for name in DEFAULT})
     try:
         run = prepare(settings, data, out, resume)
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
+    if tensorboard:
+        log_to_tensorboard(run)
+    show(run, updates, minutes)
+
+
+def log_to_tensorboard(run: Run) -> None:
+    """From here on every row of the log goes to the folder `tensorboard` as well."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise typer.BadParameter("--tensorboard: it is not installed (pip install tensorboard)") from None
+    writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.update + 1)
+
+    def write(row: dict) -> None:
+        for name, value in row.items():
+            if value not in ("", None) and name != "update":
+                writer.add_scalar(name, float(value), row["update"])
+        writer.flush()
+
+    run.on_row = write
+
+
+def show(run: Run, updates: int, minutes: float) -> None:
+    """Train under a progress bar, and say how it ended."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[state]}"))
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=updates, completed=run.update, state="")
-        began, first, loss, accuracy = time.perf_counter(), run.update, None, None
+        began, first, smooth = time.perf_counter(), run.update, {}
         for done in run.train(updates, minutes):
-            loss, accuracy = (
-                new if old is None else 0.98 * old + 0.02 * new
-                for old, new in ((loss, done["loss"]), (accuracy, done["accuracy"]))
-            )
+            new = {"loss": done["loss"]} | {name: total / n for name, (total, n) in done["scores"].items() if n}
+            smooth |= {name: 0.98 * smooth.get(name, value) + 0.02 * value for name, value in new.items()}
             speed = (run.update - first) / (time.perf_counter() - began)
-            state = f"loss {loss:.3f}  accuracy {accuracy:.3f}  {speed:.2f} updates/s"
-            progress.update(bar, completed=run.update, state=state)
+            state = "  ".join(f"{name} {value:.3f}" for name, value in smooth.items())
+            progress.update(bar, completed=run.update, state=f"{state}  {speed:.2f} updates/s")
     last = run.rows[-1]
+    name = next(iter(done["scores"]))
     console.print(
         f"{last['update']} updates, {last['tasks']} tasks, {run.seconds / 60:.1f} minutes ({run.cpu_seconds / 60:.1f} of CPU): "
-        f"accuracy {last['test_accuracy']} +- {last['test_half_width']} on {test_tasks} test tasks"
+        f"{name} {last[f'test_{name}']} +- {last[f'test_{name}_half_width']} on {run.settings.test_tasks} test tasks"
     )
 
 

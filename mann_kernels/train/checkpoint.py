@@ -46,6 +46,13 @@ def read_facts(path: Path) -> dict:
         return json.loads(file.metadata()["facts"])
 
 
+def load_weights(path: Path, model: torch.nn.Module) -> None:
+    """The model's weights alone."""
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118
+        model.load_state_dict({name.removeprefix("model."): file.get_tensor(name) for name in names})
+
+
 def load_checkpoint(
     path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> dict:

@@ -2,25 +2,29 @@
 
 import csv
 import io
+import math
 from pathlib import Path
 
 from mann_kernels.train.checkpoint import write_atomically
 
-#: Mean loss and accuracy since the row before; on the test classes mean accuracy and the half-width of its 95 % confidence
-#: interval over tasks; wall-clock seconds and CPU seconds so far.
-COLUMNS = ("update", "tasks", "loss", "accuracy", "test_accuracy", "test_half_width", "seconds", "cpu_seconds")
+
+def columns(names: list[str]) -> list[str]:
+    """Of a task with these scores: means since the row before; means on the test tasks and the half-widths of their 95 %
+    confidence intervals; wall-clock seconds and CPU seconds so far."""
+    tested = [column for name in names for column in (f"test_{name}", f"test_{name}_half_width")]
+    return ["update", "tasks", "loss", *names, *tested, "seconds", "cpu_seconds"]
 
 
-def write_log(path: Path, rows: list[dict]) -> None:
+def write_log(path: Path, rows: list[dict], names: list[str]) -> None:
     """All rows, or the old file."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, columns(names), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())
 
 
-def read_log(path: Path, last: int) -> list[dict]:
+def read_log(path: Path, last: float = math.inf) -> list[dict]:
     """The rows up to the update `last`: a run stopped between the log and the checkpoint has one more."""
     if not path.exists():
         return []
@@ -28,29 +32,31 @@ def read_log(path: Path, last: int) -> list[dict]:
         return [row for row in csv.DictReader(file) if int(row["update"]) <= last]
 
 
-def plot_log(rows: list[dict], path: Path, title: str) -> None:
-    """Accuracy over tasks seen: of training, and on the test classes with its confidence interval."""
-    import matplotlib
+def plot_log(rows: list[dict], names: list[str], title: str) -> bytes:
+    """A PNG of the scores over the updates: thin lines in training; dots on the test tasks, with the first one's interval."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    seen, accuracy = ([float(row[name]) for row in rows] for name in ("tasks", "accuracy"))
-    axes.plot(seen, accuracy, color="0.6", linewidth=1, label="training classes, mean since the last point")
-    tested = [
-        [float(row[c]) for c in ("tasks", "test_accuracy", "test_half_width")]
-        for row in rows
-        if row.get("test_accuracy")
-    ]
-    if tested:
-        axes.errorbar(
-            *zip(*tested, strict=True), color="C0", capsize=2, marker=".", label="test classes, 95 % interval"
-        )
-    axes.set(xlabel="tasks seen", ylabel="accuracy", ylim=(0, 1.02), title=title)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for n, name in enumerate(names):
+        color = colormaps["viridis"](0.9 * n / len(names))
+        seen = [(float(row["update"]), float(row[name])) for row in rows if row.get(name)]
+        axes.plot(*zip(*seen, strict=True), color=color, linewidth=0.7, alpha=0.5)
+        tested = [row for row in rows if row.get(f"test_{name}")]
+        if tested:
+            of = ("update", f"test_{name}", f"test_{name}_half_width")
+            updates, mean, half = ([float(row[column]) for row in tested] for column in of)
+            bars = {"yerr": half, "capsize": 2} if n == 0 else {}
+            axes.errorbar(updates, mean, color=color, marker=".", label=name.replace("_", " "), **bars)
+    axes.set(xlabel="updates", title=f"{title}: dots on test tasks, thin lines in training")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return as_png(figure)
+
+
+def as_png(figure) -> bytes:
+    """A matplotlib figure as the content of a file."""
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    pyplot.close(figure)
-    write_atomically(path, image.getvalue())
+    figure.savefig(image, format="png", dpi=100)
+    return image.getvalue()

@@ -1,56 +1,78 @@
-"""The loop: draw tasks, adapt to the support half of each, update from the loss on the query half."""
+"""The loop: draw tasks, let the learner adapt to what it is shown of each, and update it from the loss on the rest."""
 
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from mann_kernels.tasks import FewShotTasks
-from mann_kernels.train.checkpoint import load_checkpoint, read_facts, save_checkpoint
+from mann_kernels.tasks import Episodes
+from mann_kernels.train.checkpoint import load_checkpoint, read_facts, save_checkpoint, write_atomically
 from mann_kernels.train.log import plot_log, read_log, write_log
+from mann_kernels.train.settings import Settings
+
+#: Added to a seed for tests, so that no test task was drawn for training by the same seed.
+FOR_TESTS = 1 << 40
+#: For each score of a task: the sum over some tasks, and over how many answers.
+Totals = dict[str, tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run's numbers depend on; a run goes on only with the settings it began with."""
+def mean_and_half_width(totals: torch.Tensor, counts: torch.Tensor) -> tuple[float, float]:
+    """The mean over all answers and the half-width of its 95 % confidence interval.
 
-    task: str
-    learner: str
-    ways: int = 5
-    shots: int = 1
-    queries: int = 10
-    tasks_per_update: int = 1
-    learning_rate: float = 1e-3
-    clip: float = 10.0
-    seed: int = 0
-    threads: int = 1
-    log_every: int = 50
-    test_every: int = 500
-    interim_tasks: int = 50
-    test_tasks: int = 400
+    totals, counts [tasks]: the tasks are independent, the answers within one are not, so the variance is that of a ratio of two
+    sums over tasks.
+    """
+    totals, counts = totals.double(), counts.double()
+    mean, number = totals.sum() / counts.sum(), len(totals)
+    residual = totals - mean * counts
+    spread = (residual.square().sum() / (number - 1)).sqrt() if number > 1 else math.nan
+    return mean.item(), float(1.96 * spread * math.sqrt(number) / counts.sum())
 
 
-def mean_and_half_width(accuracies: list[float]) -> tuple[float, float]:
-    """The mean over tasks and the half-width of its 95 % confidence interval."""
-    values = torch.tensor(accuracies, dtype=torch.float64)
-    spread = values.std().item() if len(accuracies) > 1 else math.nan
-    return values.mean().item(), 1.96 * spread / math.sqrt(len(accuracies))
+def answer(learner: torch.nn.Module, batch) -> torch.Tensor:
+    """What the learner says: at each step of an episode, or to the queries, given the support set or the task's descriptor."""
+    if isinstance(batch, Episodes):
+        return learner(batch.x)
+    if not hasattr(learner, "adapt"):
+        return learner(batch.query_x, batch.descriptor)
+    return learner.predict(batch.query_x, learner.adapt(batch.support_x, batch.support_y))
+
+
+@torch.no_grad()
+def measure(
+    learner: torch.nn.Module, tasks, number: int, seed: int, device: str = "cpu", at_once: int = 10
+) -> dict[str, tuple[float, float]]:
+    """The mean of each score on `number` tasks drawn with this seed, and its half-width; torch's generator is left as it was."""
+    learner.eval()
+    found: list[dict] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed + FOR_TESTS)
+        for first in range(0, number, at_once):
+            batch = tasks.sample(min(at_once, number - first), generator).to(device)
+            found.append(tasks.scores(answer(learner, batch), batch))
+    return {
+        name: mean_and_half_width(*(torch.cat([scores[name][part].cpu() for scores in found]) for part in (0, 1)))
+        for name in found[0]
+    }
 
 
 class Run:
-    """One run in its folder: `log.csv`, `checkpoint.safetensors`, `accuracy.png`.
+    """One run in its folder: `log.csv`, `checkpoint.safetensors`, and a picture named after the task's first score.
 
     Args:
-        learner: an nn.Module with `adapt(support_x, support_y) -> state` and `predict(query_x, state) -> logits`, for
-            tasks [G, S, ...], and [G, L, ...].
-        train_tasks, test_tasks: of different classes.
+        learner: an nn.Module: for Episodes called with x; for Tasks with `adapt(support_x, support_y) -> state` and
+            `predict(query_x, state) -> output`.
+        train_tasks, test_tasks: with `sample(number, generator)`, `loss(output, batch)` and `scores(output, batch)`; of
+            different classes.
         settings: see Settings.
         folder: made if need be.
         resume: go on from the folder's checkpoint, if there is one; without it there must be none.
+
+    `on_row` is called with each new row of the log.
 
     Raises:
         ValueError: a checkpoint that is in the way, or of other settings.
@@ -59,19 +81,20 @@ class Run:
     def __init__(
         self,
         learner: torch.nn.Module,
-        train_tasks: FewShotTasks,
-        test_tasks: FewShotTasks,
+        train_tasks,
+        test_tasks,
         settings: Settings,
         folder: Path,
         *,
         resume: bool = False,
     ):
         self.learner, self.train_tasks, self.test_tasks, self.settings = learner, train_tasks, test_tasks, settings
-        self.optimizer = torch.optim.Adam(learner.parameters(), settings.learning_rate)
+        self.optimizer = settings.make_optimizer(learner.parameters())
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.folder, self.checkpoint = folder, folder / "checkpoint.safetensors"
         self.update, self.seconds, self.cpu_seconds, self.rows = 0, 0.0, 0.0, []
-        self._since: list[tuple[float, float]] = []
+        self._since: list[tuple[float, Totals]] = []
+        self.on_row = lambda row: None
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             if not resume:
@@ -82,7 +105,8 @@ class Run:
         self._clock()
 
     def _restore(self) -> None:
-        found = read_facts(self.checkpoint)["settings"]
+        # An older checkpoint lacks newer settings, and did what is their default.
+        found = asdict(self.settings) | asdict(Settings()) | read_facts(self.checkpoint)["settings"]
         other = {name: value for name, value in asdict(self.settings).items() if found.get(name) != value}
         if other:
             changes = ", ".join(
@@ -101,7 +125,7 @@ class Run:
         self.cpu_seconds += now[1] - before[1]
 
     def train(self, updates: int, minutes: float = math.inf) -> Iterator[dict]:
-        """Up to this update, or past this many minutes of the whole run; yields loss and accuracy of each, and logs.
+        """Up to this update, or past this many minutes of the whole run; yields loss and scores of each, and logs.
 
         The last state is always logged and is a checkpoint; it is tested on `test_tasks` tasks, those before it on the
         first `interim_tasks` of them.
@@ -115,47 +139,43 @@ class Run:
                 self._log(self.settings.test_tasks if last else interim * self.settings.interim_tasks)
 
     def _one_update(self) -> dict:
-        tasks = self.train_tasks.sample(self.settings.tasks_per_update, self.generator)
+        batch = self.train_tasks.sample(self.settings.tasks_per_update, self.generator).to(self.settings.device)
         self.learner.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate_at(self.update)
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.learner.predict(tasks.query_x, self.learner.adapt(tasks.support_x, tasks.support_y))
-        loss = F.cross_entropy(logits.flatten(0, 1), tasks.query_y.flatten())
+        output = answer(self.learner, batch)
+        loss = self.train_tasks.loss(output, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.settings.clip)
         self.optimizer.step()
         self.update += 1
-        self._since.append((loss.item(), (logits.argmax(-1) == tasks.query_y).double().mean().item()))
-        return {"update": self.update, "loss": self._since[-1][0], "accuracy": self._since[-1][1]}
+        scores = self.train_tasks.scores(output.detach(), batch)
+        totals = {name: (total.sum().item(), count.sum().item()) for name, (total, count) in scores.items()}
+        self._since.append((loss.item(), totals))
+        return {"update": self.update, "loss": self._since[-1][0], "scores": totals}
 
-    @torch.no_grad()
-    def test(self, tasks: int, at_once: int = 5) -> tuple[float, float]:
-        """Mean accuracy on this many tasks of the test classes, always the same ones, and its half-width."""
-        self.learner.eval()
-        accuracies: list[float] = []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed)
-            generator = torch.Generator().manual_seed(self.settings.seed)
-            while len(accuracies) < tasks:
-                drawn = self.test_tasks.sample(min(at_once, tasks - len(accuracies)), generator)
-                logits = self.learner.predict(drawn.query_x, self.learner.adapt(drawn.support_x, drawn.support_y))
-                accuracies += (logits.argmax(-1) == drawn.query_y).double().mean(-1).tolist()
-        return mean_and_half_width(accuracies)
+    def test(self, tasks: int) -> dict[str, tuple[float, float]]:
+        """The mean of each score on this many tasks of the test classes, always the same ones, and its half-width."""
+        return measure(self.learner, self.test_tasks, tasks, self.settings.seed, self.settings.device)
 
     def _log(self, test_tasks: int) -> None:
-        losses, accuracies = zip(*self._since, strict=True)
         row = {"update": self.update, "tasks": self.update * self.settings.tasks_per_update}
-        row |= {"loss": f"{sum(losses) / len(losses):.6f}", "accuracy": f"{sum(accuracies) / len(accuracies):.4f}"}
+        row["loss"] = f"{sum(loss for loss, _ in self._since) / len(self._since):.6f}"
+        for name in self._since[0][1]:
+            total, count = (sum(totals[name][part] for _, totals in self._since) for part in (0, 1))
+            row[name] = f"{total / count:.4f}" if count else ""
         if test_tasks:
-            mean, half = self.test(test_tasks)
-            row |= {"test_accuracy": f"{mean:.4f}", "test_half_width": f"{half:.4f}"}
+            for name, (mean, half) in self.test(test_tasks).items():
+                row |= {f"test_{name}": f"{mean:.4f}", f"test_{name}_half_width": f"{half:.4f}"}
         self._clock()
         self.rows.append(row | {"seconds": f"{self.seconds:.1f}", "cpu_seconds": f"{self.cpu_seconds:.1f}"})
-        self._since = []
+        self.on_row(self.rows[-1])
+        names, self._since = list(self._since[0][1]), []
         # The log first: stopped in between, the rows past the checkpoint are dropped and written again.
-        write_log(self.folder / "log.csv", self.rows)
+        write_log(self.folder / "log.csv", self.rows, names)
         facts = {"settings": asdict(self.settings), "update": self.update}
         facts |= {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         save_checkpoint(self.checkpoint, self.learner, self.optimizer, self.generator, facts)
         if test_tasks:
-            title = f"{self.settings.learner}, {self.settings.task} {self.settings.ways}-way {self.settings.shots}-shot"
-            plot_log(self.rows, self.folder / "accuracy.png", title)
+            write_atomically(self.folder / f"{names[0]}.png", plot_log(self.rows, names, self.settings.title()))

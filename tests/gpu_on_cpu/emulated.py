@@ -78,8 +78,8 @@ def emulated(target="sm_90", **options):
     before, hook, missing = driver._active, knobs.runtime.add_stages_inspection_hook, _backend.missing
     launches = []
 
-    def nothing_missing_on_cpu(name, stem, device, dtype):
-        return None if (name, device) == ("triton", "cpu") else missing(name, stem, device, dtype)
+    def nothing_missing_on_cpu(name, stem, device, dtype, sizes=None):
+        return None if (name, device) == ("triton", "cpu") else missing(name, stem, device, dtype, sizes)
 
     driver.set_active(_Driver(int(target.removeprefix("sm_")), launches, options))
     knobs.runtime.add_stages_inspection_hook = _keep_ptx

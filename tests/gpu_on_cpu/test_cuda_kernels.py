@@ -95,7 +95,7 @@ def test_segments_and_restarts(every, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_paper_size(dtype):
     """Eight blocks, or four, with all of the recurrent weights in shared memory."""
-    inputs = class_of("mann_sequence").inputs(49, 8, 128, 40, 4, T=2)
+    inputs = class_of("mann_sequence").inputs(49, 8, 128, 40, 4, T=2, H=200)
     matches("mann_sequence", inputs, dtype)
 
 

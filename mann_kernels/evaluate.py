@@ -1,0 +1,126 @@
+"""`python -m mann_kernels.evaluate CHECKPOINT`: a trained learner on test tasks, beside the paper's figures where there are any."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mann_kernels.modules import MANN
+from mann_kernels.tasks import PRESENTATIONS, GPRegression, OmniglotEpisodes
+from mann_kernels.train import build
+from mann_kernels.train.checkpoint import load_weights, read_facts, write_atomically
+from mann_kernels.train.log import as_png, plot_log, read_log
+from mann_kernels.train.loop import measure
+from mann_kernels.train.settings import Settings
+
+#: Santoro et al. 2016, tables 1 and 2: 5 classes, % right at the 1st, 2nd, 3rd, 4th, 5th and 10th presentation.
+PAPER = {
+    ("onehot", "human"): (34.5, 57.3, 70.1, 71.8, 81.4, 92.4),
+    ("onehot", "feedforward"): (24.4, 19.6, 21.1, 19.9, 22.8, 19.5),
+    ("onehot", "lstm"): (24.4, 49.5, 55.3, 61.0, 63.6, 62.5),
+    ("onehot", "mann"): (36.4, 82.8, 91.0, 92.6, 94.9, 98.1),
+    ("string", "feedforward"): (0.0, 0.2, 0.0, 0.2, 0.0, 0.0),
+    ("string", "lstm"): (0.0, 9.0, 14.2, 16.9, 21.8, 25.5),
+    ("string", "mann-feedforward"): (0.0, 8.0, 16.2, 25.2, 30.9, 46.8),
+    ("string", "mann"): (0.0, 69.5, 80.4, 87.9, 88.4, 93.1),
+}
+console = Console()
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint.safetensors of a run, or the run's folder.")],
+    data: Annotated[Path | None, typer.Option(help="Omniglot, for the tasks that are made of it.")] = None,
+    tasks: Annotated[int, typer.Option(min=2, help="Test tasks.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the test tasks.")] = 1,
+    turns: Annotated[bool, typer.Option("--turns", help="omniglot: quarter turns of the test classes too.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    plots: Annotated[Path | None, typer.Option(help="Folder for pictures: the training, and one task.")] = None,
+):
+    """Test a trained learner on tasks it has never seen: the mean of each score and its 95 % confidence interval."""
+    checkpoint = checkpoint / "checkpoint.safetensors" if checkpoint.is_dir() else checkpoint
+    if not checkpoint.is_file():
+        raise typer.BadParameter(f"CHECKPOINT: {checkpoint}: no such file, want the checkpoint of a run")
+    try:
+        facts = read_facts(checkpoint)
+        settings = Settings(**facts["settings"])
+        _, test_tasks = build.tasks(settings, data)
+        learner = build.learner(settings, test_tasks)
+        load_weights(checkpoint, learner)
+        build.on_device(learner, device)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    if isinstance(test_tasks, OmniglotEpisodes):
+        test_tasks.turns = turns
+    torch.set_num_threads(settings.threads)
+    found = measure(learner, test_tasks, tasks, seed, device)
+    show(found, settings, facts["update"], tasks)
+    if plots is not None:
+        rows = read_log(checkpoint.parent / "log.csv")
+        if rows:
+            plots.mkdir(parents=True, exist_ok=True)
+            write_atomically(plots / "training.png", plot_log(rows, list(found), settings.title()))
+        draw(learner, test_tasks, plots, seed, device)
+
+
+def show(found: dict[str, tuple[float, float]], settings: Settings, update: int, tasks: int) -> None:
+    """The table; accuracies are in %."""
+    percent = "accuracy" in found
+    papers = {}
+    if settings.task == "omniglot" and settings.ways == 5:
+        papers = {learner: row for (labels, learner), row in PAPER.items() if labels == settings.labels}
+    title = f"{settings.learner}, {settings.task}: {update} updates of {settings.tasks_per_update} tasks; {tasks} test tasks"
+    table = Table(title=title, title_justify="left")
+    for head in ("", "ours" + ", %" * percent, *(f"paper's {learner}" for learner in papers)):
+        table.add_column(head, justify="right")
+    for score, (mean, half) in found.items():
+        ours = f"{100 * mean:.1f} ± {100 * half:.1f}" if percent else f"{mean:.3f} ± {half:.3f}"
+        at = PRESENTATIONS.index(int(score.split("_")[1])) if papers and "_" in score else None
+        table.add_row(score, ours, *("" if at is None else str(row[at]) for row in papers.values()))
+    console.print(table)
+
+
+@torch.no_grad()
+def draw(learner, test_tasks, plots: Path, seed: int, device: str) -> None:
+    """What there is to be seen of test tasks, as PNGs: a Gaussian process's likelihoods, a MANN's memory in one episode."""
+    from mann_kernels.visualize import draw_episode
+
+    plots.mkdir(parents=True, exist_ok=True)
+    batch = test_tasks.sample(100, torch.Generator().manual_seed(seed)).to(device)
+    if isinstance(test_tasks, GPRegression):
+        write_atomically(
+            plots / "points.png", as_png(likelihoods(test_tasks.nll(learner(batch.x), batch), batch.exact))
+        )
+    core = getattr(learner, "core", None)
+    if isinstance(core, MANN) and hasattr(batch, "x"):
+        classes, delay = None, 0
+        if isinstance(test_tasks, OmniglotEpisodes):
+            classes, delay = class_of_steps(batch, 0), 1
+        write_atomically(plots / "memory.png", as_png(draw_episode(core, batch.x, classes=classes, delay=delay)))
+
+
+def class_of_steps(episodes, example: int) -> torch.Tensor:
+    """A number for each class [T], whatever its label looks like."""
+    y = episodes.y[:, example]
+    return y if y.dim() == 1 else y.unique(dim=0, return_inverse=True)[1]
+
+
+def likelihoods(nll: torch.Tensor, exact: torch.Tensor):
+    """A figure of the negative log-likelihood of each point [T, B], and that of the true process."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    points = range(1, len(nll) + 1)
+    for name, values in (("learner", nll), ("the true process", exact)):
+        axes.plot(points, values.mean(1).cpu().numpy(), label=name)
+    axes.set(xlabel="point", ylabel=f"negative log-likelihood, mean of {nll.shape[1]} functions")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    typer.run(main)

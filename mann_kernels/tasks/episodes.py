@@ -1,0 +1,158 @@
+"""Episodes: sequences whose answer at each step is to be given from what came before."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+#: Which presentations of a class the paper's tables tell apart.
+PRESENTATIONS = (1, 2, 3, 4, 5, 10)
+#: String labels: so many characters, each of so many letters (Santoro et al. 2016, section 4.2).
+CHARACTERS, LETTERS = 5, 5
+COUNTS = ("random", "equal")
+LABELS = ("onehot", "string")
+
+
+class Episodes(NamedTuple):
+    """B episodes of T steps.
+
+    Attributes:
+        x: [T, B, I], the input.
+        y: [T, B] or [T, B, ...], the answers.
+        presentation: int64 [T, B], counts from 1 how often the class of this step has been shown; None without classes.
+        asked: bool [T, B], the steps that are to be answered; None: all are.
+        exact: [T, B], the loss of the best that can be known at each step; None where that is not known.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    presentation: torch.Tensor | None = None
+    asked: torch.Tensor | None = None
+    exact: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Episodes":
+        """The same on another device."""
+        return Episodes(*(None if field is None else field.to(device) for field in self))
+
+
+def before(y: torch.Tensor) -> torch.Tensor:
+    """[T, ...] one step later, with zeros at the first: what may be seen of the answers at each step."""
+    return torch.cat([torch.zeros_like(y[:1]), y[:-1]])
+
+
+def _turned(pixels: torch.Tensor, angle: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """pixels [B, T, 1, h, w] turned by angle [B, T] and shifted by shift [B, T, 2], in half sides; bilinear, zero outside."""
+    height, width = pixels.shape[-2:]
+    down, right = ((torch.arange(size) * 2 + 1) / size - 1 for size in (height, width))
+    right, down = right.repeat(height), down.repeat_interleave(width)
+    cos, sin = angle.cos()[..., None], angle.sin()[..., None]
+    # The source of each pixel. Faster than affine_grid, which multiplies a 3 x 2 matrix for each image.
+    where = torch.stack([cos * right - sin * down + shift[..., :1], sin * right + cos * down + shift[..., 1:]], -1)
+    where = where.view(-1, height, width, 2)
+    return F.grid_sample(pixels.flatten(0, 1), where, align_corners=False).view(pixels.shape)
+
+
+class OmniglotEpisodes:
+    """Classification with time-offset labels (Santoro et al. 2016, section 4.1): input (x_t, y_{t-1}), answer y_t.
+
+    Every episode of a batch has classes, labels and examples of its own, drawn without replacement.
+
+    Args:
+        examples: uint8 [classes, examples of each, 1, side, side], 255 is ink.
+        ways: classes of an episode.
+        length: its steps; None is 10 * ways.
+        labels: "onehot" or "string", five characters of five letters each, [.., 25].
+        counts: how often a class appears: "random", as in the paper (`length` of all the examples of the episode's classes),
+            or "equal".
+        augment: turn each image by up to pi/16 and shift it by up to 10/105 of its side, as in the paper.
+        turns: turn each class of an episode by 0, 90, 180 or 270 degrees.
+
+    Raises:
+        ValueError: naming the argument that does not fit the examples or the others.
+    """
+
+    def __init__(
+        self,
+        examples: torch.Tensor,
+        ways: int = 5,
+        length: int | None = None,
+        *,
+        labels: str = "onehot",
+        counts: str = "random",
+        augment: bool = False,
+        turns: bool = False,
+    ):
+        length = 10 * ways if length is None else length
+        for name, value, known in (("labels", labels, LABELS), ("counts", counts, COUNTS)):
+            if value not in known:
+                raise ValueError(f"{name}: got {value!r}, want one of {', '.join(known)}")
+        if not 2 <= ways <= examples.shape[0]:
+            raise ValueError(f"ways: got {ways}, want 2 to {examples.shape[0]}, the classes there are")
+        if not 1 <= length <= ways * examples.shape[1]:
+            raise ValueError(f"length: got {length}, want 1 to {ways * examples.shape[1]}, the examples of an episode")
+        if counts == "equal" and length % ways:
+            raise ValueError(f"length: got {length}, want a multiple of ways={ways} for equal counts")
+        self.examples, self.ways, self.length = examples, ways, length
+        self.labels, self.counts, self.augment, self.turns = labels, counts, augment, turns
+        self.most = length // ways if counts == "equal" else min(length, examples.shape[1])
+        self.output_size = ways if labels == "onehot" else CHARACTERS * LETTERS
+        self.input_size = examples.shape[-2:].numel() + self.output_size
+
+    def sample(self, B: int, generator: torch.Generator) -> Episodes:
+        """B independent episodes; y is the label [T, B], or the string's five letters [T, B, 5]."""
+        number, each = self.examples.shape[:2]
+        classes = torch.rand(B, number, generator=generator).topk(self.ways).indices
+        order = torch.rand(B, self.ways, each, generator=generator)
+        if self.counts == "equal":
+            chosen = order.topk(self.length // self.ways).indices + torch.arange(self.ways)[:, None] * each
+            shuffle = torch.rand(B, self.length, generator=generator).argsort()
+            chosen = chosen.flatten(1).gather(1, shuffle)
+        else:
+            chosen = order.flatten(1).topk(self.length).indices
+        label, example = chosen // each, chosen % each  # [B, T]
+        images = self.examples.flatten(0, 1)[classes.gather(1, label) * each + example]
+        pixels = self._seen(images, label, generator).flatten(2)
+        known = F.one_hot(label, self.ways)
+        presentation = known.cumsum(1).gather(2, label[..., None])[..., 0]
+        y, known = (label, known) if self.labels == "onehot" else self._strings(label, generator)
+        x = torch.cat([pixels, known.float()], 2).transpose(0, 1)
+        x[..., -self.output_size :] = before(x[..., -self.output_size :])
+        return Episodes(x, y.transpose(0, 1), presentation.t())
+
+    def _strings(self, label, generator):
+        """Distinct strings for the classes of an episode: letters [B, T, 5] and five-hot [B, T, 25]."""
+        codes = torch.rand(label.shape[0], LETTERS**CHARACTERS, generator=generator).topk(self.ways).indices
+        letters = codes.gather(1, label)[..., None] // LETTERS ** torch.arange(CHARACTERS) % LETTERS
+        return letters, F.one_hot(letters, LETTERS).flatten(2)
+
+    def _seen(self, images, label, generator):
+        """uint8 [B, T, 1, h, w] -> float in 0..1, turned and shifted; one interpolation for all of it."""
+        pixels = images.float() / 255
+        if not (self.augment or self.turns):
+            return pixels
+        angle, shift = torch.zeros(label.shape), torch.zeros(*label.shape, 2)
+        if self.augment:
+            angle = (torch.rand(label.shape, generator=generator) * 2 - 1) * (math.pi / 16)
+            shift = (torch.rand(*label.shape, 2, generator=generator) * 2 - 1) * (2 * 10 / 105)
+        if self.turns:
+            turns = torch.randint(4, (label.shape[0], self.ways), generator=generator)
+            angle = angle + turns.gather(1, label) * (math.pi / 2)
+        return _turned(pixels, angle, shift)
+
+    def loss(self, output: torch.Tensor, episodes: Episodes) -> torch.Tensor:
+        """Cross-entropy per step (a string's is the sum over its characters), from output [T, B, output_size]."""
+        if self.labels == "onehot":
+            return F.cross_entropy(output.flatten(0, 1), episodes.y.flatten())
+        letters = output.unflatten(-1, (CHARACTERS, LETTERS)).flatten(0, 2)
+        return CHARACTERS * F.cross_entropy(letters, episodes.y.flatten())
+
+    def scores(self, output: torch.Tensor, episodes: Episodes) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Right answers and answers of each episode [B]: in all, and at each of PRESENTATIONS that can occur."""
+        if self.labels == "onehot":
+            right = output.argmax(-1) == episodes.y
+        else:
+            right = (output.unflatten(-1, (CHARACTERS, LETTERS)).argmax(-1) == episodes.y).all(-1)
+        asked = {"accuracy": torch.ones_like(right)}
+        asked |= {f"accuracy_{k}": episodes.presentation == k for k in PRESENTATIONS if k <= self.most}
+        return {name: ((right & of).sum(0), of.sum(0)) for name, of in asked.items()}

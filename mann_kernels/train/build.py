@@ -1,0 +1,95 @@
+"""From settings to tasks and a learner."""
+
+from pathlib import Path
+
+from torch import nn
+
+from mann_kernels.modules import MetaNet
+from mann_kernels.tasks import (
+    AssociativeRecall,
+    Copy,
+    FewShotTasks,
+    GPRegression,
+    OmniglotEpisodes,
+    Sinusoids,
+    load_omniglot,
+    omniglot,
+    with_rotations,
+)
+from mann_kernels.train import learners
+from mann_kernels.train.settings import Settings
+
+EPISODES = ("copy", "associative-recall", "gp-regression", "omniglot")
+HALVES = ("sinusoid", "few-shot")
+#: What is made of Omniglot, and the side of its images.
+OF_OMNIGLOT = {"omniglot": 20, "few-shot": 28}
+TASKS = EPISODES + HALVES
+RECURRENT = ("mann", "mann-feedforward", "lstm")
+METANETS = ("metanet", "metanet-", "metanet+")
+CONTEXTS = ("context-mean", "context-recurrent")
+#: The learners of each task.
+FITTING = dict.fromkeys(EPISODES, (*RECURRENT, "feedforward"))
+FITTING |= {"sinusoid": (*RECURRENT, *CONTEXTS, "multi-task"), "few-shot": (*METANETS, *RECURRENT, *CONTEXTS)}
+LEARNERS = (*RECURRENT, "feedforward", *METANETS, *CONTEXTS, "multi-task")
+
+
+def tasks(settings: Settings, data: Path | None) -> tuple:
+    """Training and test tasks; where there are classes, of different ones."""
+    s = settings
+    if s.task == "copy":
+        return Copy(s.length, s.bits, shorter=True), Copy(s.length, s.bits)
+    if s.task not in OF_OMNIGLOT:
+        made = {
+            "associative-recall": lambda: AssociativeRecall(s.length, s.bits),
+            "gp-regression": lambda: GPRegression(s.dimensions, s.length),
+            "sinusoid": lambda: Sinusoids(s.shots, s.queries),
+        }[s.task]()
+        return made, made
+    if data is None:
+        free = ", ".join(name for name in TASKS if name not in OF_OMNIGLOT)
+        raise ValueError(f"--data: got none, and {s.task} is made of Omniglot, {omniglot.WANT}; without data: {free}")
+    if s.task == "omniglot":
+        sizes = {"ways": s.ways, "length": s.length, "labels": s.labels, "counts": s.counts}
+        train, test = (load_omniglot(data, split, OF_OMNIGLOT[s.task]) for split in ("background", "test"))
+        return OmniglotEpisodes(train, **sizes, augment=True, turns=True), OmniglotEpisodes(test, **sizes)
+    # The quarter turns of a class are classes of their own.
+    halves = (with_rotations(load_omniglot(data, split, OF_OMNIGLOT[s.task])) for split in ("train", "test"))
+    return tuple(FewShotTasks(images, s.ways, s.shots, s.queries) for images in halves)
+
+
+def on_device(module: nn.Module, device: str) -> nn.Module:
+    """The module moved there; ValueError where there is no such device."""
+    try:
+        return module.to(device)
+    except (AssertionError, RuntimeError) as error:  # a torch without CUDA asserts
+        raise ValueError(f"--device: got {device!r}: {str(error).splitlines()[0]}") from None
+
+
+def learner(settings: Settings, task) -> nn.Module:
+    """A learner of the sizes of the settings for a task.
+
+    Raises:
+        ValueError: for one that does not fit the task.
+    """
+    s = settings
+    if s.learner not in FITTING[s.task]:
+        raise ValueError(f"--learner: got {s.learner!r}, want for {s.task} one of {', '.join(FITTING[s.task])}")
+    if s.learner in METANETS:
+        return MetaNet.omniglot(s.ways, variant=s.learner)
+    if s.learner == "multi-task":
+        return learners.Decoder(task.input_size, task.descriptor_size, task.output_size, s.hidden_size)
+    if s.learner in CONTEXTS:
+        aggregate = s.learner.removeprefix("context-")
+        return learners.ContextVector(task.input_size, task.output_size, aggregate, s.hidden_size)
+    sizes = task.input_size + task.output_size * (s.task in HALVES), task.output_size
+    if s.learner == "feedforward":
+        return learners.FeedForward(*sizes, s.hidden_size)
+    if s.learner == "lstm":
+        made = learners.lstm(*sizes, s.hidden_size)
+    else:
+        names = ("hidden_size", "num_slots", "slot_size", "num_heads", "write", "key_strength")
+        controller = "feedforward" if s.learner == "mann-feedforward" else "lstm"
+        made = learners.mann(*sizes, controller=controller, **{name: getattr(s, name) for name in names})
+    if s.forget_bias and s.learner != "mann-feedforward":
+        learners.set_forget_bias(made.core, s.forget_bias)
+    return made

@@ -1,0 +1,97 @@
+"""What the documentation shows runs: every block of Python of a page in order, the examples at a small size."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import mann_kernels
+import mann_kernels.compat
+import mann_kernels.distributed
+import mann_kernels.testing
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs/pages").glob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+#: In README, where code is indented: what begins with an import.
+INDENTED = re.compile(r"^\n((?:    .*\n|\n)+)", re.MULTILINE)
+
+
+def blocks_of(path: Path) -> list[str]:
+    text = path.read_text()
+    if path.name != "README.md":
+        return BLOCK.findall(text)
+    blocks = [textwrap.dedent(block) for block in INDENTED.findall(text)]
+    return [block for block in blocks if block.lstrip().startswith(("import ", "from "))]
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.stem)
+def test_the_code_of_a_page_runs(path):
+    names: dict = {}
+    for block in blocks_of(path):
+        exec(compile(block, str(path), "exec"), names)
+
+
+def test_there_is_code_to_run():
+    counts = {path.stem: len(blocks_of(path)) for path in [ROOT / "README.md", *PAGES]}
+    assert counts["README"] >= 2
+    assert counts["index"] >= 4
+    assert counts["migrate"] >= 5
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", ["lstm", "mann"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_training_script_before_and_after(name, processes):
+    """The same script, changed in its import and the line that makes the layer: compiled, under autocast, alone and by two."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, f"docs/examples/{name}.py", "--updates", "50"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "50 updates: loss" in done.stdout, done.stderr[-3000:]
+
+
+def test_two_lines_make_the_difference():
+    before, after = ((ROOT / f"docs/examples/{name}.py").read_text().splitlines() for name in ("lstm", "mann"))
+    changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
+    assert len(changed) == 3  # the first is what the script says of itself
+    assert changed[1][1] == "from mann_kernels.compat import LSTM as Recurrent"
+    assert changed[2][0].strip().startswith("self.recurrent = Recurrent(")
+
+
+@pytest.mark.parametrize(("name", "updates", "least"), [("custom_controller", 250, 0.7), ("metanet", 60, 0.42)])
+def test_an_example_learns(name, updates, least):
+    names: dict = {"__name__": name}
+    exec(compile((ROOT / f"docs/examples/{name}.py").read_text(), name, "exec"), names)
+    assert names["main"](updates) > least
+
+
+def public_names():
+    for module in (mann_kernels, mann_kernels.compat, mann_kernels.distributed, mann_kernels.testing):
+        for name in module.__all__:
+            if name != "__version__":
+                yield pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("thing", public_names())
+def test_every_public_name_is_documented(thing):
+    """Shapes or the kind of each argument, what is raised, and for what computes, where it comes from."""
+    text = inspect.getdoc(thing) or ""
+    assert len(text) > 60
+    if isinstance(thing, type) and issubclass(thing, tuple):
+        fields = [name for name in thing._fields if not re.search(rf"\b{name}\b", text)]
+        assert not fields, f"not said of {fields}"
+        return
+    arguments = inspect.signature(thing).parameters.values()
+    named = [a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    missing = [name for name in named if not re.search(rf"\b{name}\b", text)]
+    assert not missing, f"not said of {missing}"
+    if named:
+        assert re.search(r"\braises?\b", text, re.IGNORECASE), "does not say what it raises"
