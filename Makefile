@@ -1,7 +1,7 @@
 # make bench   verify every kernel, then time it         (BENCH="--quick", "--data FILE", ... are passed on)
 # make test    run the tests                             (TEST="-k name" is passed on)
 # make reproduce DATA=FILE   train MANN and LSTM on Omniglot and print the paper's table beside ours (hours; goes on where it was)
-# make sanitize, verify-gpu, verify-sharded, lint, format, wheel, clean
+# make sanitize, verify-gpu, verify-sharded, docs, lint, format, wheel, clean
 # Everything is set up first, in .venv; a second call finds it done.
 
 PYTHON ?= python3
@@ -21,7 +21,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/cpu/*.cpp csrc/cuda/*.cu $(addp
 SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles and not gpu"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test reproduce verify-gpu verify-sharded sanitize lint format wheel clean
+.PHONY: help setup bench test reproduce verify-gpu verify-sharded docs sanitize lint format wheel clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -63,6 +63,11 @@ verify-gpu: setup $(OTHER_PATH)
 	TRITON_INTERPRET=1 PYTHONPATH=$(OTHER_PATH) $(RUN) -m pytest -n auto $(INTERPRETED)
 	PYTHONPATH=$(OTHER_PATH) $(RUN) -m pytest -n auto $(COMPILED)
 	$(RUN) tests/gpu_on_cpu/report.py sm_80 sm_90
+
+# The documentation as a site, in build/site.
+docs: setup
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict -f docs/mkdocs.yml
 
 # A memory of a million slots over two processes, against the whole one (about 10 GB).
 verify-sharded: setup
