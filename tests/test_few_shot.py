@@ -81,6 +81,27 @@ def test_omniglot_splits(tmp_path):
     assert 0 <= x.min() < x.max() <= 1
 
 
+def test_a_split_of_ones_own(tmp_path):
+    """Drawn by a seed: every class is in one part, in the file's shares, and not where the file has it."""
+    path = write_packed(tmp_path / "small.npz")
+    every = np.load(path)["images"]
+
+    def classes(split, seed):
+        images = load_omniglot(path, split, seed=seed)[:, :, 0].numpy()
+        return [next(n for n, known in enumerate(every) if np.array_equal(known, one)) for one in images]
+
+    drawn = {split: classes(split, 1) for split in ("train", "validation", "test", "background")}
+    assert sorted(drawn["background"] + drawn["test"]) == list(range(24))
+    assert sorted(drawn["train"] + drawn["validation"]) == drawn["background"]
+    assert [len(drawn[split]) for split in ("train", "validation", "test")] == [
+        16,
+        2,
+        6,
+    ]  # of 1028, 172 and 423 of 1623
+    assert drawn["test"] == classes("test", 1)
+    assert drawn["test"] not in (classes("test", 2), classes("test", None))
+
+
 def test_rotations_are_classes_of_their_own():
     images = torch.arange(2 * 3 * 4).view(2, 3, 1, 2, 2)
     turned = with_rotations(images)
@@ -116,8 +137,8 @@ def test_packed_bits_and_smaller_images(tmp_path):
 def test_a_folder_of_drawings(tmp_path, inner, monkeypatch):
     """As torchvision unpacks it, as the archives are, and as their repository has them: ink is black there."""
     image = pytest.importorskip("PIL.Image")
-    monkeypatch.setattr(omniglot, "VALIDATION_FROM", 2)
-    monkeypatch.setattr(omniglot, "TEST_FROM", 3)
+    for name, value in (("VALIDATION_FROM", 2), ("TEST_FROM", 3), ("CLASSES", 4)):
+        monkeypatch.setattr(omniglot, name, value)
     ink = np.random.default_rng(0).integers(0, 2, (4, 3, 5, 5)).astype(bool)
     names = ["background/Greek/character01", "background/Greek/character02", "background/Latin/character01"]
     for name, drawn in zip([*names, "evaluation/Aurek/character01"], ink, strict=True):

@@ -7,8 +7,8 @@ import torch
 #: The split of Vinyals et al. 2016 in three, as prototypical networks have it; "background" is the 1,200 classes that are not
 #: for testing, in the numbers of Santoro et al. 2016.
 SPLITS = {"train": (0,), "validation": (1,), "background": (0, 1), "test": (2,)}
-#: The classes of a folder in three, in the order of their names: the last 423 are for testing, as in Santoro et al. 2016.
-VALIDATION_FROM, TEST_FROM = 1028, 1200
+#: The shares of the three in the classes, taken in order: of all 1,623 the last 423 are for testing, as in Santoro et al. 2016.
+VALIDATION_FROM, TEST_FROM, CLASSES = 1028, 1200, 1623
 WANT = (
     "want one of: an .npz with `images` (uint8 [classes, drawers, side, side], 255 is ink, or 105 x 105 packed by "
     "np.packbits) and `class_vinyals` (0 train, 1 validation, 2 test); the root that torchvision.datasets.Omniglot downloaded to; "
@@ -16,13 +16,15 @@ WANT = (
 )
 
 
-def load_omniglot(path: str | Path, split: str, side: int | None = None) -> torch.Tensor:
+def load_omniglot(path: str | Path, split: str, side: int | None = None, seed: int | None = None) -> torch.Tensor:
     """The drawings of a split, uint8 [classes, drawers, 1, side, side], 255 is full ink.
 
     Args:
         path: an .npz or a folder, see Raises; a folder needs Pillow.
         split: one of SPLITS: the file's own `class_vinyals`; of a folder's classes, by name, the first 1,200 and the last 423.
         side: average the pixels down to this size; None keeps that of the data.
+        seed: draw the split anew at random from all classes, with this seed and in the same shares, as Santoro et al. 2016 did;
+            then alphabets have classes in both. None keeps the split above, in which the classes for testing are harder.
 
     Raises:
         FileNotFoundError, ValueError: naming the file and what it lacks, or all that can be read.
@@ -32,7 +34,8 @@ def load_omniglot(path: str | Path, split: str, side: int | None = None) -> torc
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, {WANT}")
-    images = torch.from_numpy((_from_folder if path.is_dir() else _from_file)(path, SPLITS[split])).unsqueeze(2)
+    images, part = (_from_folder if path.is_dir() else _from_file)(path)
+    images = torch.from_numpy(images[_belongs(part, SPLITS[split], seed)]).unsqueeze(2)
     if side is None or side == images.shape[-1]:
         return images
     if side > images.shape[-1]:
@@ -40,7 +43,25 @@ def load_omniglot(path: str | Path, split: str, side: int | None = None) -> torc
     return _smaller(images, side)
 
 
-def _from_file(path: Path, parts: tuple[int, ...]):
+def _in_shares(classes: int):
+    """0 train, 1 validation or 2 test for each of the classes, taken in order."""
+    import numpy as np
+
+    number = np.arange(classes) * CLASSES // classes
+    return np.uint8((number >= VALIDATION_FROM) * 1 + (number >= TEST_FROM) * 1)
+
+
+def _belongs(part, parts: tuple[int, ...], seed: int | None):
+    """Which classes are in one of the parts."""
+    import numpy as np
+
+    if seed is not None:
+        part = _in_shares(len(part))[torch.randperm(len(part), generator=torch.Generator().manual_seed(seed)).numpy()]
+    return np.isin(part, parts)
+
+
+def _from_file(path: Path):
+    """All drawings, and which part each class is in."""
     import numpy as np
 
     try:
@@ -51,16 +72,16 @@ def _from_file(path: Path, parts: tuple[int, ...]):
     got = f"images {images.dtype} {list(images.shape)}, class_vinyals {list(classes.shape)}"
     if images.dtype != np.uint8 or images.ndim != 4 or classes.shape != images.shape[:1]:
         raise ValueError(f"{path}: got {got}, want uint8 [classes, drawers, side, side] and [classes]")
-    images, side = images[np.isin(classes, parts)], images.shape[2]
+    side = images.shape[2]
     if images.shape[3] == -(-side // 8):
         images = np.unpackbits(images, axis=-1, count=side) * np.uint8(255)
     if images.shape[3] != side:
         raise ValueError(f"{path}: got {got}, want square images")
-    return images
+    return images, classes
 
 
-def _from_folder(root: Path, parts: tuple[int, ...]):
-    """From <root>/[omniglot-py|python]/images_{background,evaluation}/<alphabet>/<character>/<drawing>.png."""
+def _from_folder(root: Path):
+    """The same from <root>/[omniglot-py|python]/images_{background,evaluation}/<alphabet>/<character>/<drawing>.png."""
     import numpy as np
 
     for base in (root, root / "omniglot-py", root / "python"):
@@ -74,17 +95,15 @@ def _from_folder(root: Path, parts: tuple[int, ...]):
     except ImportError:
         raise ValueError(f"{root}: reading a folder of PNGs needs Pillow (pip install pillow)") from None
     folders = [folder for half in halves for folder in sorted(half.glob("*/*")) if folder.is_dir()]
-    part = [0 if n < VALIDATION_FROM else 1 if n < TEST_FROM else 2 for n in range(len(folders))]
-    chosen = [folder for folder, n in zip(folders, part, strict=True) if n in parts]
     # Ink is black, that is 0, in the files.
-    images = [[255 - np.asarray(Image.open(file).convert("L")) for file in sorted(f.glob("*.png"))] for f in chosen]
+    images = [[255 - np.asarray(Image.open(file).convert("L")) for file in sorted(f.glob("*.png"))] for f in folders]
     shapes = {(len(drawn), *drawn[0].shape) if drawn else (0,) for drawn in images}
     if len(shapes) != 1 or shapes == {(0,)}:
         got = f"{len(folders)} classes" if images else f"only {len(folders)} classes"
         raise ValueError(
             f"{root}: got {got} of {sorted(shapes)} drawings, want 1623 classes of 20 drawings of one size"
         )
-    return np.array(images, np.uint8)
+    return np.array(images, np.uint8), _in_shares(len(folders))
 
 
 def _smaller(images: torch.Tensor, side: int) -> torch.Tensor:

@@ -59,6 +59,9 @@ def main(
     ] = None,
     labels: Annotated[str, typer.Option(help="onehot, or string: five characters.")] = DEFAULT["labels"],
     counts: Annotated[str, typer.Option(help="Of the classes of an episode: random, or equal.")] = DEFAULT["counts"],
+    split_seed: Annotated[
+        int | None, typer.Option(min=0, help="Draw Omniglot's classes for training and testing anew, with this seed.")
+    ] = DEFAULT["split_seed"],
     bits: Annotated[int, typer.Option(min=1, help="Of a vector to copy or recall.")] = DEFAULT["bits"],
     dimensions: Annotated[int, typer.Option(min=1, max=3, help="Of gp-regression's x.")] = DEFAULT["dimensions"],
     hidden_size: Annotated[int, typer.Option(min=1, help="Units of the controller.")] = DEFAULT["hidden_size"],

@@ -48,12 +48,16 @@ def tasks(settings: Settings, data: Path | None) -> tuple:
     if data is None:
         free = ", ".join(name for name in TASKS if name not in OF_OMNIGLOT)
         raise ValueError(f"--data: got none, and {s.task} is made of Omniglot, {omniglot.WANT}; without data: {free}")
+
+    def images(split: str):
+        return load_omniglot(data, split, OF_OMNIGLOT[s.task], s.split_seed)
+
     if s.task == "omniglot":
         sizes = {"ways": s.ways, "length": s.length, "labels": s.labels, "counts": s.counts}
-        train, test = (load_omniglot(data, split, OF_OMNIGLOT[s.task]) for split in ("background", "test"))
+        train, test = (images(split) for split in ("background", "test"))
         return OmniglotEpisodes(train, **sizes, augment=True, turns=True), OmniglotEpisodes(test, **sizes)
     # The quarter turns of a class are classes of their own.
-    halves = (with_rotations(load_omniglot(data, split, OF_OMNIGLOT[s.task])) for split in ("train", "test"))
+    halves = (with_rotations(images(split)) for split in ("train", "test"))
     return tuple(FewShotTasks(images, s.ways, s.shots, s.queries) for images in halves)
 
 

@@ -27,6 +27,7 @@ class Settings:
     length: int = 50
     labels: str = "onehot"
     counts: str = "random"
+    split_seed: int | None = None
     bits: int = 8
     dimensions: int = 1
     # the learner: the paper's sizes
