@@ -1,7 +1,6 @@
 """The bench: verify every kernel against its reference, then time it against what one would use otherwise."""
 
 import json
-import math
 import os
 import shlex
 import sys
@@ -14,12 +13,12 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from bench import harness
 from bench.devices import DeviceLost, devices, why_no_gpu
 from bench.episodes import omniglot
 from bench.suites import SUITES, backend_of
+from bench.tables import failures_table, timings_table
 
 
 class Device(Enum):
@@ -29,44 +28,6 @@ class Device(Enum):
 
 # wide enough for the table where no terminal says how wide it is
 console = Console(width=None if sys.stdout.isatty() else 160)
-
-
-def failures_table(rows):
-    table = Table(title="Verification failed: nothing is timed")
-    for column in ("stem", "device", "backend", "dtype", "shape", "quantity", "error", "budget"):
-        table.add_column(column)
-    for row in rows:
-        cells = (row[str(column.header)] for column in table.columns)
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
-    return table
-
-
-GROUP = ("device", "dtype", "stem", "shape", "pass")
-
-
-def timings_table(rows):
-    """By device, dtype, stem, size and pass: the fastest first, and last, with a note, what could not be timed."""
-    table = Table(title="Time and memory")
-    for column in (*GROUP, "contestant"):
-        table.add_column(column, no_wrap=True)
-    for column in ("median ms", "q1 - q3", "x ours", "saved MiB", "peak MiB", "compile s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    groups = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in GROUP), []).append(row)
-    for head, group in groups.items():
-        mine = next(row["median_ms"] for row in group if row["contestant"] == "mann_kernels")
-        for row in sorted(group, key=lambda row: row["median_ms"] or math.inf):
-            style = "bold" if row["contestant"] == "mann_kernels" else None
-            optional = ["" if row[key] is None else f"{row[key]:.1f}" for key in ("saved_mb", "peak_mb", "compile_s")]
-            if row["note"] is not None:
-                table.add_row(*head, f"{row['contestant']}: {row['note']}", style=style)
-                continue
-            spread = f"{row['q1_ms']:.2f} - {row['q3_ms']:.2f}"
-            ratio = "" if mine is None else f"{row['median_ms'] / mine:.2f}"
-            table.add_row(*head, row["contestant"], f"{row['median_ms']:.2f}", spread, ratio, *optional, style=style)
-        table.add_section()
-    return table
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -163,7 +124,12 @@ def measure(suite, stems, sizes, where, threads, quick, data):
     return rows
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     suite: Annotated[str, typer.Option(help=f"Which operators: {', '.join(SUITES)}.")] = "mann",
     stem: Annotated[list[str] | None, typer.Option(help="One operator of the suite; may be repeated.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="One size of the suite; may be repeated.")] = None,
@@ -175,6 +141,8 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ):
     """Verify every kernel against its reference; only then time it, and what one would use otherwise, in one run."""
+    if context.invoked_subcommand is not None:
+        return
     where = usable(None if device is None else device.value)
     found, stems, sizes = chosen(where, suite, stem, shape)
     torch.set_num_threads(threads)
@@ -199,8 +167,18 @@ def main(
         raise typer.Exit(1)
 
 
+@app.command("cost", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+def cost(arguments: Annotated[list[str] | None, typer.Argument()] = None):
+    """What the GPU kernels would cost, predicted: launches, bytes, FLOPs, occupancy and roofline times."""
+    from bench.cost import main
+
+    command = typer.Typer(add_completion=False)
+    command.command()(main)
+    command(arguments or [], prog_name="python -m bench cost")
+
+
 if __name__ == "__main__":
     try:
-        typer.run(main)
+        app(prog_name="python -m bench")
     except KeyboardInterrupt:
         raise SystemExit("stopped; nothing was written") from None

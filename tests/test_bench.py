@@ -5,13 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import typer
 from fake_cuda import PROPERTIES, FakeCuda
 from typer.testing import CliRunner
 
 import mann_kernels
 from bench import __main__ as front
-from bench import contestants, devices, harness, metanet_update
+from bench import contestants, devices, harness, metanet_update, tables
 from bench.episodes import omniglot
 from bench.metanet_augmented import ALTERNATIVES
 from bench.stems import SHAPES, Shape, flops, inputs
@@ -23,9 +22,7 @@ CPU = devices.Cpu()
 
 
 def invoke(*arguments):
-    app = typer.Typer()
-    app.command()(front.main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(front.app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -295,7 +292,7 @@ def test_rows_of_a_gpu(gpu, fake, dtype):
     assert fake.log.count("graph") == 5 * 2
     peaks = {row["contestant"]: row["peak_mb"] for row in rows if row["pass"] == "fwd+bwd"}
     assert peaks["mann_kernels"] == peaks["eager"] == 2.0
-    assert front.timings_table(rows).row_count == 20
+    assert tables.timings_table(rows).row_count == 20
 
 
 def test_cuda_and_triton_kernels_are_verified_and_timed_beside_each_other(gpu, monkeypatch):
@@ -344,7 +341,7 @@ def test_out_of_memory_is_a_row(gpu):
     assert notes["eager"] == notes["eager graph"] == notes["compile_step"] == "out of memory"
     failed = next(row for row in rows if row["contestant"] == "eager")
     assert (failed["median_ms"], failed["rounds"]) == (None, 0)
-    assert front.timings_table(rows).row_count == len(rows) == 10
+    assert tables.timings_table(rows).row_count == len(rows) == 10
 
 
 def test_one_that_fails_later_is_left_out(gpu):
@@ -368,7 +365,7 @@ def test_a_kernel_that_raises_is_not_verified(gpu):
     rows = harness.verify(["content_address"], gpu, {"content_address": broken})
     assert {(row["ok"], row["device"], row["backend"]) for row in rows} == {(False, "cuda", "triton")}
     assert rows[0]["quantity"] == "ValueError: OutOfResources: shared memory"
-    assert front.failures_table(rows).row_count == len(rows) == 4 * 3
+    assert tables.failures_table(rows).row_count == len(rows) == 4 * 3
 
 
 def test_a_whole_run_on_a_gpu(gpu, monkeypatch, tmp_path):
