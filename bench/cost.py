@@ -137,9 +137,7 @@ def rows_of(stem, shape_name, shape, dtype_name, launch_us, kernel_us, compiling
             rows += kernel_rows(head, kernel, flops[kernel.which], shape, dtype)
         for gpu, chip in cost_time.GPUS.items():
             if not any(isinstance(kernel.resources.get(chip.target), str) for kernel in step.kernels):
-                rows.append(
-                    head | times_of(backend, step, flops, contestants, gpu, shape, dtype, launch_us, kernel_us)
-                )
+                rows.append(head | times_of(backend, step, flops, contestants, gpu, shape, dtype, launch_us, kernel_us))
     return rows
 
 

@@ -3,10 +3,15 @@
 A step runs on CPU tensors, and each operator that would start work on a GPU is noted with the bytes of its tensors.
 """
 
+import contextlib
 import copy
+import logging
 import math
+import os
+import tempfile
 from collections import Counter
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -63,13 +68,19 @@ def kernels_of(operator, args) -> int:
 
 def nbytes(tensor: torch.Tensor) -> int:
     """Of the numbers that are there: an expanded tensor has fewer than its shape says."""
-    distinct = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 0)
+    distinct = math.prod(
+        size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 0
+    )
     return distinct * tensor.element_size()
 
 
 def operation_of(operator, args, kwargs, out) -> Operation:
     name = packet_name(operator)
-    tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+    given, made = (
+        [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in ((args, kwargs), out)
+    )
+    # an operand that is given twice, as in x * x, is read once; what is written in place is read and written
+    tensors = [*{(each.data_ptr(), each.shape): each for each in given}.values(), *made]
     products = others = 0
     if operator.overloadpacket in flop_registry:
         products = flop_registry[operator.overloadpacket](*args, **kwargs, out_val=out)
@@ -132,11 +143,11 @@ def compiled(suite, stem: str, shape, dtype) -> dict[str, Counter]:
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    scheduled: list[list] = []
+    scheduled: list[list[Operation]] = []
     tally = Tally()
 
     def note(nodes):
-        scheduled.append([each for each in nodes if _is_kernel(each)])
+        scheduled.append([_kernel_of(each) for each in nodes if _is_kernel(each)])
         raise _Scheduled
 
     def count(graph, inputs, **options):
@@ -148,7 +159,7 @@ def compiled(suite, stem: str, shape, dtype) -> dict[str, Counter]:
             if len(scheduled) == before:
                 raise
         # a graph of views alone is not scheduled
-        kernels = _operations(scheduled[-1], products) if len(scheduled) > before else Counter()
+        kernels = _with_products(scheduled[-1], products) if len(scheduled) > before else Counter()
 
         def run(*arguments):
             tally.now.update(kernels)
@@ -166,10 +177,23 @@ def compiled(suite, stem: str, shape, dtype) -> dict[str, Counter]:
     function = contestants.over_time(stem, one) if stem.endswith("_sequence") else one
     patches = {"_post_fusion_custom_pass": note, "cpu_backend": "triton", "fx_graph_cache": False}
     try:
-        with config.patch(patches):
+        with config.patch(patches), _nothing_left():
             return tally.training_step(Work(stem, suite.inputs(stem, shape), dtype), function)
     finally:
         torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def _nothing_left():
+    """The compiler keeps, and says that it keeps, the folder of what it did not finish: in one that goes away."""
+    log = logging.getLogger("torch._inductor.utils")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _step_of(suite, stem):
@@ -193,15 +217,16 @@ def _products(graph) -> int:
     return found
 
 
-def _operations(nodes, products: int) -> Counter:
-    """The kernels of a graph; its products in equal parts to those that a library has."""
-    libraries = [type(node).__name__ == "ExternKernelSchedulerNode" for node in nodes]
-    takes = libraries if any(libraries) else [True] * len(nodes)
-    share = products // max(1, sum(takes))
-    return Counter(
-        Operation("library" if library else "fused", 1, int(node.get_read_write_buffers_sizes()), share * take, 0)
-        for node, library, take in zip(nodes, libraries, takes, strict=True)
-    )
+def _kernel_of(node) -> Operation:
+    library = type(node).__name__ == "ExternKernelSchedulerNode"
+    return Operation("library" if library else "fused", 1, int(node.get_read_write_buffers_sizes()), 0, 0)
+
+
+def _with_products(kernels: list[Operation], products: int) -> Counter:
+    """Products in equal parts to the kernels that a library has; the compiler has made all of them its own where there is none."""
+    takes = [op for op in kernels if op.name == "library"] or kernels
+    share = products // max(1, len(takes))
+    return Counter(op._replace(products=share) if op in takes else op for op in kernels)
 
 
 class Total(NamedTuple):

@@ -125,9 +125,7 @@ def _triton(suite, stem, work, targets) -> Step:
     for number, (which, each) in enumerate(passes):
         by_target = {target: used for resources in found for target, used in resources[number].items()}
         name, threads = each.compiled.metadata.name.removesuffix("_kernel"), 32 * each.compiled.metadata.num_warps
-        kernels.append(
-            Kernel(stem, "triton", name, which, each.programs, threads, 1, _once(each.buffers), by_target)
-        )
+        kernels.append(Kernel(stem, "triton", name, which, each.programs, threads, 1, _once(each.buffers), by_target))
     return Step(kernels, around)
 
 
@@ -160,7 +158,5 @@ def _cuda(suite, stem, work, targets) -> Step:
                 resources[target] = used | {"shared": total, "programs": fits}
             except RuntimeError as error:
                 resources[target] = str(error)
-        kernels.append(
-            Kernel(stem, "cuda", plain_name(name), which, programs, threads, cluster, buffers, resources)
-        )
+        kernels.append(Kernel(stem, "cuda", plain_name(name), which, programs, threads, cluster, buffers, resources))
     return Step(kernels, around)
