@@ -83,7 +83,7 @@ def _mann_plan(chosen, shapes, quick):
 
 
 MANN = Suite(
-    stems=tuple(contestants.EAGER),
+    stems=stems.STEMS,
     operators=lambda stem: (stem,),
     shapes=stems.SHAPES,
     usual={"cpu": tuple(name for name in stems.SHAPES if name != "batch"), "cuda": tuple(stems.SHAPES)},
