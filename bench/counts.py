@@ -92,7 +92,11 @@ def _layer_products(stem: str, s: metanet_augmented.LayerShape) -> list[Product]
     gradients = 1 if s.C == 1 else 2  # in the first layer the input is data
     slow = Product(1, s.L * s.O * s.C * taps * places, gradients)
     rows = [slow, slow._replace(times=s.S), Product(1, s.L * s.S * s.O * places)]  # every row of the memory, then mixed
-    own = [slow, slow, Product(1, s.L * s.S * s.O * s.C * taps)]  # rows mixed into weights of each example, then one product
+    own = [
+        slow,
+        slow,
+        Product(1, s.L * s.S * s.O * s.C * taps),
+    ]  # rows mixed into weights of each example, then one product
     return min(rows, own, key=lambda way: _flops(way)["fwd+bwd"])
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 STEMS = (
     "content_address",
     "lrua_write_weights",

@@ -54,6 +54,8 @@ class Suite:
     others: Callable[[str, Any, dict], dict[str, Callable]]
     #: plan(stems, shape names, quick) -> the cases.
     plan: Callable[[Iterable[str], Iterable[str], bool], Iterable[Case]]
+    #: notices(stems) -> which contestants are left out on this machine, and why.
+    notices: Callable[[Iterable[str]], list[str]] = lambda stems: []
 
 
 #: By name, those that every operator takes.
@@ -78,7 +80,7 @@ def _mann_plan(chosen, shapes, quick):
                 continue
             shape = stems.SHAPES[name]
             yield Case(stem, name, shape, heavy=name == "long")
-            if episode and name not in ("long", "batch") and not quick:
+            if episode and (name == "paper" or (name not in ("long", "batch") and not quick)):
                 yield Case(stem, f"{name}@T={LOOP_STEPS}", shape.at(LOOP_STEPS), loop=True)
 
 

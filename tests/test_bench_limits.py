@@ -25,9 +25,9 @@ def shapes(stem):
     return [*known, *LAYERS.get(stem, ())]
 
 
-def counted(function):
+def counted(run, function):
     with FlopCounterMode(display=False) as counter:
-        function()
+        run(function)
     return counter.get_total_flops()
 
 
@@ -38,7 +38,7 @@ def test_products_are_those_of_the_cheapest_contestant(stem):
     for shape in shapes(stem):
         run = Run(stem, suite.inputs(stem, shape), torch.float32)
         want = work(stem, shape, 4, suite.constant(stem))
-        found = [(counted(lambda f=f: run.forward(f)), counted(lambda f=f: run.train(f))) for f in functions]
+        found = [(counted(run.forward, function), counted(run.train, function)) for function in functions]
         forward, train = (want[name].flops for name in PASSES)
         assert min(first for first, _ in found) == forward
         # of a grouped convolution torch counts the gradient of the weight once too often for every group
@@ -87,4 +87,6 @@ def test_peaks_are_measured_once(monkeypatch):
     assert found == limits.Peak(2 * 64**3 / 2e-3, 2 * 2**12 / 2e-3)
     assert limits.peak(cpu, torch.float64, 1) is found
     assert len(calls) == 2 * (1 + limits.TIMES)
-    assert limits.facts(cpu, ["float64"], 1) == {"float64": {"gflops": found.flops / 1e9, "gbytes": found.bandwidth / 1e9}}
+    assert limits.facts(cpu, ["float64"], 1) == {
+        "float64": {"gflops": found.flops / 1e9, "gbytes": found.bandwidth / 1e9}
+    }
