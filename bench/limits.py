@@ -45,5 +45,5 @@ def facts(device, dtypes, threads: int) -> dict:
     found = {}
     for name in dtypes:
         limit = peak(device, getattr(torch, name), threads)
-        found[name] = {"gflops": limit.flops / 1e9, "gbytes": limit.bandwidth / 1e9}
+        found[name] = {"product_gflop_s": limit.flops / 1e9, "copy_gb_s": limit.bandwidth / 1e9}
     return found

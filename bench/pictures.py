@@ -16,14 +16,14 @@ def label(group: Group) -> str:
     return f"{head['stem']}  {head['shape']}{place}"
 
 
-def _bars(values, labels, colors, texts, title, reference):
+def _bars(values, labels, colors, texts, title, reference, start=0.0):
     figure = Figure(figsize=(9, 1.2 + 0.3 * len(values)), layout="constrained")
     axes = figure.add_subplot()
     places = range(len(values), 0, -1)
-    axes.barh(places, values, color=colors, height=0.7)
+    axes.barh(places, [value - start for value in values], left=start, color=colors, height=0.7)
     axes.set_yticks(places, labels, fontsize=8)
     for place, value, text in zip(places, values, texts, strict=True):
-        axes.text(value, place, f" {text}", va="center", fontsize=8)
+        axes.text(max(value, start), place, f" {text}", va="center", fontsize=8)
     axes.axvline(reference, color=GREY, linewidth=1)
     axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
@@ -40,7 +40,7 @@ def gains(groups: list[Group]) -> Figure | None:
     texts = [f"{group.gain:.2f}  ({group.rival['contestant']})" for group in shown]
     colors = [OURS if value >= 1 else LOSS for value in values]
     title = "Training step: times as fast as the fastest other way to do the same work (right of 1 we win)"
-    figure, axes = _bars(values, [label(group) for group in shown], colors, texts, title, 1)
+    figure, axes = _bars(values, [label(group) for group in shown], colors, texts, title, 1, start=1.0)
     axes.set_xscale("log")
     axes.set_xlim(min(0.5, *values) / 1.2, max(2.0, *values) * 2.5)
     ticks = [

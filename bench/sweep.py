@@ -13,6 +13,8 @@ from bench.suites import DTYPES, MANN
 
 STEM = "mann_sequence"
 OUT_OF_TIME, OUT_OF_MEMORY = "out of time", "out of memory"
+#: For a point: calls in turn for so long, and at least so many.
+SECONDS, ROUNDS = 1.0, 3
 #: A training step holds the gradients of what was kept as well.
 HELD = 2
 
@@ -107,7 +109,7 @@ def point(shape: Shape, value: int, running: list[Contestant], device, dtype: to
             saved[one.name], one.note = attempt(device, functools.partial(harness.saved_mb, work, one.function))
         if one.note is None:
             steps[one.name] = step
-    times, notes = harness.interleave(steps, device, min(1.0, bounds.seconds), 3)
+    times, notes = harness.interleave(steps, device, SECONDS, ROUNDS)
     for one in running:
         one.note = one.note or notes.get(one.name)
         if one.note is None:
