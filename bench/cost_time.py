@@ -47,7 +47,8 @@ ASSUMPTIONS = (
     " second-level cache saves some of the way",
     "a training step is forward, a weighted sum of the first output as the loss (four kernels, for everyone), and backward",
     "float32 products without tensor cores (TF32 off); bfloat16 products at the dense tensor peak",
-    "bytes of our kernels: each argument once; scratch stays in the second-level cache; a CUDA kernel at most what its operator has",
+    "bytes of our kernels: each argument once; scratch stays in the second-level cache; of a CUDA kernel those of its operator,"
+    " which may be more than it needs",
     "FLOPs of our kernels: those of the eager contestant but for what operators around ours do, in equal parts to the kernels of a"
     " pass; what a backward pass computes again is in the latency, not here",
     f"a step of an episode: cluster barrier {CLUSTER_BARRIER} clocks, {BARRIERS['fwd']} a step; cell {CELL}; memory's step"
@@ -95,7 +96,7 @@ def memory_clocks(s: Shape, which: str) -> float:
 
 
 def cluster_clocks(s: Shape, cluster: int, which: str, dtype) -> dict[str, float]:
-    """Of a step of mann_sequence in a cluster, part by part: each block has its part of the weights for as many examples as blocks."""
+    """Of a step of mann_sequence in a cluster, part by part: each block has its part of the weights, for all examples."""
     K, P = s.H + s.R * s.W, s.R * s.W + s.R
     heads = 2 if which == "bwd" else 1  # computed again, then transposed
     if dtype == torch.bfloat16:  # bound by the weights that come out of shared memory

@@ -1,4 +1,4 @@
-"""The cost model of the GPU kernels: what it counts, against other ways to count it; what it assumes, against the page that derives it."""
+"""The cost model of the GPU kernels: what it counts, counted in other ways; what it assumes, against the page that derives it."""
 
 import json
 import re
@@ -113,13 +113,13 @@ def test_bytes_and_flops_of_eager_by_hand():
 
 def test_products_of_an_episode_by_hand():
     """Forward; backward each of them has two gradients, but x, and what the first step starts from, has none."""
-    T, B, I, H, N, W, R = 3, 2, 5, 6, 7, 4, 2
+    T, B, H, N, W, R = 3, 2, 6, 7, 4, 2
     K, P = H + R * W, R * W + R
     found = cost_count.eager(suite_of("mann_sequence"), "mann_sequence", SMALL, torch.float32)
     products = {which: sum(op.products * count for op, count in ops.items()) for which, ops in found.items()}
-    step = 4 * H * I + 4 * H * K + P * H + 3 * N * W * R  # of an example: input, state, heads; write, match, read
+    step = 4 * H * SMALL.I + 4 * H * K + P * H + 3 * N * W * R  # of an example: input, state, heads; write, match, read
     assert products["fwd"] == 2 * T * B * step
-    backward = T * (4 * H * I + 2 * 4 * H * K + 2 * P * H + 6 * N * W * R) - 4 * H * K
+    backward = T * (4 * H * SMALL.I + 2 * 4 * H * K + 2 * P * H + 6 * N * W * R) - 4 * H * K
     assert products["bwd"] == 2 * B * backward
 
 
