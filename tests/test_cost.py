@@ -144,6 +144,20 @@ def test_what_a_compiler_makes_by_hand():
     assert product.moved == 3 * 64 * 64 * 4
 
 
+def test_what_only_makes_room_is_no_kernel():
+    from torch._inductor import ir, scheduler
+
+    def node(kind, of):
+        made = object.__new__(kind)
+        made.node = object.__new__(of)
+        return made
+
+    assert cost_count._is_kernel(node(scheduler.SchedulerNode, ir.ComputedBuffer))
+    assert cost_count._is_kernel(node(scheduler.ExternKernelSchedulerNode, ir.ExternKernelOut))
+    assert not cost_count._is_kernel(node(scheduler.NopKernelSchedulerNode, ir.ConcatKernel))
+    assert not cost_count._is_kernel(node(scheduler.ExternKernelSchedulerNode, ir.MultiOutput))
+
+
 @pytest.mark.compiles
 def test_bytes_of_our_kernels_by_hand():
     pytest.importorskip("triton")
