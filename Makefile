@@ -1,4 +1,5 @@
-# make bench   verify every kernel, then time it         (BENCH="--quick", "--data FILE", ... are passed on)
+# make bench   verify every kernel, then time it: build/bench/report.html and its pictures; ten minutes
+#              (with BENCH="--stem mann_sequence", "sweep --variable N", ...: python -m bench with these)
 # make test    run the tests                             (TEST="-k name" is passed on)
 # make reproduce DATA=FILE   train MANN and LSTM on Omniglot and print the paper's table beside ours (hours; goes on where it was)
 # make sanitize, verify-gpu, verify-sharded, docs, lint, format, wheel, clean
@@ -36,8 +37,17 @@ $(VENV)/.requirements: requirements-dev.txt pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
+# Both suites in their quick form, the growth with every size, and the report of all.
+REPORT := build/bench
 bench: setup
+ifeq ($(strip $(BENCH)),)
+	$(RUN) -m bench --suite mann --quick --json $(REPORT)/mann.json
+	$(RUN) -m bench --suite metanet --quick --json $(REPORT)/metanet.json
+	$(RUN) -m bench sweep --seconds 1 --json $(REPORT)/sweep.json
+	$(RUN) -m bench report $(REPORT)/mann.json $(REPORT)/metanet.json $(REPORT)/sweep.json --out $(REPORT)
+else
 	$(RUN) -m bench $(BENCH)
+endif
 
 test: setup
 	$(RUN) -m pytest --ignore=tests/gpu_on_cpu $(TEST)

@@ -1,11 +1,8 @@
 """The bench: verify every kernel against its reference, then time it against what one would use otherwise."""
 
-import json
-import math
 import os
 import shlex
 import sys
-import tempfile
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +11,13 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from bench import harness
+from bench import harness, limits, store
 from bench.devices import DeviceLost, devices, why_no_gpu
 from bench.episodes import omniglot
+from bench.groups import is_ours
 from bench.suites import SUITES, backend_of
+from bench.tables import failures_table, fits_table, sweep_table, timings_table
 
 
 class Device(Enum):
@@ -28,52 +26,7 @@ class Device(Enum):
 
 
 # wide enough for the table where no terminal says how wide it is
-console = Console(width=None if sys.stdout.isatty() else 160)
-
-
-def failures_table(rows):
-    table = Table(title="Verification failed: nothing is timed")
-    for column in ("stem", "device", "backend", "dtype", "shape", "quantity", "error", "budget"):
-        table.add_column(column)
-    for row in rows:
-        cells = (row[str(column.header)] for column in table.columns)
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
-    return table
-
-
-GROUP = ("device", "dtype", "stem", "shape", "pass")
-
-
-def timings_table(rows):
-    """By device, dtype, stem, size and pass: the fastest first, and last, with a note, what could not be timed."""
-    table = Table(title="Time and memory")
-    for column in (*GROUP, "contestant"):
-        table.add_column(column, no_wrap=True)
-    for column in ("median ms", "q1 - q3", "x ours", "saved MiB", "peak MiB", "compile s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    groups = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in GROUP), []).append(row)
-    for head, group in groups.items():
-        mine = next(row["median_ms"] for row in group if row["contestant"] == "mann_kernels")
-        for row in sorted(group, key=lambda row: row["median_ms"] or math.inf):
-            style = "bold" if row["contestant"] == "mann_kernels" else None
-            optional = ["" if row[key] is None else f"{row[key]:.1f}" for key in ("saved_mb", "peak_mb", "compile_s")]
-            if row["note"] is not None:
-                table.add_row(*head, f"{row['contestant']}: {row['note']}", style=style)
-                continue
-            spread = f"{row['q1_ms']:.2f} - {row['q3_ms']:.2f}"
-            ratio = "" if mine is None else f"{row['median_ms'] / mine:.2f}"
-            table.add_row(*head, row["contestant"], f"{row['median_ms']:.2f}", spread, ratio, *optional, style=style)
-        table.add_section()
-    return table
-
-
-def write_json(path: Path, content: dict) -> None:
-    """All or nothing: a run cut short leaves the old file."""
-    with tempfile.NamedTemporaryFile("w", dir=path.resolve().parent, delete=False) as file:
-        json.dump(content, file, indent=1)
-    os.replace(file.name, path)
+console = Console(width=None if sys.stdout.isatty() else 184)
 
 
 def chosen(where, suite, stem, shape):
@@ -163,44 +116,151 @@ def measure(suite, stems, sizes, where, threads, quick, data):
     return rows
 
 
+app = typer.Typer(add_completion=False)
+
+DeviceOption = Annotated[Device | None, typer.Option(help="Default: the CPU, and a CUDA device if there is one.")]
+ThreadsOption = Annotated[int, typer.Option(min=1, help="Threads for every contestant on the CPU.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results here.")]
+
+
+def facts_of(where, threads, timing) -> dict:
+    """The machine's, with what it can do at most where something is to be timed."""
+    facts = harness.machine(threads, where)
+    if timing:
+        facts["limits"] = {place.type: limits.facts(place, place.timed, threads) for place in where}
+    console.print(f"python -m bench {shlex.join(sys.argv[1:])}")
+    console.print_json(data=facts)
+    return facts
+
+
+def note_the_end(facts, where) -> None:
+    """Whether the machine was the same all the while."""
+    facts["load_average_after"] = os.getloadavg()[0]
+    facts["devices_after"] = {place.type: place.state() for place in where}
+
+
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     suite: Annotated[str, typer.Option(help=f"Which operators: {', '.join(SUITES)}.")] = "mann",
     stem: Annotated[list[str] | None, typer.Option(help="One operator of the suite; may be repeated.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="One size of the suite; may be repeated.")] = None,
-    device: Annotated[Device | None, typer.Option(help="Default: the CPU, and a CUDA device if there is one.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads for every contestant on the CPU.")] = 1,
+    device: DeviceOption = None,
+    threads: ThreadsOption = 1,
     verify_only: Annotated[bool, typer.Option("--verify-only", help="Verify, time nothing.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, and no compiled loop.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer rounds; the loop compiled at the paper's size alone.")
+    ] = False,
     data: Annotated[Path | None, typer.Option(help="Packed Omniglot (20 x 20) for the paper's input.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    json_file: JsonOption = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the results in bench/results, by machine and day.")
+    ] = False,
 ):
     """Verify every kernel against its reference; only then time it, and what one would use otherwise, in one run."""
+    if context.invoked_subcommand is not None:
+        return
     where = usable(None if device is None else device.value)
     found, stems, sizes = chosen(where, suite, stem, shape)
     torch.set_num_threads(threads)
-    result = {"machine": harness.machine(threads, where), "verification": [], "timings": []}
-    console.print(f"python -m bench {shlex.join(sys.argv[1:])}")
-    console.print_json(data=result["machine"])
+    timings = []
     try:
-        result["verification"] = verify(stems, where)
+        facts = facts_of(where, threads, not verify_only)
+        verification = verify(stems, where)
         if not verify_only:
-            result["timings"] = measure(found, stems, sizes, where, threads, quick, data)
-            result["machine"]["load_average_after"] = os.getloadavg()[0]
-            result["machine"]["devices_after"] = {place.type: place.state() for place in where}
-            console.print(timings_table(result["timings"]))
+            for notice in found.notices(stems):
+                console.print(notice)
+            timings = measure(found, stems, sizes, where, threads, quick, data)
+            note_the_end(facts, where)
+            console.print(timings_table(timings))
     except DeviceLost as error:
         console.print(f"Stopped, nothing was written: the device does not answer any more. {error}")
         raise typer.Exit(1) from None
-    if json_file is not None:
-        write_json(json_file, result)
-    failed = [row for row in result["timings"] if row["contestant"].startswith("mann_kernels") and row["note"]]
+    for path in [json_file] * (json_file is not None) + [store.history_file(facts, suite)] * save:
+        store.write(path, facts, verification=verification, timings=timings)
+        console.print(f"Wrote {path}")
+    failed = [row for row in timings if is_ours(row) and row["note"]]
     if failed:
         console.print(f"{len(failed)} of our own could not be timed: see the notes")
         raise typer.Exit(1)
 
 
+@app.command("sweep")
+def sweep_command(
+    variable: Annotated[list[str] | None, typer.Option(help="T, N, B, H or R; may be repeated. Default: all.")] = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = 1,
+    seconds: Annotated[float, typer.Option(min=0.01, help="What a training step may take at most.")] = 2.0,
+    memory: Annotated[float, typer.Option(min=1, help="MiB that it may hold at most.")] = 2048.0,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="torch.compile at every size, not along T alone.")
+    ] = False,
+    json_file: JsonOption = None,
+):
+    """Time and memory of a training step of mann_sequence against T, N, B, H and R, verified first, with fitted exponents."""
+    from bench import sweep
+
+    for unknown in set(variable or []) - set(sweep.AXES):
+        raise typer.BadParameter(f"--variable: got {unknown!r}, want one of {', '.join(sweep.AXES)}")
+    where = usable(None if device is None else device.value)
+    torch.set_num_threads(threads)
+    bounds, rows = sweep.Bounds(seconds, memory), []
+    try:
+        facts = facts_of(where, threads, timing=True)
+        verification = verify([sweep.STEM], where)
+        plan = [
+            (place, name) for place in where if with_kernels([sweep.STEM], place) for name in variable or sweep.AXES
+        ]
+        for place, name in track(plan, "Sweeping", console=console):
+            rows += sweep.run(name, place, place.timed[0], threads, bounds, compiled=compiled)
+        note_the_end(facts, where)
+    except DeviceLost as error:
+        console.print(f"Stopped, nothing was written: the device does not answer any more. {error}")
+        raise typer.Exit(1) from None
+    console.print(sweep_table(rows))
+    console.print(fits_table(sweep.fits(rows)))
+    if json_file is not None:
+        store.write(json_file, facts, verification=verification, sweep=rows)
+        console.print(f"Wrote {json_file}")
+    if any(is_ours(row) and row["note"] not in (None, sweep.OUT_OF_TIME, sweep.OUT_OF_MEMORY) for row in rows):
+        console.print("One of our own failed: see the notes")
+        raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(
+    result: Annotated[
+        list[Path], typer.Argument(help="What --json wrote; several files of one machine are taken together.")
+    ],
+    compare: Annotated[
+        Path | None, typer.Option(help="Earlier results: what got slower beyond the spread is marked.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for report.html and the pictures.")] = Path("build/bench"),
+):
+    """One HTML page that needs nothing beside it, and its pictures as PNG files, from the results of earlier runs."""
+    from bench import report
+
+    try:
+        new = store.read_together(result)
+        old = None if compare is None else store.read(compare)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    for path in report.write(new, out, old, None if compare is None else compare.name):
+        console.print(f"Wrote {path}")
+
+
+@app.command("cost", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+def cost(arguments: Annotated[list[str] | None, typer.Argument()] = None):
+    """What the GPU kernels would cost, predicted: launches, bytes, FLOPs, occupancy and roofline times."""
+    from bench.cost import main
+
+    command = typer.Typer(add_completion=False)
+    command.command()(main)
+    command(arguments or [], prog_name="python -m bench cost")
+
+
 if __name__ == "__main__":
     try:
-        typer.run(main)
+        app(prog_name="python -m bench")
     except KeyboardInterrupt:
         raise SystemExit("stopped; nothing was written") from None

@@ -30,6 +30,7 @@ class Cpu:
     timed = ("float32",)
     seconds, warm_up_seconds = 5.0, 0.0
     has_graphs = False
+    input_sets = 1
 
     def __init__(self):
         self.device = torch.device("cpu")
@@ -73,6 +74,7 @@ class Cuda:
     timed = ("float32", "bfloat16")
     seconds, warm_up_seconds = 2.0, 0.5  # half a second of work for the clocks to rise
     has_graphs = True
+    input_sets = 3  # taken in turn, so that no call finds its inputs where the last one left them
 
     def __init__(self):
         # twice the same: torch refuses to read the older switch where it disagrees with the newer one

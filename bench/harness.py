@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import math
 import os
 import platform
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from bench import counts, limits
 from bench.devices import WARM_UP, attempt, devices
 from bench.suites import DTYPES, Case, Suite, backend_of, forced, kernels_of, suite_of
 from mann_kernels import _library
@@ -134,10 +136,15 @@ def interleave(functions: dict, device, seconds: float, rounds: int) -> tuple[di
     return times, notes
 
 
-def quartiles(times: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    lower, median, upper = torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    return lower, median, upper
+def statistics(times: list[float] | None) -> dict[str, float | None]:
+    """Of milliseconds: quartiles and what pytest-benchmark knows beside them; None where there are none."""
+    names = ("q1_ms", "median_ms", "q3_ms", "min_ms", "max_ms", "mean_ms", "stddev_ms")
+    if not times:
+        return dict.fromkeys(names)
+    every = torch.tensor(times, dtype=torch.float64)
+    spread = every.std(correction=0)
+    found = (*every.quantile(every.new_tensor([0.25, 0.5, 0.75])), every.min(), every.max(), every.mean(), spread)
+    return {name: float(value) for name, value in zip(names, found, strict=True)}
 
 
 def saved_mb(work: Work, function) -> float:
@@ -169,8 +176,7 @@ PASSES = ("fwd", "fwd+bwd")
 
 
 def contestants_of(suite: Suite, case: Case, device, dtype, drawn):
-    """Functions by name that make the two passes of a contestant, each on leaves of its own; the contestants that do the
-    stem's work, by name; the seconds that compiling took; and notes on what cannot be made."""
+    """The contestants that do the stem's work, by name; the seconds that compiling took; and notes on what cannot be made."""
     ours = suite.ours(case.stem)
     functions = {
         name: ours if asked is None else forced(ours, asked)
@@ -179,22 +185,39 @@ def contestants_of(suite: Suite, case: Case, device, dtype, drawn):
     functions["eager"] = suite.eager[case.stem]
     functions |= suite.alternatives.get(case.stem, {})
     seconds, notes = {}, {}
-    work = Work(case.stem, drawn, dtype, device.device)
     if not case.heavy:
         name, function = "compile_loop" if case.loop else "compile_step", suite.compiled(case.stem, case.loop)
+        work = Work(case.stem, drawn, dtype, device.device)
         before = time.perf_counter()
         _, note = attempt(device, lambda: (work.train(function), device.synchronize()))
         if note is None:
             functions[name], seconds[name] = function, time.perf_counter() - before
         else:
             notes[name] = note
+    return functions, seconds, notes
+
+
+def makers_of(suite: Suite, case: Case, device, dtype, drawn, functions) -> tuple[dict, dict]:
+    """Functions that make the two passes of a contestant on one set of inputs, each on leaves of its own: those that do the
+    stem's work, and the others."""
 
     def make(function):
         own = Work(case.stem, drawn, dtype, device.device)
         return (lambda: own.forward(function)), (lambda: own.train(function))
 
-    makers = {name: functools.partial(make, function) for name, function in functions.items()}
-    return makers | suite.others(case.stem, case.shape, work.tensors), functions, seconds, notes
+    tensors = Work(case.stem, drawn, dtype, device.device).tensors
+    same = {name: functools.partial(make, function) for name, function in functions.items()}
+    return same, suite.others(case.stem, case.shape, tensors)
+
+
+def in_turn(made):
+    """The passes of a contestant, made once for every set of inputs: each call takes the next set."""
+
+    def rotating(functions):
+        turns = itertools.cycle(functions)
+        return lambda: next(turns)()
+
+    return [rotating(functions) for functions in zip(*made, strict=True)]
 
 
 def memory_of(device, work: Work, functions, compiled) -> dict[str, dict]:
@@ -213,32 +236,43 @@ def time_case(suite: Suite, case: Case, device, dtype: str, threads: int, quick:
 
     x [T,B,I] replaces the random input of an episode.
     """
-    drawn = suite.inputs(case.stem, case.shape) | ({} if x is None else {"x": x})
-    makers, functions, compile_seconds, notes = contestants_of(suite, case, device, DTYPES[dtype], drawn)
-    memory = memory_of(device, Work(case.stem, drawn, DTYPES[dtype], device.device), functions, compile_seconds)
+    kind = DTYPES[dtype]
+    real = {} if x is None else {"x": x}
+    drawn = [suite.inputs(case.stem, case.shape, seed) | real for seed in range(device.input_sets)]
+    functions, compile_seconds, notes = contestants_of(suite, case, device, kind, drawn[0])
+    memory = memory_of(device, Work(case.stem, drawn[0], kind, device.device), functions, compile_seconds)
+    sets = [makers_of(suite, case, device, kind, values, functions) for values in drawn]
+    others = set(sets[0][1])
+    makers = {name: [(same | other)[name] for same, other in sets] for name in [*functions, *sets[0][1]]}
+    kinds = {name: lambda make: make() for name in makers}
     if device.has_graphs:  # after the others: a capture that fails leaves those already made
-        makers |= {f"{name} graph": functools.partial(device.graphs, make) for name, make in makers.items()}
+        makers |= {f"{name} graph": every for name, every in makers.items()}
+        kinds |= dict.fromkeys(makers.keys() - kinds.keys(), device.graphs)
     runs = {name_of_pass: {} for name_of_pass in PASSES}
-    for name, make in makers.items():
-        made, note = attempt(device, make)
+    for name, every in makers.items():
+        made, note = attempt(device, lambda name=name, every=every: in_turn([kinds[name](make) for make in every]))
         if note is not None:
             notes[name] = note
             continue
         for name_of_pass, function in zip(PASSES, made, strict=True):
             runs[name_of_pass][name] = function
     seconds, rounds = (1.0, 5) if quick or case.heavy else (device.seconds, 11)
+    work = counts.work(case.stem, case.shape, kind.itemsize, suite.constant(case.stem))
+    limit = None if work is None else limits.peak(device, kind, threads)
     rows = []
     for name_of_pass, group in runs.items():
         times, failed = interleave(group, device, seconds, 2 if case.heavy else rounds)
         for name in [*group, *notes]:
-            q1, median, q3 = quartiles(times[name]) if name in times else (None, None, None)
             kept = memory.get(name, {}) if name_of_pass == "fwd+bwd" else {}
+            same = name.removesuffix(" graph") not in others
+            needed = work[name_of_pass] if work is not None and same else None
             rows.append(
                 {"stem": case.stem, "shape": case.name, "pass": name_of_pass, "contestant": name, "threads": threads}
-                | {"device": device.type, "dtype": dtype, "median_ms": median, "q1_ms": q1, "q3_ms": q3}
+                | {"device": device.type, "dtype": dtype, **statistics(times.get(name))}
                 | {"saved_mb": kept.get("saved_mb"), "peak_mb": kept.get("peak_mb")}
                 | {"compile_s": compile_seconds.get(name), "rounds": len(times.get(name, ()))}
-                | {"note": (notes | failed).get(name)}
+                | {"same_work": same, "flops": needed and needed.flops, "bytes": needed and needed.bytes}
+                | {"least_ms": needed and limits.least_ms(needed, limit), "note": (notes | failed).get(name)}
             )
     return rows
 

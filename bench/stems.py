@@ -1,8 +1,17 @@
-"""What each stem is timed and verified on: shapes, inputs, and the numbers of its work."""
+"""What each stem is timed and verified on: shapes and inputs."""
 
 from dataclasses import dataclass
 
 import torch
+
+STEMS = (
+    "content_address",
+    "lrua_write_weights",
+    "memory_update",
+    "lrua_step",
+    "lrua_sequence",
+    "mann_sequence",
+)
 
 
 @dataclass(frozen=True)
@@ -71,18 +80,3 @@ def inputs(stem: str, s: Shape, seed: int = 0) -> dict[str, torch.Tensor]:
         "weight_head": normal(words + s.R, s.H) * k,
         "bias_head": normal(words + s.R) * k,
     }
-
-
-def flops(stem: str, s: Shape) -> int:
-    """Floating-point operations of one forward pass, a multiply-add counted as two; what grows slower is left out."""
-    memory = 2 * s.B * s.N * s.W
-    step = memory * (3 * s.R + 1)  # write, match, read; square sums
-    K, P = s.H + s.R * s.W, s.R * s.W + s.R
-    return {
-        "content_address": memory * (s.R + 1),
-        "lrua_write_weights": 2 * s.B * s.R * s.N,
-        "memory_update": memory * s.R,
-        "lrua_step": step,
-        "lrua_sequence": s.T * step,
-        "mann_sequence": s.T * (step + 2 * s.B * (4 * s.H * (s.I + K) + s.H * P)),
-    }[stem]

@@ -54,6 +54,8 @@ class Suite:
     others: Callable[[str, Any, dict], dict[str, Callable]]
     #: plan(stems, shape names, quick) -> the cases.
     plan: Callable[[Iterable[str], Iterable[str], bool], Iterable[Case]]
+    #: notices(stems) -> which contestants are left out on this machine, and why.
+    notices: Callable[[Iterable[str]], list[str]] = lambda stems: []
 
 
 #: By name, those that every operator takes.
@@ -78,12 +80,12 @@ def _mann_plan(chosen, shapes, quick):
                 continue
             shape = stems.SHAPES[name]
             yield Case(stem, name, shape, heavy=name == "long")
-            if episode and name not in ("long", "batch") and not quick:
+            if episode and (name == "paper" or (name not in ("long", "batch") and not quick)):
                 yield Case(stem, f"{name}@T={LOOP_STEPS}", shape.at(LOOP_STEPS), loop=True)
 
 
 MANN = Suite(
-    stems=tuple(contestants.EAGER),
+    stems=stems.STEMS,
     operators=lambda stem: (stem,),
     shapes=stems.SHAPES,
     usual={"cpu": tuple(name for name in stems.SHAPES if name != "batch"), "cuda": tuple(stems.SHAPES)},

@@ -5,16 +5,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import typer
 from fake_cuda import PROPERTIES, FakeCuda
 from typer.testing import CliRunner
 
 import mann_kernels
 from bench import __main__ as front
-from bench import contestants, devices, harness, metanet_update
+from bench import contestants, devices, harness, limits, metanet_update, store, tables
+from bench.counts import work
 from bench.episodes import omniglot
 from bench.metanet_augmented import ALTERNATIVES
-from bench.stems import SHAPES, Shape, flops, inputs
+from bench.stems import SHAPES, Shape, inputs
 from bench.suites import MANN, METANET, SUITES, Case, kernels_of, suite_of
 from mann_kernels import _backend, _library
 
@@ -23,9 +23,7 @@ CPU = devices.Cpu()
 
 
 def invoke(*arguments):
-    app = typer.Typer()
-    app.command()(front.main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(front.app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -35,6 +33,8 @@ def fake(monkeypatch):
     monkeypatch.setattr(devices, "cuda", fake)
     monkeypatch.setattr(devices, "FLUSH_BYTES", 2**10)
     monkeypatch.setattr(devices.Cuda, "seconds", 0.2)
+    monkeypatch.setattr(limits, "SIDE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(limits, "COPIED", {"cpu": 2**12, "cuda": 2**12})
     monkeypatch.setattr(devices.Cuda, "warm_up_seconds", 0.0)
     before = torch.backends.cudnn.allow_tf32, torch.backends.fp32_precision
     yield fake
@@ -114,7 +114,8 @@ def test_verify_only_writes_json(tmp_path):
     result = invoke("--device", "cpu", "--verify-only", "--stem", "content_address", "--json", path)
     assert result.exit_code == 0, result.output
     written = json.loads(path.read_text())
-    assert set(written) == {"machine", "verification", "timings"}
+    assert {"machine", *store.TABLES} <= set(written)
+    assert written["timings"] == written["benchmarks"] == []
     assert {row["device"] for row in written["verification"]} == {"cpu"}
 
 
@@ -186,10 +187,10 @@ def test_less_is_saved_for_backward(shape, less):
     assert ours * less < eager
 
 
-def test_flops_grow_with_the_work():
+def test_work_grows_with_the_shape():
     paper = SHAPES["paper"]
-    assert flops("mann_sequence", paper.at(100)) == 2 * flops("mann_sequence", paper)
-    assert flops("lrua_sequence", paper) == 50 * flops("lrua_step", paper)
+    one, whole = (work(stem, paper, 4, set())["fwd"].flops for stem in ("lrua_step", "lrua_sequence"))
+    assert whole == 50 * one
 
 
 def test_omniglot_episodes(tmp_path):
@@ -289,13 +290,13 @@ def test_rows_of_a_gpu(gpu, fake, dtype):
     assert [row["contestant"] for row in rows] == [*plain, *(f"{name} graph" for name in plain)] * 2
     assert {(row["device"], row["dtype"], row["note"]) for row in rows} == {("cuda", dtype, None)}
     assert all(row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] and row["rounds"] >= 3 for row in rows)
-    # a graph of each of two passes: three calls to warm up, then the measured ones
+    # a graph of each of two passes and of each set of inputs: three calls to warm up, then the measured ones
     measured = sum(row["rounds"] for row in rows if row["contestant"].endswith("graph"))
     assert fake.log.count("CUDAGraph.replay") == 5 * 2 * 3 + measured
-    assert fake.log.count("graph") == 5 * 2
+    assert fake.log.count("graph") == 5 * 2 * gpu.input_sets
     peaks = {row["contestant"]: row["peak_mb"] for row in rows if row["pass"] == "fwd+bwd"}
     assert peaks["mann_kernels"] == peaks["eager"] == 2.0
-    assert front.timings_table(rows).row_count == 20
+    assert tables.timings_table(rows).row_count == 20
 
 
 def test_cuda_and_triton_kernels_are_verified_and_timed_beside_each_other(gpu, monkeypatch):
@@ -344,7 +345,7 @@ def test_out_of_memory_is_a_row(gpu):
     assert notes["eager"] == notes["eager graph"] == notes["compile_step"] == "out of memory"
     failed = next(row for row in rows if row["contestant"] == "eager")
     assert (failed["median_ms"], failed["rounds"]) == (None, 0)
-    assert front.timings_table(rows).row_count == len(rows) == 10
+    assert tables.timings_table(rows).row_count == len(rows) == 10
 
 
 def test_one_that_fails_later_is_left_out(gpu):
@@ -368,7 +369,7 @@ def test_a_kernel_that_raises_is_not_verified(gpu):
     rows = harness.verify(["content_address"], gpu, {"content_address": broken})
     assert {(row["ok"], row["device"], row["backend"]) for row in rows} == {(False, "cuda", "triton")}
     assert rows[0]["quantity"] == "ValueError: OutOfResources: shared memory"
-    assert front.failures_table(rows).row_count == len(rows) == 4 * 3
+    assert tables.failures_table(rows).row_count == len(rows) == 4 * 3
 
 
 def test_a_whole_run_on_a_gpu(gpu, monkeypatch, tmp_path):
@@ -379,7 +380,8 @@ def test_a_whole_run_on_a_gpu(gpu, monkeypatch, tmp_path):
 
     def time_case(suite, case, device, dtype, threads, quick, x):
         order.append((device.type, dtype, case.name))
-        row = dict.fromkeys(("q1_ms", "q3_ms", "saved_mb", "peak_mb", "compile_s", "median_ms", "rounds"))
+        row = dict.fromkeys(store.TABLES["timings"])
+        row |= {"threads": 1, "same_work": True}
         row |= {"stem": case.stem, "shape": case.name, "pass": "fwd", "device": device.type, "dtype": dtype}
         return [row | {"contestant": "mann_kernels", "note": "out of memory" if case.name == "wide" else "slow"}]
 

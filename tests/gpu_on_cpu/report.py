@@ -16,6 +16,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import emulated_cuda  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
+from compiled import plain_name, resources_of_cuda, used_by_cuda  # noqa: E402
 from emulated import emulated  # noqa: E402
 from occupancy import occupancy  # noqa: E402
 from ptx import PTXError  # noqa: E402
@@ -58,24 +59,8 @@ def resources(text, target):
     return int(re.search(r"Used (\d+) registers", said)[1]), stores + loads
 
 
-def resources_of_cuda(target):
-    """By kernel: what ptxas gave each, from the built library."""
-    from test_cuda_resources import LIBRARY, resources
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    said = subprocess.run([tool, "--dump-resource-usage", LIBRARY], capture_output=True, text=True, check=True).stdout
-    return resources(subprocess.run(["c++filt"], input=said, capture_output=True, text=True, check=True).stdout)[target]
-
-
-def used_by_cuda(name, known):
-    """(registers, spilled bytes) of the kernel of this mangled name: the most of its instances of the same storage type."""
-    narrow = "__nv_bfloat16" in name
-    same = [used for label, used in known.items() if label.split("<")[0] in name and ("bfloat16" in label) == narrow]
-    return max(used["registers"] for used in same), max(used["spilled"] for used in same)
-
-
 def row_of(stats, target, used=None):
-    registers, spilled = used or resources(stats.kernel.text, target)
+    registers, spilled = (used["registers"], used["spilled"]) if used else resources(stats.kernel.text, target)
     fits = occupancy(target, stats.threads, registers, stats.shared_bytes)
     loaded, stored = stats.loaded.total(), stats.stored.total()
     once = stats.distinct_loaded.total(), stats.distinct_stored.total()
@@ -90,11 +75,6 @@ def row_of(stats, target, used=None):
     )  # fmt: skip
 
 
-def plain_name(name):
-    """Of a kernel, without what C++ adds: its namespace, the length of the name and the types."""
-    return re.sub(r"^_ZN4mann4cuda\d+", "", name).split("_kernel")[0]
-
-
 def barriers_of(stats):
     """Of a program, and with those of its cluster."""
     of_cluster = stats.cluster_barriers // max(1, stats.programs // stats.cluster)
@@ -106,7 +86,7 @@ def report_cuda(target):
     from test_cuda_ptx import CASES
 
     by_nvcc = "sm_90a" if target == "sm_90" else target
-    known = resources_of_cuda(by_nvcc)
+    known = resources_of_cuda()[by_nvcc]
     table = Table(*COLUMNS, title=f"CUDA kernels compiled for {by_nvcc} by nvcc, run on the CPU, never on a GPU")
     for stem in [stem for stem, each in CASES if each == by_nvcc]:
         with emulated_cuda.emulated_cuda(by_nvcc) as launches:

@@ -7,8 +7,9 @@ pytest.importorskip("triton")
 
 import cuda_on_cpu
 import emulated_cuda
+from compiled import used_by_cuda
 from occupancy import DEVICES, clusters, occupancy
-from report import call_of, used_by_cuda
+from report import call_of
 from stem import run
 from test_cuda_kernels import STEMS
 from test_cuda_resources import found, pytestmark  # noqa: F401  (a fixture, and when there is nothing to read it from)
@@ -24,7 +25,7 @@ def test_paper_size_fits(stem, dtype, found):  # noqa: F811
         run(getattr(mann_kernels, stem), call_of(stem, 16, 2).to(dtype))
     assert len(launches) >= 2
     for launch in launches:
-        registers, _ = used_by_cuda(launch.name, found["sm_90a"])
+        registers = used_by_cuda(launch.name, found["sm_90a"])["registers"]
         fits = occupancy("sm_90", launch.threads, registers, launch.shared)
         assert fits.programs >= 1, (launch, registers)
         assert launch.shared <= DEVICES["sm_90"][2]

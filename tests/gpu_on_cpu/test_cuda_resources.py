@@ -10,39 +10,20 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import triton
+from compiled import cuda_resources, resources_of_cuda
 
 from mann_kernels import _library
 
 BUDGETS = Path(__file__).parent / "budgets.json"
-LIBRARY = Path(_library.__file__).parent / "_CUDA.abi3.so"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 #: mann_sequence needs clusters, which sm_80 has not.
 NEED_CLUSTERS = ("mann_sequence",)
 pytestmark = pytest.mark.skipif(_library.cuda_missing is not None, reason=str(_library.cuda_missing))
 
 
-def resources(said: str) -> dict[str, dict[str, dict[str, int]]]:
-    """By architecture and kernel: registers, spilled bytes and static shared memory of a thread or block."""
-    found: dict[str, dict[str, dict[str, int]]] = {}
-    for part in said.split("Fatbin elf code:")[1:]:
-        target = re.search(r"arch = (\w+)", part)[1]
-        for name, used in re.findall(r"Function (.*):\n(.*)", part):
-            registers, stack, shared, local = map(
-                int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", used).groups()
-            )
-            label = re.search(r"(\w+_kernel(?:<.*?>)?)\(", name)[1].replace("(mann::cuda::Arithmetic)", "")
-            entry = {"registers": registers, "spilled": stack + local, "shared": shared}
-            found.setdefault(target, {})[label] = entry
-    return found
-
-
 @pytest.fixture(scope="module")
 def found():
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    said = subprocess.run([tool, "--dump-resource-usage", LIBRARY], capture_output=True, text=True, check=True).stdout
-    names = subprocess.run(["c++filt"], input=said, capture_output=True, text=True, check=True).stdout
-    return resources(names)
+    return resources_of_cuda()
 
 
 def nvcc_version() -> str | None:
@@ -92,4 +73,6 @@ arch = sm_90a
  Function void mann::cuda::some_kernel<float, (mann::cuda::Arithmetic)0, 4>(mann::cuda::Args<float>):
   REG:40 STACK:8 SHARED:1024 LOCAL:4 CONSTANT[0]:664 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-    assert resources(said) == {"sm_90a": {"some_kernel<float, 0, 4>": {"registers": 40, "spilled": 12, "shared": 1024}}}
+    assert cuda_resources(said) == {
+        "sm_90a": {"some_kernel<float, 0, 4>": {"registers": 40, "spilled": 12, "shared": 1024}}
+    }

@@ -1,0 +1,172 @@
+"""How time and saved memory of a training step of `mann_sequence` grow with one size while the others stay."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from bench import contestants, harness
+from bench.devices import attempt
+from bench.stems import Shape, inputs
+from bench.suites import DTYPES, MANN
+
+STEM = "mann_sequence"
+OUT_OF_TIME, OUT_OF_MEMORY = "out of time", "out of memory"
+#: For a point: calls in turn for so long, and at least so many.
+SECONDS, ROUNDS = 1.0, 3
+#: A training step holds the gradients of what was kept as well.
+HELD = 2
+
+
+@dataclass(frozen=True)
+class Axis:
+    base: Shape
+    values: tuple[int, ...]
+    #: The values from which on this size dominates the time: the exponent is fitted there.
+    dominates: int
+    #: torch.compile has the step alone, so that one compilation does for every length.
+    compiled_once: bool = False
+
+
+SMALL = Shape(20, 4, 64, 64, 128, 40, 4)
+AXES = {
+    "T": Axis(SMALL, (20, 40, 80, 160, 320, 640, 1280, 3200), 80, compiled_once=True),
+    "N": Axis(Shape(8, 2, 20, 64, 32, 40, 4), (32, 128, 512, 2048, 4096, 8192, 16384, 32768, 65536), 4096),
+    "B": Axis(SMALL, (1, 4, 16, 64, 128, 256), 16),
+    "H": Axis(SMALL, (32, 64, 128, 256, 512, 1024), 256),
+    "R": Axis(SMALL, (1, 2, 4, 8, 16), 4),
+}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What no point may exceed: seconds of one training step, MiB that it holds."""
+
+    seconds: float = 2.0
+    memory_mb: float = 2048.0
+
+
+def exponent(points: list[tuple[float, float]]) -> float | None:
+    """The slope of log(y) over log(x) by least squares; None of fewer than two points."""
+    if len({x for x, _ in points}) < 2:
+        return None
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
+
+
+def predicted(points: list[tuple[float, float]], value: float) -> float:
+    """What the last points lead to at a larger value: a power law through the last two, at least proportional."""
+    if not points:
+        return 0.0
+    (x, y), slope = points[-1], max(1.0, exponent(points[-2:]) or 1.0)
+    return y * (value / x) ** slope
+
+
+class Contestant:
+    """One that is measured at growing values until it would exceed the bounds."""
+
+    def __init__(self, name: str, function):
+        self.name, self.function = name, function
+        self.times: list[tuple[float, float]] = []
+        self.saved: list[tuple[float, float]] = []
+        self.note: str | None = None
+
+    def may_run(self, value: int, bounds: Bounds) -> bool:
+        """Whether no bound would be exceeded. Who has once exceeded one is not asked again."""
+        if self.note is None and predicted(self.times, value) > bounds.seconds:
+            self.note = OUT_OF_TIME
+        if self.note is None and HELD * predicted(self.saved, value) > bounds.memory_mb:
+            self.note = OUT_OF_MEMORY
+        return self.note is None
+
+    def keep(self, value: int, median_ms: float, saved_mb: float | None, bounds: Bounds) -> None:
+        self.times.append((value, median_ms / 1e3))
+        if saved_mb:
+            self.saved.append((value, saved_mb))
+        if median_ms / 1e3 > bounds.seconds:
+            self.note = OUT_OF_TIME
+
+
+def entrants(axis: Axis, compiled: bool) -> list[Contestant]:
+    found = [Contestant("mann_kernels", MANN.ours(STEM)), Contestant("eager", contestants.EAGER[STEM])]
+    if axis.compiled_once or compiled:
+        found.append(Contestant("compile_step", contestants.compiled(STEM, loop=False)))
+    return found
+
+
+def point(shape: Shape, value: int, running: list[Contestant], device, dtype: torch.dtype, bounds: Bounds) -> dict:
+    """Statistics and saved memory by contestant; who fails gets its note."""
+    drawn, steps, saved = inputs(STEM, shape), {}, {}
+    for one in running:
+        work = harness.Work(STEM, drawn, dtype, device.device)
+
+        step = functools.partial(work.train, one.function)
+        if one.name == "compile_step":  # compiled here and not while the clock runs; its hooks would compile it anew
+            _, one.note = attempt(device, step)
+        else:
+            saved[one.name], one.note = attempt(device, functools.partial(harness.saved_mb, work, one.function))
+        if one.note is None:
+            steps[one.name] = step
+    times, notes = harness.interleave(steps, device, SECONDS, ROUNDS)
+    for one in running:
+        one.note = one.note or notes.get(one.name)
+        if one.note is None:
+            median = torch.tensor(times[one.name]).median().item()
+            one.keep(value, median, saved.get(one.name), bounds)
+    return {one.name: harness.statistics(times.get(one.name)) | {"saved_mb": saved.get(one.name)} for one in running}
+
+
+def run(variable: str, device, dtype: str, threads: int, bounds: Bounds, values=None, compiled=False) -> list[dict]:
+    """A row for every value and contestant; those that were not run, or failed, say why in `note`."""
+    axis, rows = AXES[variable], []
+    everybody = entrants(axis, compiled)
+    for value in values or axis.values:
+        shape = replace(axis.base, **{variable: value})
+        running = [one for one in everybody if one.may_run(value, bounds)]
+        found = point(shape, value, running, device, DTYPES[dtype], bounds) if running else {}
+        for one in everybody:
+            numbers = found.get(one.name, harness.statistics(None) | {"saved_mb": None})
+            note = None if numbers["median_ms"] is not None else one.note
+            rows.append(
+                {
+                    "variable": variable,
+                    "value": value,
+                    "contestant": one.name,
+                    "threads": threads,
+                    "device": device.type,
+                }
+                | {"dtype": dtype, "dominates": value >= axis.dominates, **numbers, "note": note}
+            )
+        if compiled and not axis.compiled_once:
+            renew(everybody)
+    return rows
+
+
+def renew(everybody: list[Contestant]) -> None:
+    """A compiled step of other sizes is compiled anew, or torch would make its sizes symbols."""
+    for one in everybody:
+        if one.name == "compile_step":
+            one.function = contestants.compiled(STEM, loop=False)
+
+
+def fits(rows: list[dict]) -> list[dict]:
+    """Exponents of time, and of what is saved, where the size dominates, by device, size and contestant."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        kept = found.setdefault((row["device"], row["variable"], row["contestant"]), [])
+        if row["dominates"] and row["median_ms"] is not None:
+            kept.append(row)
+    return [
+        {
+            "device": device,
+            "variable": variable,
+            "contestant": contestant,
+            "from": min((row["value"] for row in kept), default=None),
+            "to": max((row["value"] for row in kept), default=None),
+            "time": exponent([(row["value"], row["median_ms"]) for row in kept]),
+            "saved": exponent([(row["value"], row["saved_mb"]) for row in kept if row["saved_mb"]]),
+        }
+        for (device, variable, contestant), kept in found.items()
+    ]

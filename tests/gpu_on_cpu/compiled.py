@@ -1,0 +1,146 @@
+"""What compilers made of the kernels for GPUs that are not here, and how they are launched: nothing runs.
+
+with compiled_for("sm_90") as kernels:
+    ...  # operators, on CPU tensors
+kernels[0].compiled.metadata.shared
+"""
+
+import contextlib
+import math
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from emulated import emulated
+from occupancy import occupancy
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
+
+import mann_kernels
+from mann_kernels import _library
+from mann_kernels.triton import _launch
+
+#: Bytes of shared memory that one program may have (NVIDIA: the opt-in limit of the compute capability; AMD: LDS).
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+#: The CUDA kernels, for all their architectures.
+LIBRARY = Path(_library.__file__).parent / "_CUDA.abi3.so"
+
+
+class Compiled(NamedTuple):
+    """One launch of a Triton kernel."""
+
+    compiled: Any  # what Triton's compiler made
+    programs: int
+    buffers: dict[str, torch.Tensor]  # the tensors among its arguments, by name
+
+
+class _Compiler:
+    """What Triton asks of a GPU driver; it loads nothing and runs nothing."""
+
+    def __init__(self, target):
+        self.target = (
+            GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+        )
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 10**9},
+            load_binary=lambda name, binary, shared, device: (None, None, 0, 0, 1024),
+        )
+        self.launcher_cls = lambda source, metadata: lambda *arguments: None
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return str(self.target)  # Triton keeps compiled kernels by device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def compiled_for(target):
+    """Within the block Triton's launches on CPU tensors compile for `target` and run nothing; yields the list of them."""
+    found, launch, driver = [], JITFunction.run, _Compiler(target)
+
+    def noted(kernel, *args, grid, **kwargs):
+        compiled = launch(kernel, *args, grid=grid, **kwargs)
+        named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        buffers = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+        found.append(Compiled(compiled, math.prod(grid), buffers))
+        return compiled
+
+    kind = _launch.Gpu(driver.target.backend == "cuda", driver.target.warp_size)
+    with (
+        emulated("sm_90"),
+        mann_kernels.backend("triton"),
+        mock.patch.object(triton.knobs.runtime, "add_stages_inspection_hook", None),
+        mock.patch.object(JITFunction, "run", noted),
+        mock.patch.object(_launch, "gpu", return_value=kind),
+    ):
+        triton.runtime.driver.set_active(driver)
+        yield found
+
+
+def resources_of(compiled, target):
+    """What ptxas, or the AMD assembler, gave each thread of a kernel; how many programs that lets in."""
+    shared = compiled.metadata.shared
+    if "cubin" not in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+        return {"registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]), "spilled": spilled, "shared": shared}
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        text = dumped(cubin)
+    registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    programs = occupancy(target, 32 * compiled.metadata.num_warps, registers, shared).programs
+    return {"registers": registers, "spilled": spilled, "shared": shared, "programs": programs}
+
+
+def dumped(binary: Path) -> str:
+    """What cuobjdump, which comes with Triton, says that the kernels of a binary use."""
+    command = [TOOLS / "cuobjdump", "--dump-resource-usage", binary]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def cuda_resources(said: str) -> dict[str, dict[str, dict[str, int]]]:
+    """By architecture and kernel: registers, spilled bytes and static shared memory of a thread or block."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for part in said.split("Fatbin elf code:")[1:]:
+        target = re.search(r"arch = (\w+)", part)[1]
+        for name, used in re.findall(r"Function (.*):\n(.*)", part):
+            registers, stack, shared, local = map(
+                int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", used).groups()
+            )
+            label = re.search(r"(\w+_kernel(?:<.*?>)?)\(", name)[1].replace("(mann::cuda::Arithmetic)", "")
+            entry = {"registers": registers, "spilled": stack + local, "shared": shared}
+            found.setdefault(target, {})[label] = entry
+    return found
+
+
+def resources_of_cuda() -> dict[str, dict[str, dict[str, int]]]:
+    """The same of the built library."""
+    said = subprocess.run(["c++filt"], input=dumped(LIBRARY), capture_output=True, text=True, check=True).stdout
+    return cuda_resources(said)
+
+
+def used_by_cuda(name, known):
+    """What the kernel of this mangled name uses: the most of its instances of the same storage type."""
+    narrow = "__nv_bfloat16" in name
+    same = [used for label, used in known.items() if label.split("<")[0] in name and ("bfloat16" in label) == narrow]
+    return {what: max(used[what] for used in same) for what in ("registers", "spilled", "shared")}
+
+
+def plain_name(name):
+    """Of a kernel, without what C++ adds: its namespace, the length of the name and the types."""
+    return re.sub(r"^_ZN4mann4cuda\d+", "", name).split("_kernel")[0]

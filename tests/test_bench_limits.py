@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import devices, limits
+from bench.counts import INDEX_BYTES, Work, sizes, work
+from bench.harness import PASSES
+from bench.harness import Work as Run
+from bench.metanet_augmented import LayerShape
+from bench.stems import Shape
+from bench.suites import suite_of
+from mann_kernels import _backend
+
+TINY = Shape(3, 2, 4, 5, 9, 6, 2)
+LAYERS = {
+    "augmented_linear": [LayerShape(5, 3, 1, 4, 0)],
+    "augmented_conv2d": [LayerShape(6, 2, 3, 4, 1), LayerShape(6, 3, 3, 4, 1)],
+}
+
+
+def shapes(stem):
+    """Beside what verification has: an input without a gradient, images that are smaller than the memory is deep. What is
+    one by one by one is no matrix product to torch."""
+    known = [shape for shape in suite_of(stem).verified(stem)[:2] if shape != LayerShape(1, 1, 1, 1, 1)]
+    return [*known, *LAYERS.get(stem, ())]
+
+
+def counted(run, function):
+    with FlopCounterMode(display=False) as counter:
+        run(function)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("stem", _backend.STEMS)
+def test_products_are_those_of_the_cheapest_contestant(stem):
+    suite = suite_of(stem)
+    functions = [suite.eager[stem], *suite.alternatives.get(stem, {}).values()]
+    for shape in shapes(stem):
+        run = Run(stem, suite.inputs(stem, shape), torch.float32)
+        want = work(stem, shape, 4, suite.constant(stem))
+        found = [(counted(run.forward, function), counted(run.train, function)) for function in functions]
+        forward, train = (want[name].flops for name in PASSES)
+        assert min(first for first, _ in found) == forward
+        # of a grouped convolution torch counts the gradient of the weight once too often for every group
+        if stem != "augmented_conv2d" or shape.side == 1:
+            assert min(second for _, second in found) == train
+
+
+@pytest.mark.parametrize("stem", _backend.STEMS)
+def test_bytes_are_those_of_the_tensors(stem):
+    suite = suite_of(stem)
+    for shape in shapes(stem):
+        run = Run(stem, suite.inputs(stem, shape), torch.float32)
+        results = suite.plain(stem)(*run.tensors.values())
+        results = results if isinstance(results, tuple) else (results,)
+        known = sizes(stem, shape)
+        assert list(known.inputs) == [name for name, t in run.tensors.items() if t.is_floating_point()]
+        moved = sum(t.nbytes for t in (*run.tensors.values(), *results))
+        trained = moved + results[0].nbytes + sum(leaf.nbytes for leaf in run.leaves if leaf.is_floating_point())
+        found = work(stem, shape, 4, suite.constant(stem))
+        assert (found["fwd"].bytes, found["fwd+bwd"].bytes) == (moved, trained)
+
+
+def test_a_hand_count():
+    # 2 x 2 x 9 x 6 multiply-adds match all heads with all slots
+    constant = suite_of("content_address").constant("content_address")
+    found = work("content_address", TINY, 4, constant)
+    assert found["fwd"] == Work(2 * 216, 4 * (108 + 24 + 36))
+    assert found["fwd+bwd"] == Work(3 * 2 * 216, 4 * (108 + 24 + 36) + 4 * (36 + 108 + 24))
+    found = work("lrua_write_weights", TINY, 2, {"usage"})
+    assert found["fwd"] == Work(0, 2 * (18 + 36 + 4 + 36) + 4 * INDEX_BYTES)
+    assert work("metanet_update", 64, 4, set()) is None
+
+
+def test_the_longer_of_computing_and_moving():
+    peak = limits.Peak(flops=2e9, bandwidth=1e9)
+    assert limits.least_ms(Work(4_000_000, 1), peak) == pytest.approx(2)
+    assert limits.least_ms(Work(4_000_000, 3_000_000), peak) == pytest.approx(3)
+
+
+def test_peaks_are_measured_once(monkeypatch):
+    monkeypatch.setitem(limits.SIDE, "cpu", 64)
+    monkeypatch.setitem(limits.COPIED, "cpu", 2**12)
+    cpu, calls = devices.Cpu(), []
+    monkeypatch.setattr(cpu, "measure", lambda function: calls.append(function()) or 2.0)
+    found = limits.peak(cpu, torch.float64, 1)
+    assert found == limits.Peak(2 * 64**3 / 2e-3, 2 * 2**12 / 2e-3)
+    assert limits.peak(cpu, torch.float64, 1) is found
+    assert len(calls) == 2 * (1 + limits.TIMES)
+    assert limits.facts(cpu, ["float64"], 1) == {
+        "float64": {"gflops": found.flops / 1e9, "gbytes": found.bandwidth / 1e9}
+    }
