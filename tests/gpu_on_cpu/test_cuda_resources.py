@@ -31,7 +31,7 @@ def resources(said: str) -> dict[str, dict[str, dict[str, int]]]:
             registers, stack, shared, local = map(
                 int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", used).groups()
             )
-            label = re.search(r"(\w+_kernel(?:<.*?>)?)\(", name)[1].replace("(mann::cuda::Arithmetic)", "")
+            label = re.search(r"(\w+_kernel(?:<.*?>)?)\(", name)[1].replace("(mann::cuda::Staged)", "")
             entry = {"registers": registers, "spilled": stack + local, "shared": shared}
             found.setdefault(target, {})[label] = entry
     return found
@@ -89,7 +89,7 @@ def test_what_cuobjdump_says_is_understood():
 Fatbin elf code:
 ================
 arch = sm_90a
- Function void mann::cuda::some_kernel<float, (mann::cuda::Arithmetic)0, 4>(mann::cuda::Args<float>):
+ Function void mann::cuda::some_kernel<float, (mann::cuda::Staged)0>(mann::cuda::Args<float>):
   REG:40 STACK:8 SHARED:1024 LOCAL:4 CONSTANT[0]:664 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-    assert resources(said) == {"sm_90a": {"some_kernel<float, 0, 4>": {"registers": 40, "spilled": 12, "shared": 1024}}}
+    assert resources(said) == {"sm_90a": {"some_kernel<float, 0>": {"registers": 40, "spilled": 12, "shared": 1024}}}
