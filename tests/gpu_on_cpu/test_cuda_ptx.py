@@ -57,7 +57,7 @@ def test_matches_reference(stem, target, dtype, request):
 
 @pytest.fixture(scope="module")
 def a_step():
-    """Of mann_sequence at N, W, R, H = STEP: what two more steps of one example add to the launches forward and backward, halved."""
+    """Of mann_sequence, forward and backward: barriers of the cluster and bytes that a step of one example adds to a launch."""
     N, W, R, H = STEP
     found = []
     for steps in (2, 4):
@@ -94,26 +94,24 @@ def test_global_bytes_of_a_step(a_step):
         assert 4 * numbers <= moved <= 1.2 * 4 * numbers
 
 
-#: Of augmented_linear, every byte that a warp asks for against those of inputs and outputs, forward, dx, the sum of dmix and the
-#: gradients of the weights, at the paper's layer of 64 x 64 with 50 examples and a memory of 5 rows. Products go by tiles of
-#: 32 x 64, and a tile takes both operands by: the two tiles of examples take every weight, and the tiles of each row's product
-#: take x, or the gradient and its slopes, again. One tile for all examples would take the weights once and leave one
-#: multiprocessor at work; one block for all rows of the memory would need the sums of five products in registers. All inputs
-#: are 0.2 MB, so that the second-level cache answers from the second time on.
-PASSES = {"linear_kernel": 2.2, "backward_x": 2.5, "backward_mix": 1.2, "backward_w": 3.5}
-
-
 def test_global_bytes_of_augmented_linear():
-    """Each number leaves or reaches the device's memory once, and tiles ask for it as often as there are products it is part of."""
+    """More than the ideal, at the paper's layer: 64 x 64, 50 examples, a memory of 5 rows; 0.15 MB forward and 0.26 MB backward.
+
+    Products go by tiles of 32 x 64, and each asks for all of both operands. The two tiles of examples ask for every weight; the
+    products with the rows of the memory ask for x (forward), for the gradient and its slopes (dx), and for these and x (dfast). One
+    tile for all examples would leave one multiprocessor at work; the sums for all rows of the memory in one block would be five
+    times the registers. The kernels of dx and of the weights' gradients both need x and the gradient. All of it stays in the
+    second-level cache, which answers from the second time on.
+    """
     with emulated_cuda.emulated_cuda("sm_90a") as launches:
         run(mann_kernels.augmented_linear, class_of("augmented_linear").inputs(0, 50, 64, 64, 5).to(torch.float32))
-    assert len(launches) == len(PASSES)
-    for stats, (name, passes) in zip(launches, PASSES.items(), strict=True):
-        assert name in stats.kernel.name
-        once = stats.distinct_loaded + stats.distinct_stored
+    for stats, most in ((launches[:1], 2.2), (launches[1:], 3.3)):
+        once = {}
+        for each in stats:
+            once |= each.distinct_loaded | each.distinct_stored
         ideal = sum(count for name, count in once.items() if not name.startswith("scratch"))
-        assert once.total() <= 1.2 * ideal, (stats.kernel.name, once)
-        assert stats.global_bytes.total() <= passes * once.total(), (stats.kernel.name, once, stats.global_bytes)
+        moved = sum(each.global_bytes.total() for each in stats)
+        assert ideal <= moved <= most * ideal, (ideal, moved)
 
 
 @pytest.mark.parametrize("stem", PAPER)
