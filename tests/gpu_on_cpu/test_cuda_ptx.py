@@ -100,8 +100,8 @@ def test_global_bytes_of_augmented_linear():
     Products go by tiles of 32 x 64, and each asks for all of both operands. The two tiles of examples ask for every weight; the
     products with the rows of the memory ask for x (forward), for the gradient and its slopes (dx), and for these and x (dfast). One
     tile for all examples would leave one multiprocessor at work; the sums for all rows of the memory in one block would be five
-    times the registers. The kernels of dx and of the weights' gradients both need x and the gradient. All of it stays in the
-    second-level cache, which answers from the second time on.
+    times the registers. The kernels of dx and of the weights' gradients both need x and the gradient. All of it is far
+    smaller than the second-level cache of any of these GPUs.
     """
     with emulated_cuda.emulated_cuda("sm_90a") as launches:
         run(mann_kernels.augmented_linear, class_of("augmented_linear").inputs(0, 50, 64, 64, 5).to(torch.float32))
