@@ -224,8 +224,6 @@ template __global__ void exchange<MISSING_CLUSTER_BARRIER>(const float *, float 
 template __global__ void exchange<SINGLE_BUFFER>(const float *, float *, int);
 template __global__ void exchange<NO_LAST_BARRIER>(const float *, float *, int);
 template __global__ void exchange<ONE_PAST_OF_OTHER>(const float *, float *, int);
-template __global__ void product<false>(const float *, float *, int);
-template __global__ void product<true>(const float *, float *, int);
 template __global__ void copy<RIGHT>(const float *, float *, int);
 template __global__ void copy<NO_WAIT>(const float *, float *, int);
 template __global__ void hand_on<RIGHT>(const float *, float *, int);
