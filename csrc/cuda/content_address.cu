@@ -1,5 +1,5 @@
-// Read weights by cosine similarity: content_address and its backward, a block for each example. The memory stays where
-// it is; the numbers per slot stand in shared memory, or where that is too small in global memory.
+// Read weights by cosine similarity: content_address and its backward, a block for each example. What a block works on
+// stands in shared memory as far as that has room.
 #include "address.h"
 #include "launch.h"
 
@@ -7,12 +7,16 @@ namespace mann::cuda {
 
 constexpr int kThreads = 256;
 
+// What is in shared memory: the memory and the numbers per slot; these alone, and the memory is read where it is;
+// nothing, and the numbers per slot are in global memory too.
+enum class Staged { kMemory, kNumbers, kNothing };
+
 template <typename S> struct ContentAddressArgs {
     MemoryShape shape;
     Arith<S> eps;
     const S *memory, *key, *beta; // [B, N, W], [B, R, W], [B, R] or null
     S *read_weights;              // [B, R, N] out
-    Arith<S> *workspace;          // [B, ContentAddressPlan::size] where that is not in shared memory
+    Arith<S> *workspace;          // [B, ContentAddressPlan::size] where nothing is in shared memory
 };
 
 template <typename S> struct ContentAddressBackwardArgs {
@@ -21,23 +25,35 @@ template <typename S> struct ContentAddressBackwardArgs {
     const S *dread_weights, *memory, *key; // [B, R, N], [B, N, W], [B, R, W]
     const S *beta, *read_weights;          // [B, R] or null, [B, R, N]
     S *dmemory, *dkey, *dbeta;             // [B, N, W], [B, R, W], [B, R] out
-    Arith<S> *workspace;                   // [B, ContentAddressBackwardPlan::size] where that is not in shared memory
+    Arith<S> *workspace;                   // [B, ContentAddressBackwardPlan::size] where nothing is in shared memory
 };
 
 struct ContentAddressPlan : Plan {
-    int64_t key, beta, squares, weights;
+    int64_t memory, key, beta, squares, weights;
 
-    MANN_BOTH explicit ContentAddressPlan(const MemoryShape &s)
-        : key(take(s.words())), beta(take(s.R)), squares(take(s.N)), weights(take(s.slots())) {}
+    MANN_BOTH ContentAddressPlan(const MemoryShape &s, Staged staged)
+        : memory(take(staged == Staged::kMemory ? s.memory() : 0)), key(take(s.words())), beta(take(s.R)),
+          squares(take(s.N)), weights(take(s.slots())) {}
 };
 struct ContentAddressBackwardPlan : ContentAddressPlan {
     int64_t dweights, dots, dkey_factor, sums;
 
-    MANN_BOTH explicit ContentAddressBackwardPlan(const MemoryShape &s)
-        : ContentAddressPlan(s), dweights(take(s.slots())), dots(take(s.slots())), dkey_factor(take(s.R)),
+    MANN_BOTH ContentAddressBackwardPlan(const MemoryShape &s, Staged staged)
+        : ContentAddressPlan(s, staged), dweights(take(s.slots())), dots(take(s.slots())), dkey_factor(take(s.R)),
           sums(take(column_parts(s.N, s.W, kThreads) * s.words())) {}
 };
 
+// The memory of example b, where the block reads it from.
+template <Staged staged, typename S, typename T>
+MANN_INLINE auto take_memory(const S *memory, const MemoryShape &s, int64_t b, [[maybe_unused]] T *target) {
+    memory += b * s.N * s.W;
+    if constexpr (staged == Staged::kMemory) {
+        take_rows(memory, s.N, s.W, s.stride, target);
+        return static_cast<const T *>(target);
+    } else {
+        return memory;
+    }
+}
 // Key and strength of example b to where they are wanted; returns the strength, or null where it is 1.
 template <typename S, typename Args, typename T>
 MANN_INLINE const T *take_key(const Args &a, const MemoryShape &s, int64_t b, T *key, T *beta) {
@@ -46,15 +62,15 @@ MANN_INLINE const T *take_key(const Args &a, const MemoryShape &s, int64_t b, T 
     return a.beta ? beta : nullptr;
 }
 
-template <typename S, bool in_shared>
+template <typename S, Staged staged>
 __global__ void __launch_bounds__(kThreads, 1) content_address_kernel(const ContentAddressArgs<S> a) {
     using T = Arith<S>;
     MANN_DYNAMIC_SHARED(bytes);
     const MemoryShape s = a.shape;
-    const ContentAddressPlan plan(s);
+    const ContentAddressPlan plan(s, staged);
     const int64_t b = blockIdx.x;
-    const S *memory = a.memory + b * s.N * s.W;
-    T *base = in_shared ? reinterpret_cast<T *>(bytes) : a.workspace + b * plan.size;
+    T *base = staged == Staged::kNothing ? a.workspace + b * plan.size : reinterpret_cast<T *>(bytes);
+    const auto *memory = take_memory<staged>(a.memory, s, b, base + plan.memory);
     T *key = base + plan.key, *squares = base + plan.squares, *weights = base + plan.weights;
     const T *beta = take_key<S>(a, s, b, key, base + plan.beta);
     __syncthreads();
@@ -66,27 +82,15 @@ __global__ void __launch_bounds__(kThreads, 1) content_address_kernel(const Cont
     give_heads(weights, s.R, s.N, a.read_weights + b * s.R * s.N);
 }
 
-// Row n of the gradient of memory: ddots (x) key, less what the norms take off.
-template <typename S, typename T>
-MANN_INLINE void dmemory_of_row(const MemoryShape &s, const S *memory, const T *key, const T *ddots, const T *dots,
-                                int n, int lane, S *dmemory) {
-    const T shrink = row_factor(s, dots, n);
-    for (int w = lane; w < s.W; w += s.lanes) {
-        T dm = -shrink * to_arith(memory[n * s.W + w]);
-        for (int g = 0; g < s.groups(); ++g) dm += dot(load_heads(ddots, g * s.N + n), load_heads(key, g * s.W + w));
-        dmemory[n * s.W + w] = to_storage<S>(dm);
-    }
-}
-
-template <typename S, bool in_shared>
+template <typename S, Staged staged>
 __global__ void __launch_bounds__(kThreads, 1) content_address_backward_kernel(const ContentAddressBackwardArgs<S> a) {
     using T = Arith<S>;
     MANN_DYNAMIC_SHARED(bytes);
     const MemoryShape s = a.shape;
-    const ContentAddressBackwardPlan plan(s);
+    const ContentAddressBackwardPlan plan(s, staged);
     const int64_t b = blockIdx.x;
-    const S *memory = a.memory + b * s.N * s.W;
-    T *base = in_shared ? reinterpret_cast<T *>(bytes) : a.workspace + b * plan.size;
+    T *base = staged == Staged::kNothing ? a.workspace + b * plan.size : reinterpret_cast<T *>(bytes);
+    const auto *memory = take_memory<staged>(a.memory, s, b, base + plan.memory);
     T *key = base + plan.key, *squares = base + plan.squares, *weights = base + plan.weights;
     T *dweights = base + plan.dweights, *dots = base + plan.dots, *dkey_factor = base + plan.dkey_factor;
     T *sums = base + plan.sums;
@@ -104,8 +108,11 @@ __global__ void __launch_bounds__(kThreads, 1) content_address_backward_kernel(c
         a.dbeta[b * s.R + h] = to_storage<S>(grad.dbeta);
     });
     __syncthreads();
-    for_rows(s.N, s.lanes, [&](int n, int lane, bool exists) {
-        if (exists) dmemory_of_row(s, memory, key, dweights, dots, n, lane, a.dmemory + b * s.N * s.W);
+    // ddots (x) key, less what the norms take off
+    for_numbers(s.N, s.W, [&](int n, int w, int i) {
+        T dm = -row_factor(s, dots, n) * to_arith(memory[n * s.stride + w]);
+        for (int g = 0; g < s.groups(); ++g) dm += dot(load_heads(dweights, g * s.N + n), load_heads(key, g * s.W + w));
+        a.dmemory[b * s.N * s.W + i] = to_storage<S>(dm);
     });
     const int parts = column_parts(s.N, s.W, kThreads);
     for_columns(s.W, parts, [&](int w, int part) {
@@ -124,6 +131,25 @@ static void check_sizes(const Tensor &memory, const Tensor &key) {
     check_offsets(memory.size(1), memory.size(2), key.size(1));
 }
 
+// Decides what is in shared memory and calls launch(staged, bytes of it), staged a constant. A memory that is read once
+// stays where it is: forward, up to four heads.
+template <typename Plan, typename S, typename Args, typename F>
+static void with_staged(Call &call, Args &a, const Tensor &memory, bool read_once, F &&launch) {
+    const int64_t B = memory.size(0), N = memory.size(1), W = memory.size(2);
+    const int R = a.shape.R;
+    const auto with = [&](auto staged) {
+        a.shape = MemoryShape::of(N, W, R, kThreads, staged == Staged::kMemory);
+        const int64_t size = Plan(a.shape, staged).size;
+        if (staged == Staged::kNothing) a.workspace = call.scratch<Arith<S>>(B * size);
+        else if (!call.fits_shared(size)) return false;
+        if (B > 0) launch(staged, a.workspace ? 0 : size * int64_t(sizeof(Arith<S>)));
+        return true;
+    };
+    if (!read_once && with(std::integral_constant<Staged, Staged::kMemory>())) return;
+    if (with(std::integral_constant<Staged, Staged::kNumbers>())) return;
+    with(std::integral_constant<Staged, Staged::kNothing>());
+}
+
 static Tensor content_address_cuda(Tensor memory, Tensor key, std::optional<Tensor> beta, double eps) {
     Call call(memory);
     check_sizes(memory, key);
@@ -132,16 +158,15 @@ static Tensor content_address_cuda(Tensor memory, Tensor key, std::optional<Tens
     call.with_storage([&](auto zero) {
         using S = decltype(zero);
         ContentAddressArgs<S> a{};
-        a.shape = MemoryShape::of(N, W, R, kThreads, false), a.eps = eps;
+        a.shape.R = int(R), a.eps = eps;
         a.memory = call.in<S>(memory, "memory", {B, N, W});
         a.key = call.in<S>(key, "key", {B, R, W});
         a.beta = call.in<S>(beta, "beta", {B, R});
         a.read_weights = out<S>(read_weights);
-        const int64_t size = ContentAddressPlan(a.shape).size;
-        if (!call.fits_shared(size)) a.workspace = call.scratch<Arith<S>>(B * size);
-        const int64_t bytes = a.workspace ? 0 : size * int64_t(sizeof(Arith<S>));
-        const auto content_address = a.workspace ? &content_address_kernel<S, false> : &content_address_kernel<S, true>;
-        if (B > 0) MANN_LAUNCH(content_address, B, kThreads, 1, bytes, call.stream(), a);
+        with_staged<ContentAddressPlan, S>(call, a, memory, R <= kHeadGroup, [&](auto staged, int64_t bytes) {
+            const auto content_address = &content_address_kernel<S, staged>;
+            MANN_LAUNCH(content_address, B, kThreads, 1, bytes, call.stream(), a);
+        });
     });
     return read_weights;
 }
@@ -156,19 +181,17 @@ static std::tuple<Tensor, Tensor, Tensor> content_address_backward_cuda(Tensor d
     call.with_storage([&](auto zero) {
         using S = decltype(zero);
         ContentAddressBackwardArgs<S> a{};
-        a.shape = MemoryShape::of(N, W, R, kThreads, false), a.eps = eps;
+        a.shape.R = int(R), a.eps = eps;
         a.dread_weights = call.in<S>(dread_weights, "dread_weights", {B, R, N});
         a.memory = call.in<S>(memory, "memory", {B, N, W});
         a.key = call.in<S>(key, "key", {B, R, W});
         a.beta = call.in<S>(beta, "beta", {B, R});
         a.read_weights = call.in<S>(read_weights, "read_weights", {B, R, N});
         a.dmemory = out<S>(dmemory), a.dkey = out<S>(dkey), a.dbeta = out<S>(dbeta);
-        const int64_t size = ContentAddressBackwardPlan(a.shape).size;
-        if (!call.fits_shared(size)) a.workspace = call.scratch<Arith<S>>(B * size);
-        const int64_t bytes = a.workspace ? 0 : size * int64_t(sizeof(Arith<S>));
-        const auto content_address_backward =
-            a.workspace ? &content_address_backward_kernel<S, false> : &content_address_backward_kernel<S, true>;
-        if (B > 0) MANN_LAUNCH(content_address_backward, B, kThreads, 1, bytes, call.stream(), a);
+        with_staged<ContentAddressBackwardPlan, S>(call, a, memory, false, [&](auto staged, int64_t bytes) {
+            const auto content_address_backward = &content_address_backward_kernel<S, staged>;
+            MANN_LAUNCH(content_address_backward, B, kThreads, 1, bytes, call.stream(), a);
+        });
     });
     return {dmemory, dkey, dbeta};
 }

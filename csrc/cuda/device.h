@@ -116,20 +116,8 @@ MANN_INLINE int block_again() {
     return int(block);
 }
 
-// float32 rounded to TF32, as mma_tf32 takes it.
-MANN_INLINE uint32_t to_tf32(float x) {
-    uint32_t bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return bits;
-}
-// d += a b by a warp, on tensor cores: [16, 8] += [16, 8] [8, 8] in TF32, and [16, 8] += [16, 16] [16, 8] in bfloat16,
-// each thread with its share of the three as in PTX's mma.m16n8k8 and mma.m16n8k16.
-MANN_INLINE void mma_tf32(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+// d += a b by a warp, on tensor cores: [16, 8] += [16, 16] [16, 8] in bfloat16, each thread with its share of the three
+// as in PTX's mma.m16n8k16.
 MANN_INLINE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"

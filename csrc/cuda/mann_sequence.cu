@@ -4,8 +4,6 @@
 
 namespace mann::cuda {
 
-// Tensor cores for bfloat16 always, for float32 never: torch's own products are in TF32 only if the user asks for it.
-template <typename S> constexpr Arithmetic kArithmetic = sizeof(S) == 2 ? Arithmetic::kBf16 : Arithmetic::kFma;
 constexpr int kMostTile = 8;
 
 static MannSizes mann_sizes(const Tensor &weight_hh, const Tensor &c, const Tensor &read_weights, const Tensor &steps,
@@ -34,7 +32,7 @@ static int64_t copies(int64_t T, int64_t checkpoint_every) { return T > 0 ? (T -
 
 // Calls f with the blocks of a cluster as a constant.
 template <typename S, typename F> static void with_tile(const Call &call, MannSizes &s, F &&f) {
-    const MannPlan plan = mann_plan<S, kArithmetic<S>>(s, call.shared_limit());
+    const MannPlan plan = mann_plan<S>(s, call.shared_limit());
     STD_TORCH_CHECK(plan.tile > 0,
                     "mann_sequence: the cluster kernels take no such sizes: a cluster of 8 blocks needs ",
                     std::max(plan.forward_bytes, plan.backward_bytes), " bytes of shared memory in each, there are ",
@@ -88,8 +86,8 @@ static Forward mann_sequence_cuda(Tensor gates_x, Tensor weight_hh, Tensor weigh
         }
         a.step = step_shape<Arith<S>>(s, shared, erase_all, decay, eps);
         with_tile<S>(call, s, [&](auto tile) {
-            a.sizes = s, a.layout = MannForwardLayout<S>::template of<kArithmetic<S>, tile>(s, a.step);
-            const auto mann_sequence = &mann_sequence_fwd_kernel<S, kArithmetic<S>, tile>;
+            a.sizes = s, a.layout = MannForwardLayout<S>::template of<tile>(s, a.step);
+            const auto mann_sequence = &mann_sequence_fwd_kernel<S, tile>;
             if (B > 0) MANN_LAUNCH(mann_sequence, blocks(s), kThreads, tile, a.layout.bytes, call.stream(), a);
         });
     });
@@ -148,10 +146,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
         a.dreads = out<S>(dreads), a.dmemory = out<S>(dmemory), a.dread_weights = out<S>(dread_weights);
         a.step = step_shape<A>(s, shared, erase_all, 0, eps);
         with_tile<S>(call, s, [&](auto tile) {
-            a.sizes = s, a.layout = MannBackwardLayout<S>::template of<kArithmetic<S>, tile>(s, a.step);
-            a.cells = call.scratch<A>((segment + 1) * B * H), a.records = call.scratch<A>(segment * B * a.record());
+            a.sizes = s, a.layout = MannBackwardLayout<S>::template of<tile>(s, a.step);
+            a.cells = call.scratch<A>(segment * B * H), a.records = call.scratch<A>(segment * B * a.record());
             a.restarts = call.scratch<A>(segment / kRestartEvery * B * a.step.memory());
-            const auto mann_sequence_backward = &mann_sequence_bwd_kernel<S, kArithmetic<S>, tile>;
+            const auto mann_sequence_backward = &mann_sequence_bwd_kernel<S, tile>;
             if (B > 0) MANN_LAUNCH(mann_sequence_backward, blocks(s), kThreads, tile, a.layout.bytes, call.stream(), a);
         });
     });
@@ -173,8 +171,7 @@ extern "C" __attribute__((visibility("default"))) int mann_sequence_plan(int bf1
     using namespace mann::cuda;
     MannSizes s{};
     s.N = N, s.W = W, s.R = R, s.H = H, s.write_add = write_add, s.key_strength = key_strength;
-    const MannPlan plan = bf16 ? mann_plan<Bf16, kArithmetic<Bf16>>(s, shared_limit)
-                               : mann_plan<float, kArithmetic<float>>(s, shared_limit);
+    const MannPlan plan = bf16 ? mann_plan<Bf16>(s, shared_limit) : mann_plan<float>(s, shared_limit);
     bytes[0] = plan.forward_bytes, bytes[1] = plan.backward_bytes;
     return plan.tile;
 }

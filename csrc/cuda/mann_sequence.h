@@ -91,9 +91,8 @@ MANN_INLINE void take_lengths(const MannSizes &s, const int64_t *lengths, int fi
 
 // The matrix [rows, columns] into rows that stand `leading` apart, with what is between them. at(row, column) is a
 // weight, or zero beyond the matrix.
-template <Arithmetic arithmetic, typename S, typename At>
-MANN_INLINE void take_matrix(S *target, int rows, int leading, At &&at) {
-    for_numbers(rows, leading, [&](int row, int column, int i) { target[i] = as_factor<arithmetic>(at(row, column)); });
+template <typename S, typename At> MANN_INLINE void take_matrix(S *target, int rows, int leading, At &&at) {
+    for_numbers(rows, leading, [&](int row, int column, int i) { target[i] = at(row, column); });
 }
 template <typename S> MANN_INLINE void fill_zero(S *target, int count) {
     for_each(count, [&](int i) { target[i] = S(0.0f); });

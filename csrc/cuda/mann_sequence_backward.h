@@ -34,12 +34,11 @@ template <typename S> struct MannBackwardLayout {
     int leading_hh, leading_head, leading_gates, leading_partial;
     int held, chunks; // rows of weight_hh in registers, chunks of the product with weight_head
 
-    template <Arithmetic arithmetic, int tile>
-    static MannBackwardLayout of(const MannSizes &s, const MemoryShape &memory_shape) {
+    template <int tile> static MannBackwardLayout of(const MannSizes &s, const MemoryShape &memory_shape) {
         using T = Arith<S>;
         MannBackwardLayout l;
         const int units = s.units, rows = 4 * units;
-        l.held = HeldColumns<arithmetic, tile, S>::rows(rows), l.chunks = chunks_of<arithmetic>(units, s.head);
+        l.held = HeldColumns<tile, S>::rows(rows), l.chunks = chunks_of<S>(units, s.head);
         l.leading_hh = leading<S>(s.padded<S>()), l.leading_head = leading<S>(s.head);
         l.leading_gates = leading<S>(rows), l.leading_partial = partial_leading(units);
         Carver carve;
@@ -82,21 +81,21 @@ template <typename S> struct MannBackwardArgs {
     const T *saved_c, *saved_memory, *saved_read_weights;
     S *dgates, *dhead;                             // [T, B, 4H], [T, B, head] out, before the activations
     S *dh, *dc, *dreads, *dmemory, *dread_weights; // of the state before the first step, out
-    // Of each step of a segment: c before it and after the last [segment + 1, B, H], and records
+    // Of each step of a segment: c before it [segment, B, H], and records
     // [segment, B, record()] of the owner. Every kRestartEvery steps a memory, [segment / kRestartEvery, B, N, stride].
     T *cells, *records, *restarts;
 
     MANN_BOTH int64_t record() const { return step.slots() + (sizes.words + 3) / 4 * 4; }
 };
 
-template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
+template <typename S, int tile> struct MannBackward {
     using T = Arith<S>;
     const MannBackwardArgs<S> &a;
     const MannSizes &s;
     const MannBackwardLayout<S> &l;
     char *shared;
     const Share<S, tile> share;
-    HeldColumns<arithmetic, tile, S> held;
+    HeldColumns<tile, S> held;
 
     template <typename U> MANN_INLINE U *at(int offset) const { return reinterpret_cast<U *>(shared + offset); }
     // Of the thread's unit: the gradients of its h and c after the step at hand.
@@ -128,10 +127,10 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
         const auto weight_hh = [&](int row, int column) { return share.weight_hh(a.weight_hh, row, column); };
         const int rows = 4 * s.units;
         held.take(s.padded<S>(), [&](int row, int column) { return row < rows ? weight_hh(row, column) : S(0.0f); });
-        take_matrix<arithmetic>(at<S>(l.weight_hh), rows - l.held, l.leading_hh,
-                                [&](int row, int column) { return weight_hh(row + l.held, column); });
-        take_matrix<arithmetic>(at<S>(l.weight_head), s.units, l.leading_head,
-                                [&](int row, int p) { return share.weight_head(a.weight_head, row, p); });
+        take_matrix(at<S>(l.weight_hh), rows - l.held, l.leading_hh,
+                    [&](int row, int column) { return weight_hh(row + l.held, column); });
+        take_matrix(at<S>(l.weight_head), s.units, l.leading_head,
+                    [&](int row, int p) { return share.weight_head(a.weight_head, row, p); });
         for_each(s.head, [&](int p) { at<T>(l.bias_head)[p] = to_arith(a.bias_head[p]); });
         fill_zero(at<S>(l.dhead), tile * l.leading_head);
         const Unit u = share.unit_of_thread();
@@ -176,6 +175,8 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
             at<int32_t>(l.least_used)[h] = max(0, min(a.saved_least_used[row * s.R + h], s.N - 1));
         });
     }
+    // The cell state after a step: c of the LSTM.
+    MANN_INLINE static T cell_after(T gate_in, T gate_forget, T cell, T c) { return gate_forget * c + gate_in * cell; }
     MANN_INLINE void take_cells_again(int start, int stop) const {
         const Unit u = share.unit_of_thread();
         if (!u.exists) return;
@@ -184,9 +185,8 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
         for (int t = start; t < min(stop, length_of(u)); ++t) {
             a.cells[share.at(u, s.row(t - start, u.b))] = now;
             const T *row = a.saved_gates + share.at(u, s.row(t, u.b) * 4);
-            now = row[s.H] * now + row[0] * row[2 * s.H];
+            now = cell_after(row[0], row[s.H], row[2 * s.H], now);
         }
-        a.cells[share.at(u, s.row(min(stop, max(length_of(u), start)) - start, u.b))] = now;
     }
     MANN_INLINE void take_steps_again(int start, int stop) const {
         if (start >= owned_length()) return;
@@ -224,10 +224,10 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
         UnitStep step{};
         if (t >= length_of(u)) return step;
         step.previous_c = a.cells[share.at(u, s.row(t - start, u.b))];
-        step.c = a.cells[share.at(u, s.row(t - start + 1, u.b))];
         step.doutput = to_arith(a.doutput[s.row(t, u.b) * s.recurrent + share.first_unit() + u.unit]);
 #pragma unroll
         for (int g = 0; g < 4; ++g) step.gates[g] = a.saved_gates[share.at(u, s.row(t, u.b) * 4 + g)];
+        step.c = cell_after(step.gates[0], step.gates[1], step.gates[2], step.previous_c);
         return step;
     }
     // And of the owned example.
@@ -330,7 +330,7 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
         cluster_wait();
         fill_zero(at<S>(l.dgates), tile * l.leading_gates);
         const Matrix<S> weights{at<S>(l.weight_head), l.leading_head, s.units, s.head, 0};
-        rows_times_vectors<arithmetic, tile>(weights, {at<S>(l.dhead), l.leading_head}, partial(), false);
+        rows_times_vectors<tile>(weights, {at<S>(l.dhead), l.leading_head}, partial(), false);
         __syncthreads();
         lstm(t, step);
         __syncthreads();
@@ -370,11 +370,11 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannBackward {
     }
 };
 
-template <typename S, Arithmetic arithmetic, int tile>
+template <typename S, int tile>
 __global__ void __launch_bounds__(kThreads, 1)
     mann_sequence_bwd_kernel(const __grid_constant__ MannBackwardArgs<S> args) {
     MANN_DYNAMIC_SHARED(shared);
-    MannBackward<S, arithmetic, tile>(args, shared).run();
+    MannBackward<S, tile>(args, shared).run();
 }
 
 } // namespace mann::cuda

@@ -25,13 +25,11 @@ template <typename S> struct MannForwardLayout {
     int leading_hh, leading_head, leading_h, leading_reads, leading_units, leading_partial;
     int held, chunks; // columns of weight_hh in registers, chunks of its product
 
-    template <Arithmetic arithmetic, int tile>
-    static MannForwardLayout of(const MannSizes &s, const MemoryShape &memory_shape) {
+    template <int tile> static MannForwardLayout of(const MannSizes &s, const MemoryShape &memory_shape) {
         using T = Arith<S>;
         MannForwardLayout l;
         const int units = s.units, rows = 4 * units, reads_at = s.reads_at<S>();
-        l.held = HeldRows<arithmetic, tile, S>::columns(rows, reads_at),
-        l.chunks = chunks_of<arithmetic>(rows, reads_at);
+        l.held = HeldRows<tile, S>::columns(rows, reads_at), l.chunks = chunks_of<S>(rows, reads_at);
         l.leading_hh = leading<S>(s.padded<S>() - l.held), l.leading_head = leading<S>(s.head);
         l.leading_h = leading<S>(s.H), l.leading_reads = leading<S>(s.words), l.leading_units = leading<S>(units);
         l.leading_partial = partial_leading(rows);
@@ -73,14 +71,14 @@ template <typename S> struct MannForwardArgs {
     T *saved_c, *saved_memory, *saved_read_weights; // [copies, B, H], [copies, B, N, W], [copies, B, R, N]
 };
 
-template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
+template <typename S, int tile> struct MannForward {
     using T = Arith<S>;
     const MannForwardArgs<S> &a;
     const MannSizes &s;
     const MannForwardLayout<S> &l;
     char *shared;
     const Share<S, tile> share;
-    HeldRows<arithmetic, tile, S> held;
+    HeldRows<tile, S> held;
     T c = 0, gates_x[4] = {}; // of the thread's unit
 
     template <typename U> MANN_INLINE U *at(int offset) const { return reinterpret_cast<U *>(shared + offset); }
@@ -102,10 +100,10 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
         const int rows = 4 * s.units;
         const auto weight_hh = [&](int row, int column) { return share.weight_hh(a.weight_hh, row, column); };
         held.take(rows, l.chunks, weight_hh);
-        take_matrix<arithmetic>(at<S>(l.weight_hh), rows, l.leading_hh,
-                                [&](int row, int column) { return weight_hh(row, column + l.held); });
-        take_matrix<arithmetic>(at<S>(l.weight_head), s.units, l.leading_head,
-                                [&](int row, int p) { return share.weight_head(a.weight_head, row, p); });
+        take_matrix(at<S>(l.weight_hh), rows, l.leading_hh,
+                    [&](int row, int column) { return weight_hh(row, column + l.held); });
+        take_matrix(at<S>(l.weight_head), s.units, l.leading_head,
+                    [&](int row, int p) { return share.weight_head(a.weight_head, row, p); });
         for_each(s.head, [&](int p) { at<T>(l.bias_head)[p] = to_arith(a.bias_head[p]); });
         take_vectors(a.h, s.H, l.leading_h, h_of(0));
         fill_zero(h_of(1), tile * l.leading_h);
@@ -139,7 +137,7 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
     }
     MANN_INLINE void gates_of_reads() const {
         const Matrix<S> weights{at<S>(l.weight_hh) + s.reads_at<S>() - l.held, l.leading_hh, 4 * s.units, s.words, 0};
-        rows_times_vectors<arithmetic, tile>(weights, {at<S>(l.reads), l.leading_reads}, partial(), true);
+        rows_times_vectors<tile>(weights, {at<S>(l.reads), l.leading_reads}, partial(), true);
     }
 
     // Eq. 9 to 16, and h to every block.
@@ -168,9 +166,9 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
     MANN_INLINE void head_parts() const {
         const Matrix<S> weights{at<S>(l.weight_head), l.leading_head, s.units, s.head, 0};
         const int from = share.rank();
-        vectors_times_columns<arithmetic, tile>(
-            weights, {at<S>(l.own_h), l.leading_units},
-            [&](int owner, int p, T sum) { of_rank(at<T>(l.head_parts), owner)[from * s.head + p] = sum; });
+        vectors_times_columns<tile>(weights, {at<S>(l.own_h), l.leading_units}, [&](int owner, int p, T sum) {
+            of_rank(at<T>(l.head_parts), owner)[from * s.head + p] = sum;
+        });
     }
 
     // The memory's step of the owned example, and the reads to every block.
@@ -258,11 +256,11 @@ template <typename S, Arithmetic arithmetic, int tile> struct MannForward {
     }
 };
 
-template <typename S, Arithmetic arithmetic, int tile>
+template <typename S, int tile>
 __global__ void __launch_bounds__(kThreads, 1)
     mann_sequence_fwd_kernel(const __grid_constant__ MannForwardArgs<S> args) {
     MANN_DYNAMIC_SHARED(shared);
-    MannForward<S, arithmetic, tile>(args, shared).run();
+    MannForward<S, tile>(args, shared).run();
 }
 
 } // namespace mann::cuda

@@ -11,21 +11,21 @@ struct MannPlan {
     int64_t forward_bytes = 0, backward_bytes = 0; // of shared memory; of the last form tried if none fits
 };
 
-template <typename S, Arithmetic arithmetic, int tile> MannPlan mann_plan_of(const MannSizes &sizes) {
+template <typename S, int tile> MannPlan mann_plan_of(const MannSizes &sizes) {
     const MannSizes s = sizes.with_tile(tile);
     const MemoryShape memory = MemoryShape::of(s.N, s.W, s.R, kThreads, true);
-    const bool shares = tile * s.units <= kThreads && HeldRows<arithmetic, tile, S>::fits(4 * s.units) &&
+    const bool shares = tile * s.units <= kThreads && HeldRows<tile, S>::fits(4 * s.units) &&
                         s.padded<S>() <= kMostColumns && s.head <= kMostColumns;
-    return {shares ? tile : 0, MannForwardLayout<S>::template of<arithmetic, tile>(s, memory).bytes,
-            MannBackwardLayout<S>::template of<arithmetic, tile>(s, memory).bytes};
+    return {shares ? tile : 0, MannForwardLayout<S>::template of<tile>(s, memory).bytes,
+            MannBackwardLayout<S>::template of<tile>(s, memory).bytes};
 }
 // The smallest cluster that has room for the weights: the more clusters there are at once. shared_limit: bytes of
 // shared memory that a block may have.
-template <typename S, Arithmetic arithmetic> MannPlan mann_plan(const MannSizes &s, int64_t shared_limit) {
-    for (const auto plan : {mann_plan_of<S, arithmetic, 4>(s), mann_plan_of<S, arithmetic, 8>(s)}) {
+template <typename S> MannPlan mann_plan(const MannSizes &s, int64_t shared_limit) {
+    for (const auto plan : {mann_plan_of<S, 4>(s), mann_plan_of<S, 8>(s)}) {
         if (plan.tile > 0 && std::max(plan.forward_bytes, plan.backward_bytes) <= shared_limit) return plan;
     }
-    MannPlan none = mann_plan_of<S, arithmetic, 8>(s);
+    MannPlan none = mann_plan_of<S, 8>(s);
     none.tile = 0;
     return none;
 }

@@ -61,26 +61,13 @@ MANN_INLINE void load_transposed(const Matrix<Bf16> &weights, int row, int colum
         a[2 * half + 1] = even >> 16 | (odd & 0xFFFF0000u);
     }
 }
-MANN_INLINE void load_transposed(const Matrix<float> &weights, int row, int column, uint32_t a[4]) {
-    const int lane = lane_of_warp(), last = weights.rows - 1;
-    const int first = min(column + lane / 4, weights.columns - 1), second = min(first + 8, weights.columns - 1);
-    row += lane % 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half, row += 4) {
-        const float *line = weights.numbers + (min(row, last) - weights.first) * weights.leading;
-        a[2 * half] = word_at(line + first), a[2 * half + 1] = word_at(line + second);
-    }
-}
-// The columns of lines g and g + 8 of such a tile.
-template <typename S> MANN_INLINE int column_of(int group, int half) {
-    return sizeof(S) == 2 ? 2 * group + half : group + 8 * half;
-}
 
 // Tensor cores: a warp has 16 columns, then 16 others. In registers: of both, `held` steps of rows.
-template <Arithmetic arithmetic, int tile, int held, typename S, typename F>
-MANN_INLINE void columns_by_tensor(const Matrix<S> &weights, const uint32_t (*registers)[4], const Vectors<S> &vectors,
-                                   F &&give) {
-    const int lane = lane_of_warp(), steps = (weights.rows + kDepth<S> - 1) / kDepth<S>;
+template <int tile, int held, typename F>
+MANN_INLINE void columns_by_tensor(const Matrix<Bf16> &weights, const uint32_t (*registers)[4],
+                                   const Vectors<Bf16> &vectors, F &&give) {
+    constexpr int depth = kDepth<Bf16>;
+    const int lane = lane_of_warp(), steps = (weights.rows + depth - 1) / depth;
 #pragma unroll
     for (int pass = 0; pass < 2; ++pass) {
         const int column = (warp_of_block() + pass * kWarps) * 16;
@@ -90,20 +77,20 @@ MANN_INLINE void columns_by_tensor(const Matrix<S> &weights, const uint32_t (*re
 #pragma unroll
         for (int i = 0; i < held; ++i) {
             if (i >= steps) continue;
-            load_vectors<arithmetic, tile>(vectors, i, b);
-            mma<arithmetic>(sums[i % 2], registers[pass * held + i], b);
+            load_vectors<tile>(vectors, i, b);
+            mma_bf16(sums[i % 2], registers[pass * held + i], b);
         }
         for (int step = held; step < steps; step += 2)
 #pragma unroll
             for (int turn = 0; turn < 2; ++turn) {
                 if (step + turn >= steps) continue;
-                load_transposed(weights, (step + turn) * kDepth<S>, column, a);
-                load_vectors<arithmetic, tile>(vectors, step + turn, b);
-                mma<arithmetic>(sums[turn], a, b);
+                load_transposed(weights, (step + turn) * depth, column, a);
+                load_vectors<tile>(vectors, step + turn, b);
+                mma_bf16(sums[turn], a, b);
             }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int at = column + column_of<S>(lane / 4, i / 2), example = lane % 4 * 2 + i % 2;
+            const int at = column + lane / 4 * 2 + i / 2, example = lane % 4 * 2 + i % 2;
             if (at < weights.columns && example < tile) give(example, at, sums[0][i] + sums[1][i]);
         }
     }
@@ -111,28 +98,26 @@ MANN_INLINE void columns_by_tensor(const Matrix<S> &weights, const uint32_t (*re
 
 // give(example, column, sum) for every column of vector . weights, of at most kMostColumns.
 constexpr int kMostColumns = 2 * 16 * kWarps;
-template <Arithmetic arithmetic, int tile, typename S, typename F>
+template <int tile, typename S, typename F>
 MANN_INLINE void vectors_times_columns(const Matrix<S> &weights, const Vectors<S> &vectors, F &&give) {
-    if constexpr (arithmetic == Arithmetic::kFma)
-        columns_by_fma<tile, 0>(weights, static_cast<const S(*)[4][4]>(nullptr), vectors, give);
-    else columns_by_tensor<arithmetic, tile, 0>(weights, nullptr, vectors, give);
+    if constexpr (kTensor<S>) columns_by_tensor<tile, 0>(weights, nullptr, vectors, give);
+    else columns_by_fma<tile, 0>(weights, static_cast<const S(*)[4][4]>(nullptr), vectors, give);
 }
 
 // The same, with a thread's first weights in its registers.
-template <Arithmetic arithmetic, int tile, typename S> class HeldColumns {
-    static constexpr bool fma = arithmetic == Arithmetic::kFma;
-    static constexpr int kQuads = 1, kSteps = 2 / kPerWord<S>; // 16 rows, in 16 registers or 8
-    S quads_[fma ? kQuads : 1][4][4];
-    uint32_t words_[fma ? 1 : 2 * kSteps][4];
+template <int tile, typename S> class HeldColumns {
+    static constexpr int kQuads = 1, kSteps = 1; // 16 rows, in 16 registers or 8
+    S quads_[kTensor<S> ? 1 : kQuads][4][4];
+    uint32_t words_[kTensor<S> ? 2 * kSteps : 1][4];
 
   public:
     // How many rows are not in shared memory.
-    static MANN_BOTH int rows(int all) { return min(all, fma ? 16 * kQuads : kDepth<S> * kSteps); }
+    static MANN_BOTH int rows(int all) { return min(all, kTensor<S> ? kDepth<S> * kSteps : 16 * kQuads); }
 
     // at(row, column) is a weight, or zero beyond the matrix.
     template <typename At> MANN_INLINE void take(int columns, At &&at) {
         const int thread = thread_again(), lane = thread % kLanes, warp = thread / kLanes;
-        if constexpr (fma) {
+        if constexpr (!kTensor<S>) {
             const int column = min(warp * 8 + lane % 8, (columns + 3) / 4 - 1) * 4;
 #pragma unroll
             for (int n = 0; n < kQuads; ++n)
@@ -145,16 +130,16 @@ template <Arithmetic arithmetic, int tile, typename S> class HeldColumns {
             for (int n = 0; n < 2 * kSteps; ++n)
 #pragma unroll
                 for (int part = 0; part < 4; ++part) {
-                    const int row = n % kSteps * kDepth<S> + part / 2 * kDepth<S> / 2 + lane % 4 * kPerWord<S>;
-                    const int column = (warp + n / kSteps * kWarps) * 16 + column_of<S>(lane / 4, part % 2);
-                    words_[n][part] = word_of(as_factor<arithmetic>(at(row, column)), at(row + 1, column));
+                    const int row = n % kSteps * kDepth<S> + part / 2 * kDepth<S> / 2 + lane % 4 * 2;
+                    const int column = (warp + n / kSteps * kWarps) * 16 + lane / 4 * 2 + part % 2;
+                    words_[n][part] = word_of(at(row, column), at(row + 1, column));
                 }
         }
     }
     template <typename F>
     MANN_INLINE void multiply(const Matrix<S> &weights, const Vectors<S> &vectors, F &&give) const {
-        if constexpr (fma) columns_by_fma<tile, kQuads>(weights, quads_, vectors, give);
-        else columns_by_tensor<arithmetic, tile, kSteps>(weights, words_, vectors, give);
+        if constexpr (kTensor<S>) columns_by_tensor<tile, kSteps>(weights, words_, vectors, give);
+        else columns_by_fma<tile, kQuads>(weights, quads_, vectors, give);
     }
 };
 

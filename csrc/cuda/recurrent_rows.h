@@ -12,10 +12,9 @@ template <typename T> struct Partial {
 };
 // What a warp writes at once, eight rows of four pairs of examples, lies in different banks.
 MANN_BOTH constexpr int partial_leading(int rows) { return round_up(rows + 12, 16) - 12; }
-template <Arithmetic arithmetic> MANN_BOTH constexpr int chunks_of(int rows, int columns) {
-    const bool fma = arithmetic == Arithmetic::kFma;
-    const int groups = fma ? (rows + 3) / 4 : (rows + 15) / 16; // of rows
-    const int at_once = fma ? 8 * kWarps : kWarps;
+template <typename S> MANN_BOTH constexpr int chunks_of(int rows, int columns) {
+    const int groups = kTensor<S> ? (rows + 15) / 16 : (rows + 3) / 4; // of rows
+    const int at_once = kTensor<S> ? kWarps : 8 * kWarps;
     const int wanted = at_once / groups, deep_enough = (columns + 15) / 16, most = 12;
     const int chunks = wanted < deep_enough ? wanted : deep_enough;
     return chunks < 1 ? 1 : chunks > most ? most : chunks;
@@ -88,15 +87,16 @@ MANN_INLINE void rows_by_fma(const Matrix<T> &weights, const T (&registers)[4][4
 }
 
 // Tensor cores: a warp has 16 rows, and every `chunks`-th step of columns. In registers: its first four steps.
-template <Arithmetic arithmetic, int tile, bool held, typename S>
-MANN_INLINE void rows_by_tensor(const Matrix<S> &weights, const uint32_t (&registers)[4][4], const Vectors<S> &vectors,
-                                const Partial<float> &out, bool add) {
+template <int tile, bool held>
+MANN_INLINE void rows_by_tensor(const Matrix<Bf16> &weights, const uint32_t (&registers)[4][4],
+                                const Vectors<Bf16> &vectors, const Partial<float> &out, bool add) {
+    constexpr int depth = kDepth<Bf16>;
     const int lane = lane_of_warp(), tiles = (weights.rows + 15) / 16, last = weights.rows - 1;
-    const int steps = (weights.columns + kDepth<S> - 1) / kDepth<S>;
+    const int steps = (weights.columns + depth - 1) / depth;
     for (int item = warp_of_block(); item < tiles * out.chunks; item += kWarps) {
-        const int chunk = item / tiles, row = item % tiles * 16 + lane / 4, word = lane % 4 * kPerWord<S>;
-        const S *upper = weights.numbers + min(row, last) * weights.leading + word;
-        const S *lower = weights.numbers + min(row + 8, last) * weights.leading + word;
+        const int chunk = item / tiles, row = item % tiles * 16 + lane / 4, word = lane % 4 * 2;
+        const Bf16 *upper = weights.numbers + min(row, last) * weights.leading + word;
+        const Bf16 *lower = weights.numbers + min(row + 8, last) * weights.leading + word;
         float sums[2][4] = {}; // two, so that one product does not wait for the other
         uint32_t b[2];
         int step = chunk;
@@ -104,8 +104,8 @@ MANN_INLINE void rows_by_tensor(const Matrix<S> &weights, const uint32_t (&regis
 #pragma unroll
             for (int i = 0; i < 4; ++i, step += out.chunks) {
                 if (step >= steps) continue;
-                load_vectors<arithmetic, tile>(vectors, step, b);
-                mma<arithmetic>(sums[i % 2], registers[i], b);
+                load_vectors<tile>(vectors, step, b);
+                mma_bf16(sums[i % 2], registers[i], b);
             }
         }
         for (; step < steps; step += 2 * out.chunks)
@@ -113,11 +113,11 @@ MANN_INLINE void rows_by_tensor(const Matrix<S> &weights, const uint32_t (&regis
             for (int turn = 0; turn < 2; ++turn) {
                 const int at = step + turn * out.chunks;
                 if (at >= steps) continue;
-                const int k = at * kDepth<S> - weights.first, half = kDepth<S> / 2;
+                const int k = at * depth - weights.first, half = depth / 2;
                 const uint32_t a[4] = {word_at(upper + k), word_at(lower + k), word_at(upper + k + half),
                                        word_at(lower + k + half)};
-                load_vectors<arithmetic, tile>(vectors, at, b);
-                mma<arithmetic>(sums[turn], a, b);
+                load_vectors<tile>(vectors, at, b);
+                mma_bf16(sums[turn], a, b);
             }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -130,36 +130,30 @@ MANN_INLINE void rows_by_tensor(const Matrix<S> &weights, const uint32_t (&regis
 }
 
 // out = weights . vector, or added to what is there.
-template <Arithmetic arithmetic, int tile, typename S>
+template <int tile, typename S>
 MANN_INLINE void rows_times_vectors(const Matrix<S> &weights, const Vectors<S> &vectors, const Partial<Arith<S>> &out,
                                     bool add) {
-    if constexpr (arithmetic == Arithmetic::kFma) {
-        const S none[4][4] = {};
-        rows_by_fma<tile, false>(weights, none, vectors, out, add);
-    } else {
-        const uint32_t none[4][4] = {};
-        rows_by_tensor<arithmetic, tile, false>(weights, none, vectors, out, add);
-    }
+    const std::conditional_t<kTensor<S>, uint32_t, S> none[4][4] = {};
+    if constexpr (kTensor<S>) rows_by_tensor<tile, false>(weights, none, vectors, out, add);
+    else rows_by_fma<tile, false>(weights, none, vectors, out, add);
 }
 
 // The same, with a thread's first weights in its registers: for no more rows than the block has shares for.
-template <Arithmetic arithmetic, int tile, typename S> class HeldRows {
-    using Word = std::conditional_t<arithmetic == Arithmetic::kFma, S, uint32_t>;
+template <int tile, typename S> class HeldRows {
+    using Word = std::conditional_t<kTensor<S>, uint32_t, S>;
     Word words_[4][4];
 
   public:
     // How many columns are not in shared memory.
     static MANN_BOTH int columns(int rows, int all) {
-        const int chunks = chunks_of<arithmetic>(rows, all);
-        return min(all, chunks * (arithmetic == Arithmetic::kFma ? 16 : 4 * kDepth<S>));
+        const int chunks = chunks_of<S>(rows, all);
+        return min(all, chunks * (kTensor<S> ? 4 * kDepth<S> : 16));
     }
-    static MANN_BOTH bool fits(int rows) {
-        return arithmetic == Arithmetic::kFma ? rows <= 4 * 8 * kWarps : rows <= 16 * kWarps;
-    }
+    static MANN_BOTH bool fits(int rows) { return rows <= (kTensor<S> ? 16 : 4 * 8) * kWarps; }
 
     // at(row, column) is a weight, or zero beyond the matrix.
     template <typename At> MANN_INLINE void take(int rows, int chunks, At &&at) {
-        if constexpr (arithmetic == Arithmetic::kFma) {
+        if constexpr (!kTensor<S>) {
             const RowShare share(rows, chunks, warp_of_block() * 8);
 #pragma unroll
             for (int j = 0; j < 4; ++j)
@@ -174,14 +168,14 @@ template <Arithmetic arithmetic, int tile, typename S> class HeldRows {
                 for (int part = 0; part < 4; ++part) {
                     const int row = item % tiles * 16 + lane / 4 + part % 2 * 8;
                     const int column =
-                        (item / tiles + i * chunks) * kDepth<S> + part / 2 * kDepth<S> / 2 + lane % 4 * kPerWord<S>;
-                    words_[i][part] = word_of(as_factor<arithmetic>(at(row, column)), at(row, column + 1));
+                        (item / tiles + i * chunks) * kDepth<S> + part / 2 * kDepth<S> / 2 + lane % 4 * 2;
+                    words_[i][part] = word_of(at(row, column), at(row, column + 1));
                 }
         }
     }
     MANN_INLINE void multiply(const Matrix<S> &weights, const Vectors<S> &vectors, const Partial<Arith<S>> &out) const {
-        if constexpr (arithmetic == Arithmetic::kFma) rows_by_fma<tile, true>(weights, words_, vectors, out, false);
-        else rows_by_tensor<arithmetic, tile, true>(weights, words_, vectors, out, false);
+        if constexpr (kTensor<S>) rows_by_tensor<tile, true>(weights, words_, vectors, out, false);
+        else rows_by_fma<tile, true>(weights, words_, vectors, out, false);
     }
 };
 

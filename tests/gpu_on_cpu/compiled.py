@@ -122,7 +122,7 @@ def cuda_resources(said: str) -> dict[str, dict[str, dict[str, int]]]:
             registers, stack, shared, local = map(
                 int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", used).groups()
             )
-            label = re.search(r"(\w+_kernel(?:<.*?>)?)\(", name)[1].replace("(mann::cuda::Arithmetic)", "")
+            label = re.search(r"(\w+_kernel(?:<.*?>)?)\(", name)[1].replace("(mann::cuda::Staged)", "")
             entry = {"registers": registers, "spilled": stack + local, "shared": shared}
             found.setdefault(target, {})[label] = entry
     return found

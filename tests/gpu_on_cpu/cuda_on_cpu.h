@@ -45,8 +45,7 @@ void *static_shared(const void *key, size_t bytes);
 void warp_barrier(unsigned mask, Place place);
 uint64_t shuffle(unsigned mask, uint64_t value, int from, Place place);
 unsigned ballot(unsigned mask, bool predicate, Place place);
-enum class Product { tf32, bf16 };
-void multiply(Product kind, float *d, const uint32_t *a, const uint32_t *b, Place place);
+void multiply(float *d, const uint32_t *a, const uint32_t *b, Place place);
 void launch(const char *name, dim3 grid, dim3 block, int cluster, size_t shared, const std::function<void()> &body);
 
 // A launch that something else runs than the fibers: what it is told. The layout is known to emulated_cuda.py.
@@ -219,16 +218,8 @@ template <typename T> T *of_rank(T *shared, int rank) {
 }
 
 // d += a b, by all threads of the warp.
-inline void mma_tf32(float *d, const uint32_t *a, const uint32_t *b, on_cpu::Place place = on_cpu::Place::current()) {
-    on_cpu::multiply(on_cpu::Product::tf32, d, a, b, place);
-}
 inline void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, on_cpu::Place place = on_cpu::Place::current()) {
-    on_cpu::multiply(on_cpu::Product::bf16, d, a, b, place);
-}
-// cvt.rna.tf32.f32: 10 bits of mantissa, ties away from zero.
-inline uint32_t to_tf32(float x) {
-    const uint32_t bits = __float_as_uint(x);
-    return (bits & 0x7F800000u) == 0x7F800000u ? bits : (bits + 0x1000u) & 0xFFFFE000u;
+    on_cpu::multiply(d, a, b, place);
 }
 
 // A copy takes place when it is waited for, the latest that a GPU may do it.

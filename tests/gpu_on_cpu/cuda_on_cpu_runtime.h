@@ -34,7 +34,7 @@ struct Fiber {
     bool ended = false, arrived = false;
     unsigned generation = 0; // of the cluster barrier that it arrived at
     // What it brings to a collective of its warp, and takes from it.
-    enum Kind { BARRIER, SHUFFLE, BALLOT, TF32, BF16 } kind = BARRIER;
+    enum Kind { BARRIER, SHUFFLE, BALLOT, PRODUCT } kind = BARRIER;
     unsigned mask = 0;
     int from = 0;
     uint64_t value = 0, result = 0;

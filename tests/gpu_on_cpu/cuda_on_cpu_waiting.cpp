@@ -133,22 +133,18 @@ float of_bf16(uint32_t pair, int which) { return __uint_as_float(which == 0 ? pa
 
 // Fragments as the PTX manual has them: lane 4 g + t holds, of the 16 rows of a, g and g + 8. Taken exactly, rounded
 // once.
-void multiply_fragments(Fiber *lanes, bool narrow) {
-    const int k = narrow ? 16 : 8;
-    double a[16][16], b[16][8];
+void multiply_fragments(Fiber *lanes) {
+    constexpr int k = 16;
+    double a[16][k], b[k][8];
     for (int lane = 0; lane < WARP; ++lane) {
         const int g = lane / 4, t = lane % 4;
-        for (int i = 0; i < 4 * (k / 8); ++i) {
-            const int half = narrow ? i % 2 : 0, at = narrow ? i / 2 : i;
-            const int column = narrow ? 2 * t + half + 8 * (at / 2) : t + 4 * (at / 2);
-            const uint32_t bits = lanes[lane].a[at];
-            a[g + 8 * (at % 2)][column] = narrow ? of_bf16(bits, half) : __uint_as_float(bits & 0xFFFFE000u);
+        for (int i = 0; i < 8; ++i) {
+            const int half = i % 2, at = i / 2;
+            a[g + 8 * (at % 2)][2 * t + half + 8 * (at / 2)] = of_bf16(lanes[lane].a[at], half);
         }
-        for (int i = 0; i < 2 * (k / 8); ++i) {
-            const int half = narrow ? i % 2 : 0, at = narrow ? i / 2 : i;
-            const uint32_t bits = lanes[lane].b[at];
-            b[narrow ? 2 * t + half + 8 * at : t + 4 * at][g] =
-                narrow ? of_bf16(bits, half) : __uint_as_float(bits & 0xFFFFE000u);
+        for (int i = 0; i < 4; ++i) {
+            const int half = i % 2, at = i / 2;
+            b[2 * t + half + 8 * at][g] = of_bf16(lanes[lane].b[at], half);
         }
     }
     for (int lane = 0; lane < WARP; ++lane)
@@ -163,7 +159,7 @@ void multiply_fragments(Fiber *lanes, bool narrow) {
 // All of `mask` are here: what each takes away.
 void complete(Warp &warp, Fiber::Kind kind, unsigned mask) {
     Fiber *lanes = warp.fibers;
-    if (kind == Fiber::TF32 || kind == Fiber::BF16) return multiply_fragments(lanes, kind == Fiber::BF16);
+    if (kind == Fiber::PRODUCT) return multiply_fragments(lanes);
     if (kind == Fiber::BARRIER) ++lanes[__builtin_ctz(mask)].barriers;
     uint64_t yes = 0;
     for (int i = 0; i < WARP; ++i)
@@ -223,11 +219,11 @@ unsigned ballot(unsigned mask, bool predicate, Place place) {
     return static_cast<unsigned>(running->result);
 }
 
-void multiply(Product kind, float *d, const uint32_t *a, const uint32_t *b, Place place) {
+void multiply(float *d, const uint32_t *a, const uint32_t *b, Place place) {
     running->d = d;
     running->a = a;
     running->b = b;
-    wait_for_warp(kind == Product::tf32 ? Fiber::TF32 : Fiber::BF16, ~0u, place);
+    wait_for_warp(Fiber::PRODUCT, ~0u, place);
 }
 
 } // namespace mann::on_cpu

@@ -76,9 +76,9 @@ __global__ void exchange_in_halves(const float *in, float *out, int n) {
     if (threadIdx.x == 0) out[blockIdx.x] = other;
 }
 
-// out [16,8] = out + a [16,8 or 16] b, by one warp; in is a, then b.
-template <bool narrow> __global__ void product(const float *in, float *out, int n) {
-    const int g = threadIdx.x / 4, t = threadIdx.x % 4, depth = narrow ? 16 : 8;
+// out [16,8] = out + a [16,16] b, in bfloat16 by one warp; in is a, then b.
+__global__ void product(const float *in, float *out, int n) {
+    const int g = threadIdx.x / 4, t = threadIdx.x % 4, depth = 16;
     const float *b = in + 16 * depth;
     const auto two = [](float low, float high) {
         return static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16(low))) |
@@ -87,16 +87,16 @@ template <bool narrow> __global__ void product(const float *in, float *out, int 
     uint32_t a_share[4], b_share[2];
     for (int i = 0; i < 4; ++i) {
         const float *row = in + (g + i % 2 * 8) * depth;
-        const int column = narrow ? 2 * t + i / 2 * 8 : t + i / 2 * 4;
-        a_share[i] = narrow ? two(row[column], row[column + 1]) : to_tf32(row[column]);
+        const int column = 2 * t + i / 2 * 8;
+        a_share[i] = two(row[column], row[column + 1]);
     }
     for (int i = 0; i < 2; ++i) {
-        const int row = narrow ? 2 * t + i * 8 : t + i * 4;
-        b_share[i] = narrow ? two(b[row * 8 + g], b[(row + 1) * 8 + g]) : to_tf32(b[row * 8 + g]);
+        const int row = 2 * t + i * 8;
+        b_share[i] = two(b[row * 8 + g], b[(row + 1) * 8 + g]);
     }
     float sums[4];
     for (int i = 0; i < 4; ++i) sums[i] = out[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
-    for (int i = 0; i < n; ++i) narrow ? mma_bf16(sums, a_share, b_share) : mma_tf32(sums, a_share, b_share);
+    for (int i = 0; i < n; ++i) mma_bf16(sums, a_share, b_share);
     for (int i = 0; i < 4; ++i) out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
 }
 
@@ -145,7 +145,7 @@ template <Fault fault> __global__ void hand_on(const float *in, float *out, int 
     out[tid] = mine;
 }
 
-// Numbers that name the thread, and those that the types convert to. [4, blocks, threads]
+// Numbers that name the thread, and what bfloat16 makes of others. [3, blocks, threads]
 __global__ void numbers(const float *in, float *out, int n) {
     const int tid = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
     const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
@@ -154,7 +154,6 @@ __global__ void numbers(const float *in, float *out, int n) {
     out[at] = static_cast<float>(at);
     out[all + at] = in[at % n];
     out[2 * all + at] = __bfloat162float(__float2bfloat16(in[at % n]));
-    out[3 * all + at] = __uint_as_float(to_tf32(in[at % n]));
 }
 
 #if defined(MANN_CUDA_ON_CPU)
@@ -185,8 +184,7 @@ static const std::map<std::string, Kernel> kernels = {
     {"exchange, no last barrier", exchange<NO_LAST_BARRIER>},
     {"exchange, one past of other", exchange<ONE_PAST_OF_OTHER>},
     {"exchange in halves", exchange_in_halves},
-    {"product tf32", product<false>},
-    {"product bf16", product<true>},
+    {"product", product},
     {"copy", copy<RIGHT>},
     {"copy, no wait", copy<NO_WAIT>},
     {"collectives", collectives},
@@ -226,8 +224,6 @@ template __global__ void exchange<MISSING_CLUSTER_BARRIER>(const float *, float 
 template __global__ void exchange<SINGLE_BUFFER>(const float *, float *, int);
 template __global__ void exchange<NO_LAST_BARRIER>(const float *, float *, int);
 template __global__ void exchange<ONE_PAST_OF_OTHER>(const float *, float *, int);
-template __global__ void product<false>(const float *, float *, int);
-template __global__ void product<true>(const float *, float *, int);
 template __global__ void copy<RIGHT>(const float *, float *, int);
 template __global__ void copy<NO_WAIT>(const float *, float *, int);
 template __global__ void hand_on<RIGHT>(const float *, float *, int);

@@ -84,8 +84,8 @@ FAULTS = {
     "one past the end": Fault(
         "content_address",
         "content_address.cu",
-        "dmemory[n * s.W + w] = ",
-        "dmemory[n * s.W + w + 1] = ",
+        "a.dmemory[b * s.N * s.W + i] = ",
+        "a.dmemory[b * s.N * s.W + i + 1] = ",
         {"address": "heap-buffer-overflow", "ptx": "out of bounds: global store|race: global store"},
     ),
     "sum across blocks": Fault(
@@ -108,8 +108,8 @@ FAULTS = {
     "misaligned vector": Fault(
         "content_address",
         "content_address.cu",
-        "load_heads(ddots, g * s.N + n)",
-        "load_heads(ddots + 1, g * s.N + n)",
+        "load_heads(dweights, g * s.N + n)",
+        "load_heads(dweights + 1, g * s.N + n)",
         {"address": "misaligned address", "ptx": "misaligned: shared load"},
     ),
 }

@@ -78,6 +78,13 @@ def test_ties_and_zero_rows(stem, change):
     matches(stem, call, torch.float64)
 
 
+@pytest.mark.parametrize("slots", [4000, 6000])
+@pytest.mark.parametrize("stem", ["content_address", "lrua_step"])
+def test_more_than_shared_memory_has_room_for(stem, slots):
+    """For the memory (256,000 bytes and more); for the numbers per slot of the backward pass too (312,000)."""
+    matches(stem, inputs_of(stem, 3, (1, slots, 16, 1)), torch.float32)
+
+
 @pytest.mark.parametrize("stem", STEMS)
 def test_empty_batch(stem):
     compare(stem, inputs_of(stem, 0, (0, 5, 3, 2)), torch.float32)

@@ -60,33 +60,27 @@ def test_clusters(run, seed, cluster):
     np.testing.assert_allclose(halves, 5 + np.roll(x.reshape(-1, cluster), -1, 1).ravel(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["tf32", "bf16"])
-def test_matrix_products(run, kind):
+def product_of(x):
+    """Of a [16, 16] and b [16, 8], rounded to bfloat16."""
+    rounded = torch.from_numpy(x).bfloat16().double().numpy()
+    return rounded[:256].reshape(16, 16) @ rounded[256:].reshape(16, 8)
+
+
+def test_matrix_products(run):
     """Exactly the sums of the rounded numbers, in every place of the tile."""
-    depth = 8 if kind == "tf32" else 16
-    x = samples.given(f"product {kind}")
     out = np.random.default_rng(1).standard_normal(128).astype(np.float32)
-    rounded = torch.from_numpy(x).bfloat16().double().numpy() if kind == "bf16" else tf32(x).astype(np.float64)
-    a, b = rounded[: 16 * depth].reshape(16, depth), rounded[16 * depth :].reshape(depth, 8)
-    want = out.reshape(16, 8) + a @ b
-    np.testing.assert_allclose(run(f"product {kind}", out=out.copy()).reshape(16, 8), want, rtol=3e-7)
-
-
-def tf32(x):
-    return ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    want = out.reshape(16, 8) + product_of(samples.given("product"))
+    np.testing.assert_allclose(run("product", out=out.copy()).reshape(16, 8), want, rtol=3e-7)
 
 
 def test_numbers(run):
-    """Indices in three dimensions; bfloat16 as torch rounds it, TF32 as PTX does."""
+    """Indices in three dimensions; bfloat16 as torch rounds it."""
     x = samples.given("numbers")
-    x[:8] = [0.0, -0.0, np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11]
-    at, same, narrow, ten_bits = run("numbers", x=x).reshape(4, -1)
+    x[:6] = [0.0, -0.0, np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8]
+    at, same, narrow = run("numbers", x=x).reshape(3, -1)
     assert np.array_equal(at, np.arange(480))
     assert np.array_equal(same, np.resize(x, 480))
     assert np.array_equal(narrow, torch.from_numpy(same).bfloat16().float().numpy())
-    finite = np.isfinite(same)
-    assert np.array_equal(ten_bits[finite], tf32(same)[finite])
-    assert np.array_equal(ten_bits[~finite], same[~finite])
 
 
 @pytest.mark.parametrize("seed", SEEDS)

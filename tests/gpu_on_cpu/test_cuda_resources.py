@@ -70,9 +70,9 @@ def test_what_cuobjdump_says_is_understood():
 Fatbin elf code:
 ================
 arch = sm_90a
- Function void mann::cuda::some_kernel<float, (mann::cuda::Arithmetic)0, 4>(mann::cuda::Args<float>):
+ Function void mann::cuda::some_kernel<float, (mann::cuda::Staged)0>(mann::cuda::Args<float>):
   REG:40 STACK:8 SHARED:1024 LOCAL:4 CONSTANT[0]:664 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
     assert cuda_resources(said) == {
-        "sm_90a": {"some_kernel<float, 0, 4>": {"registers": 40, "spilled": 12, "shared": 1024}}
+        "sm_90a": {"some_kernel<float, 0>": {"registers": 40, "spilled": 12, "shared": 1024}}
     }
