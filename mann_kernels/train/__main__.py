@@ -1,5 +1,6 @@
 """`python -m mann_kernels.train TASK`: meta-train a learner; a run cut short goes on with --resume."""
 
+import contextlib
 import math
 import time
 from dataclasses import fields
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mann_kernels.tasks import COUNTS, LABELS
 from mann_kernels.train import build
 from mann_kernels.train.loop import Run
+from mann_kernels.train.parallel import joined
 from mann_kernels.train.settings import OPTIMIZERS, SCHEDULES, Settings
 
 DEFAULT = {field.name: field.default for field in fields(Settings)}
@@ -99,13 +101,19 @@ def main(
     choose("--optimizer", optimizer, OPTIMIZERS)
     choose("--schedule", schedule, SCHEDULES)
     settings = Settings(**{name: given[name] for name in DEFAULT})
-    try:
-        run = prepare(settings, data, out, resume)
-    except (FileNotFoundError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
-    if tensorboard:
-        log_to_tensorboard(run)
-    show(run, updates, minutes)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(joined(settings.device))
+            run = prepare(settings, data, out, resume)
+        except (FileNotFoundError, ValueError) as error:
+            raise typer.BadParameter(str(error)) from None
+        if not run.processes.first:
+            for _ in run.train(updates, minutes):
+                pass
+            return
+        if tensorboard:
+            log_to_tensorboard(run)
+        show(run, updates, minutes)
 
 
 def log_to_tensorboard(run: Run) -> None:
@@ -138,10 +146,10 @@ def show(run: Run, updates: int, minutes: float) -> None:
             state = "  ".join(f"{name} {value:.3f}" for name, value in smooth.items())
             progress.update(bar, completed=run.update, state=f"{state}  {speed:.2f} updates/s")
     last = run.rows[-1]
-    name = next(iter(done["scores"]))
+    score = next(name for name in last if name.startswith("test_"))
     console.print(
         f"{last['update']} updates, {last['tasks']} tasks, {run.seconds / 60:.1f} minutes ({run.cpu_seconds / 60:.1f} of CPU): "
-        f"{name} {last[f'test_{name}']} +- {last[f'test_{name}_half_width']} on {run.settings.test_tasks} test tasks"
+        f"{score.removeprefix('test_')} {last[score]} +- {last[f'{score}_half_width']} on {run.settings.test_tasks} test tasks"
     )
 
 
