@@ -5,7 +5,7 @@ import math
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,9 +18,9 @@ from mann_kernels.train.loop import Run
 from mann_kernels.train.parallel import joined
 from mann_kernels.train.settings import OPTIMIZERS, SCHEDULES, Settings
 
-DEFAULT = {field.name: field.default for field in fields(Settings)}
+DEFAULT: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
 #: What differs from task to task where it is not given.
-OF_TASK = {
+OF_TASK: dict[str, dict[str, Any]] = {
     "copy": {"length": 20},
     "associative-recall": {"length": 10},
     "sinusoid": {"learner": "context-mean", "shots": 10},
@@ -33,9 +33,9 @@ def prepare(settings: Settings, data: Path | None, out: Path, resume: bool) -> R
     """Everything in place for the first update, or for the next one of a run cut short."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    tasks = build.tasks(settings, data)
-    learner = build.on_device(build.learner(settings, tasks[0]), settings.device)
-    return Run(learner, *tasks, settings, out, resume=resume)
+    train_tasks, test_tasks = build.tasks(settings, data)
+    learner = build.on_device(build.learner(settings, train_tasks), settings.device)
+    return Run(learner, train_tasks, test_tasks, settings, out, resume=resume)
 
 
 def choose(name: str, value: str, known) -> None:
@@ -138,9 +138,12 @@ def show(run: Run, updates: int, minutes: float) -> None:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[state]}"))
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=updates, completed=run.update, state="")
-        began, first, smooth = time.perf_counter(), run.update, {}
+        began, first = time.perf_counter(), run.update
+        smooth: dict[str, float] = {}
         for done in run.train(updates, minutes):
-            new = {"loss": done["loss"]} | {name: total / n for name, (total, n) in done["scores"].items() if n}
+            new: dict[str, float] = {"loss": done["loss"]} | {
+                name: total / n for name, (total, n) in done["scores"].items() if n
+            }
             smooth |= {name: 0.98 * smooth.get(name, value) + 0.02 * value for name, value in new.items()}
             speed = (run.update - first) / (time.perf_counter() - began)
             state = "  ".join(f"{name} {value:.3f}" for name, value in smooth.items())

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def mean_and_half_width(totals: torch.Tensor, counts: torch.Tensor) -> tuple[flo
     return mean.item(), float(1.96 * spread * math.sqrt(number) / counts.sum())
 
 
-def answer(learner: torch.nn.Module, batch) -> torch.Tensor:
+def answer(learner: Any, batch) -> torch.Tensor:
     """What the learner says: at each step of an episode, or to the queries, given the support set or the task's descriptor."""
     if isinstance(batch, Episodes):
         return learner(batch.x)
@@ -109,7 +110,8 @@ class Run:
         self.optimizer = settings.make_optimizer(learner.parameters())
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.folder, self.checkpoint = folder, folder / "checkpoint.safetensors"
-        self.update, self.seconds, self.cpu_seconds, self.rows = 0, 0.0, 0.0, []
+        self.update, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
+        self.rows: list[dict] = []
         self._since: list[tuple[float, Totals]] = []
         self.on_row = lambda row: None
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +200,7 @@ class Run:
         return measure(self.learner, self.test_tasks, tasks, self.settings.seed, self.settings.device)
 
     def _log(self, test_tasks: int) -> None:
-        row = {"update": self.update, "tasks": self.update * self.settings.tasks_per_update}
+        row: dict[str, Any] = {"update": self.update, "tasks": self.update * self.settings.tasks_per_update}
         row["loss"] = f"{sum(loss for loss, _ in self._since) / len(self._since):.6f}"
         for name in self._since[0][1]:
             total, count = (sum(totals[name][part] for _, totals in self._since) for part in (0, 1))
