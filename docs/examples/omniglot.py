@@ -1,6 +1,7 @@
 """Characters named one by one, each name shown a step late: what a MANN remembers of them, as a picture of its memory.
 
-With --data, Omniglot (see mann_kernels.tasks.load_omniglot); without it, made-up characters.
+With --data, Omniglot (see mann_kernels.tasks.load_omniglot); without it, made-up characters. Before the learner has found its
+memory, which takes thousands of updates, its answers are at chance and the picture shows what an untrained memory does.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def main(updates: int, data: Path | None = None, picture: Path | None = None, wa
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=1000)
+    parser.add_argument("--updates", type=int, default=5000)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--picture", type=Path, default=Path("memory.png"))
     given = parser.parse_args()
