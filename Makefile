@@ -2,6 +2,7 @@
 #              (with BENCH="--stem mann_sequence", "sweep --variable N", ...: python -m bench with these)
 # make test    run the tests                             (TEST="-k name" is passed on)
 # make reproduce DATA=FILE   train MANN and LSTM on Omniglot and print the paper's table beside ours (hours; goes on where it was)
+# make test-wheel TORCH=2.13.0   build the sdist and from it the wheel, and try that beside this torch (minutes; for others downloads)
 # make sanitize, verify-gpu, verify-sharded, docs, lint, format, wheel, clean
 # Everything is set up first, in .venv; a second call finds it done.
 
@@ -11,6 +12,7 @@ RUN := $(VENV)/bin/python
 BENCH ?=
 DATA ?=
 TEST ?=
+TORCH ?= 2.13.0
 SANITIZED := build/sanitize
 # A second version of Triton, beside the pinned one: alone in a folder that comes first on the path.
 OTHER_TRITON := 3.9.0
@@ -22,7 +24,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/cpu/*.cpp csrc/cuda/*.cu $(addp
 SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles and not gpu"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test reproduce verify-gpu verify-sharded docs sanitize lint format wheel clean
+.PHONY: help setup bench test reproduce verify-gpu verify-sharded docs sanitize lint format wheel test-wheel clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -99,6 +101,7 @@ sanitize: setup
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: setup
@@ -108,6 +111,21 @@ format: setup
 
 wheel: setup
 	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+# One wheel for every torch: built once, from the source archive, then installed in an environment of its own for each.
+BUILT := build/wheel/.built
+TRIED := build/wheel/torch-$(TORCH)
+$(BUILT): setup.py pyproject.toml MANIFEST.in $(shell find mann_kernels csrc -name '*.py' -o -name '*.h' -o -name '*.c*' -type f)
+	rm -rf $(@D)
+	$(RUN) setup.py --quiet sdist --dist-dir $(@D)
+	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(@D) $(@D)/*.tar.gz
+	@touch $@
+
+test-wheel: setup $(BUILT)
+	$(PYTHON) -m venv --clear $(TRIED)
+	$(TRIED)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	$(TRIED)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index build/wheel/*.whl
+	cd $(TRIED) && bin/python -I $(CURDIR)/tests/wheel.py
 
 clean:
 	rm -rf build dist *.egg-info .venv mann_kernels/_C*.so

@@ -12,7 +12,7 @@ from mann_kernels._version import __version__
 
 def report() -> dict:
     """What runs where, for float32 tensors, with versions; JSON-ready."""
-    operators = {}
+    operators: dict[str, dict] = {}
     for stem in _backend.STEMS:
         operators[stem] = {}
         for device in ("cpu", "cuda"):
@@ -39,7 +39,7 @@ def as_text(facts: dict) -> str:
         "",
         f"{'operator':<22} {'cpu':<10} cuda",
     ]
-    reasons = {}
+    reasons: dict[tuple[str, str, str], list[str]] = {}
     for stem, devices in facts["operators"].items():
         on_gpu = devices["cuda"]["runs"]
         if on_gpu != "reference" and not facts["cuda_available"]:

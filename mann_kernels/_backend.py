@@ -128,7 +128,8 @@ def _least_device() -> tuple[tuple[int, int], int]:
     them; without a device, those of an H100."""
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     capability = min(((device.major, device.minor) for device in found), default=(9, 0))
-    return capability, min((d.shared_memory_per_block_optin for d in found), default=_cuda_plan.SHARED_LIMIT)
+    shared = (device.shared_memory_per_block_optin for device in found)  # type: ignore[attr-defined]
+    return capability, min(shared, default=_cuda_plan.SHARED_LIMIT)
 
 
 def default(stem: str, device: str, dtype: torch.dtype, sizes: dict | None = None) -> tuple[str, str | None]:

@@ -42,6 +42,7 @@ def mann_sequence(
     shared_limit: int = SHARED_LIMIT,
 ) -> Plan:
     """The plan for these sizes, on a device whose blocks may have so many bytes of shared memory; needs the CUDA extension."""
+    assert _library.cuda_plan is not None, _library.cuda_missing
     found = (ctypes.c_int64 * 2)()
     cluster = _library.cuda_plan(
         dtype == torch.bfloat16, N, W, R, H, write_add, key_strength, ctypes.c_int64(shared_limit), found
@@ -50,4 +51,4 @@ def mann_sequence(
 
 
 #: What torch.compiler.assume_constant_result does, which would import all of the compiler: it does not look inside.
-mann_sequence._dynamo_marked_constant = True
+mann_sequence._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
@@ -22,7 +23,7 @@ cpp_kernels: frozenset[str] = frozenset()
 cuda_missing: str | None = None
 
 #: The plan of mann_sequence, a C function of the extension: see _cuda_plan.py.
-cuda_plan = None
+cuda_plan: Callable[..., int] | None = None
 
 #: The operators that have a CUDA kernel; filled when the extension loads.
 cuda_kernels: frozenset[str] = frozenset()

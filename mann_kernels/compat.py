@@ -208,7 +208,7 @@ def load_tristandeleu(mann: MANN, arrays: Mapping, classify: nn.Linear | None = 
     rows, biases = zip(*(heads(name) for name in ("key", "sigma", "add")), strict=True)
     with torch.no_grad():
         mann.weight_ih.copy_(gates(a["W_xh"]))
-        mann.weight_hh.copy_(gates(torch.cat([a["W_hh"], a["W_rh"]])))
+        mann.get_parameter("weight_hh").copy_(gates(torch.cat([a["W_hh"], a["W_rh"]])))
         mann.bias.copy_(gates(a["b_h"][None]).squeeze(1))
         mann.weight_head.copy_(torch.cat(rows))
         mann.bias_head.copy_(torch.cat(biases))

@@ -11,6 +11,7 @@ torch.distributed carries and DTensor holds. One process per device, started by 
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -183,17 +184,15 @@ class ShardedMANN(MANN):
     def initial_state(self, batch_size: int) -> MANNState:
         """As MANN's, but no rank ever holds more than its own slots."""
         shapes = self._state_shapes(batch_size)
-        kind = {"dtype": self.bias.dtype, "device_mesh": self.mesh}
-        state = MANNState(
-            full(shapes.memory, self.memory_init, placements=[Shard(SLOTS["memory"])], **kind),
-            zeros(shapes.usage, placements=[Shard(SLOTS["usage"])], **kind),
-            zeros(shapes.read_weights, placements=[Shard(SLOTS["read_weights"])], **kind),
-            *(None if shape is None else self.bias.new_zeros(shape) for shape in shapes[3:]),
-        )
+        kind: dict[str, Any] = {"dtype": self.bias.dtype, "device_mesh": self.mesh}
+        memory = full(shapes.memory, self.memory_init, placements=[Shard(SLOTS["memory"])], **kind)
+        usage = zeros(shapes.usage, placements=[Shard(SLOTS["usage"])], **kind)
+        read_weights = zeros(shapes.read_weights, placements=[Shard(SLOTS["read_weights"])], **kind)
         if self.mesh.get_local_rank() == 0:
-            state.usage.to_local()[..., 0] = 1
-            state.read_weights.to_local()[..., 0] = 1
-        return state
+            usage.to_local()[..., 0] = 1
+            read_weights.to_local()[..., 0] = 1
+        whole: list[Any] = [None if shape is None else self.bias.new_zeros(shape) for shape in shapes[3:]]
+        return MANNState(memory, usage, read_weights, *whole)
 
     def _checked_state(self, state, batch: int) -> MANNState:
         state = super()._checked_state(state, batch)

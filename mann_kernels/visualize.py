@@ -131,10 +131,9 @@ def draw_episode(
         axes.set(title=title, xlabel="step", ylabel="slots written to" if n % 2 == 0 else "")
         figure.colorbar(picture, ax=axes)
     axes = figure.add_subplot(grid[2, 0])
-    picture = axes.imshow(
-        trace.memory[-1, example][touched].cpu().numpy(), aspect="auto", interpolation="nearest", cmap="RdBu"
-    )
-    picture.set_clim(-picture.norm.vmax, picture.norm.vmax)
+    stored = trace.memory[-1, example][touched].cpu().numpy()
+    picture = axes.imshow(stored, aspect="auto", interpolation="nearest", cmap="RdBu")
+    picture.set_clim(-stored.max(), stored.max())
     axes.set(title="memory after the last step", xlabel="element", ylabel="slots written to")
     figure.colorbar(picture, ax=axes)
     _draw_sources(figure, figure.add_subplot(grid[2, 1]), sources(trace, example).cpu(), classes, delay)

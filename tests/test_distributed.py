@@ -7,10 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 import torch
+from packed import write_packed
+from safetensors.torch import load_file
+from test_train import invoke
 from torch.distributed.device_mesh import DeviceMesh
 
 from mann_kernels.distributed import ShardedMANN, _bounds
+from mann_kernels.train.log import read_log
+from mann_kernels.train.parallel import Processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +34,56 @@ def torchrun(processes, *command):
 @pytest.mark.parametrize("case", ["ddp", "fsdp"])
 def test_several_processes_train_as_one(case):
     torchrun(2, "tests/parallel.py", case)
+
+
+def assert_same_training(folder, other, beginning=None):
+    """Loss, scores and weights. The gradients of the parts of a batch add up in another order, which Adam's division by their size
+    makes larger where they are tiny: weights may differ by 1e-3 of the way they came, and come far closer."""
+    rows, want = (read_log(path / "log.csv") for path in (folder, other))
+    assert [row["update"] for row in rows] == [row["update"] for row in want]
+    for row, right in zip(rows, want, strict=True):
+        for name in row.keys() - {"seconds", "cpu_seconds"}:
+            assert row[name] == right[name] or float(row[name]) == pytest.approx(float(right[name]), abs=2e-4), name
+    got, want = (load_file(path / "checkpoint.safetensors") for path in (folder, other))
+    assert got.keys() == want.keys()
+    for name, b in want.items():
+        if name.startswith("model."):
+            moved = b if beginning is None else b - beginning[name]
+            assert (got[name] - b).norm() <= 1e-3 * moved.norm(), name
+        elif name == "generator":
+            assert torch.equal(got[name], b)
+
+
+@pytest.mark.compiles
+def test_the_training_command_on_two_processes(tmp_path):
+    """Begun by one process and gone on with by two: the log and the weights of one process, written once."""
+    data = write_packed(tmp_path / "small.npz")
+    sizes = "--ways 3 --length 9 --hidden-size 16 --num-slots 12 --slot-size 6 --num-heads 2 --tasks-per-update 4"
+    more = "--learning-rate 1e-2 --log-every 2 --test-every 2 --interim-tasks 4 --test-tasks 8"
+    call = ["omniglot", "--data", str(data), *sizes.split(), *more.split()]
+    alone, both = ([*call, "--out", str(tmp_path / name)] for name in ("alone", "both"))
+    for where in (alone, both):
+        assert invoke(*where, "--updates", "2").exit_code == 0
+    beginning = load_file(tmp_path / "both" / "checkpoint.safetensors")
+    assert invoke(*alone, "--updates", "8", "--resume").exit_code == 0
+    said = torchrun(2, "-m", "mann_kernels.train", *both, "--updates", "8", "--resume")
+    assert said.count("8 updates, 32 tasks") == 1
+    assert_same_training(tmp_path / "both", tmp_path / "alone", beginning)
+
+
+@pytest.mark.compiles
+def test_every_protocol_trains_on_two_processes(tmp_path):
+    """Learners that answer episodes, that adapt, that are told; and tasks that ask for different numbers of answers."""
+    torchrun(2, "tests/runs.py", str(tmp_path / "both"))
+    runs.train_all(tmp_path / "alone")
+    for name in runs.SETTINGS:
+        assert_same_training(tmp_path / "both" / name, tmp_path / "alone" / name)
+
+
+def test_tasks_that_the_processes_cannot_share(alone, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match="tasks_per_update: got 16, want a multiple of 3, the processes"):
+        Processes("cpu", 16)
 
 
 @pytest.mark.compiles

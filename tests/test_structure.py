@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stem import DEVICES, run
+from stem import PLACES, run
 from test_properties import class_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -161,18 +161,35 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
 @pytest.mark.parametrize("stem", _backend.STEMS)
 def test_opcheck(stem, dtype, device):
-    """The operators that a training step calls, forward and backward, with every set of options."""
+    """The operators that a training step calls, forward and backward, with every set of options and every type they take."""
     tests = class_of(stem)
     backend = _backend.select(stem, torch.zeros(1, dtype=dtype, device=device))
+    assert device != "cpu" or backend == "cpp"
     library = "mann_triton" if backend == "triton" else "mann"
     for options in tests.options:
         with _Calls() as calls:
             run(getattr(mann_kernels, stem), tests.inputs(1, 3, 7, 5, 2, **options).to(dtype).on(device))
-        if device == "cpu" or stem in _backend.TRITON_KERNELS:
+        if backend != "reference":
             assert [func.name() for func, _ in calls.made] == [f"{library}::{stem}", f"{library}::{stem}_backward"]
         for func, args in calls.made:
             torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("stem", _backend.STEMS)
+def test_a_profile_names_the_operator(stem, compiled):
+    """Forward and backward, once for a call, in eager mode and in a compiled graph without a break."""
+    function, tests = getattr(mann_kernels, stem), class_of(stem)
+    inputs = tests.inputs(1, 3, 7, 5, 2, **tests.options[0]).to(torch.float32)
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+        run(function, inputs)  # compiles
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(function, inputs)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert (counts.get(f"mann::{stem}"), counts.get(f"mann::{stem}_backward")) == (1, 1)

@@ -52,9 +52,8 @@ def check_state(state, metanet) -> bool:
     if state.task_fast is not None:
         want["task_fast"] = (*G, metanet.embedding.num_coordinates)
     for name, shape in want.items():
-        got = tuple(getattr(state, name).shape)
-        if got != shape:
-            raise ValueError(f"state.{name}: got shape {list(got)}, want {list(shape)}")
+        if getattr(state, name).shape != shape:
+            raise ValueError(f"state.{name}: got shape {list(getattr(state, name).shape)}, want {list(shape)}")
     return alone
 
 

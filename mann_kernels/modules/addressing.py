@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mann_kernels.ops import content_address
+from mann_kernels.ops.content_address import content_address
 
 
 class ContentAddressing(nn.Module):
@@ -21,6 +21,8 @@ class ContentAddressing(nn.Module):
     Raises:
         TypeError, ValueError: as mann_kernels.content_address; with key_strength, a key of another number of heads.
     """
+
+    beta: nn.Parameter | None
 
     def __init__(self, num_heads: int = 1, *, key_strength: bool = False, eps: float = 1e-6, device=None, dtype=None):
         super().__init__()

@@ -1,6 +1,7 @@
 """Layers whose output is the slow layer's plus that of fast weights ("layer augmentation", Munkhdalai & Yu 2017, section 3.3)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,18 @@ from mann_kernels.ops import augmented_conv2d, augmented_linear
 from mann_kernels.ops._check import choice
 
 FORMS = ("hidden", "output")
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh, "identity": lambda x: x}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
 
 
 class _Augmented:
     """What the augmented layers have in common beside nn.Linear and nn.Conv2d, which they extend."""
+
+    weight: torch.Tensor
 
     def _set_form(self, form: str, activation: str) -> None:
         choice("form", form, *FORMS)
@@ -116,7 +124,12 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
         self._checked(x, fast, mix)
         if fast is None:
             return self.activate(self.slow(x))
-        options = {"padding": self.padding[0], "form": self.form, "activation": self.activation, "pool": self.pool}
+        options: dict[str, Any] = {
+            "padding": self.padding[0],
+            "form": self.form,
+            "activation": self.activation,
+            "pool": self.pool,
+        }
         return augmented_conv2d(x, self.weight, fast, mix, self.bias, **options)
 
     def slow(self, x: torch.Tensor) -> torch.Tensor:
@@ -134,7 +147,7 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
     def weight_gradients(self, x: torch.Tensor, dz: torch.Tensor) -> torch.Tensor:
         """Gradients of n losses: x [n, m, C, ...], dz [n, m, O, ...], at `slow(x)` -> [n, O, C, k, k], each over its m images."""
         n, m = x.shape[:2]
-        patches = F.unfold(x.flatten(0, 1), self.kernel_size, padding=self.padding)
+        patches = F.unfold(x.flatten(0, 1), self.kernel_size, padding=self.padding)  # type: ignore[arg-type]  # no string here
         # a product for each image, then the sum over the m of a loss: the patches stay where unfold put them
         each = dz.flatten(0, 1).flatten(2) @ patches.transpose(1, 2)
         return each.unflatten(0, (n, m)).sum(1).unflatten(-1, self.weight.shape[1:])
@@ -154,7 +167,7 @@ class AugmentedSequential(nn.Sequential):
     @property
     def augmented(self) -> list[AugmentedLinear | AugmentedConv2d]:
         """The layers that take fast weights, in order."""
-        return [layer for layer in self if isinstance(layer, _Augmented)]
+        return [layer for layer in self if isinstance(layer, (AugmentedLinear, AugmentedConv2d))]
 
     @property
     def num_coordinates(self) -> int:
@@ -209,7 +222,7 @@ class AugmentedSequential(nn.Sequential):
         with torch.enable_grad():
             x = x.flatten(1, 2)
             for layer in self:
-                if not isinstance(layer, _Augmented):
+                if not isinstance(layer, (AugmentedLinear, AugmentedConv2d)):
                     x = self._plain(layer, x)
                     continue
                 inputs.append(x)

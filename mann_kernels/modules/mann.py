@@ -1,8 +1,8 @@
 """The memory-augmented neural network of Santoro et al. 2016 as layers in the manner of nn.LSTM and nn.LSTMCell."""
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ class _MANNBase(nn.Module):
     """Parameters, options and state that the sequence and the single step have in common."""
 
     #: What runs an episode with either controller.
-    _sequences: ClassVar = {"lstm": mann_sequence, "feedforward": lrua_sequence}
+    _sequences: ClassVar[dict[str, Callable]] = {"lstm": mann_sequence, "feedforward": lrua_sequence}
 
     def __init__(
         self,
@@ -58,13 +58,13 @@ class _MANNBase(nn.Module):
         self.input_size, self.hidden_size, self.num_slots = input_size, hidden_size, num_slots
         self.slot_size, self.num_heads, self.controller = slot_size, num_heads, controller
         self.memory_init = memory_init
-        self.head_options = {"write": write, "key_strength": key_strength, "squash": squash}
-        self.memory_options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
+        self.head_options: dict[str, Any] = {"write": write, "key_strength": key_strength, "squash": squash}
+        self.memory_options: dict[str, Any] = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
 
         words = num_heads * slot_size
         head = words + num_heads + num_heads * key_strength + words * (write == "add")
         gates = 4 * hidden_size if controller == "lstm" else hidden_size
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight_ih = nn.Parameter(torch.empty(gates, input_size, **kind))
         weight_hh = nn.Parameter(torch.empty(gates, hidden_size + words, **kind)) if controller == "lstm" else None
         self.register_parameter("weight_hh", weight_hh)
@@ -81,7 +81,8 @@ class _MANNBase(nn.Module):
     @classmethod
     def tristandeleu(cls, input_size: int, **overrides):
         """The model of the Theano code tristandeleu/ntm-one-shot: as the paper, but decay 0.95 and an add vector of its own."""
-        return cls(input_size, **({"write": "add", "decay": 0.95} | overrides))
+        options: dict[str, Any] = {"write": "add", "decay": 0.95}
+        return cls(input_size, **(options | overrides))
 
     def reset_parameters(self) -> None:
         """Uniform in +-1/sqrt(hidden_size), as nn.LSTM; a learned key strength starts at exactly 1."""
@@ -100,18 +101,20 @@ class _MANNBase(nn.Module):
         The paper gives none; this is what the public implementations agree on.
         """
         shapes = self._state_shapes(batch_size)
-        state = MANNState(*(None if shape is None else self.bias.new_zeros(shape) for shape in shapes))
+        fields: list[Any] = [None if shape is None else self.bias.new_zeros(shape) for shape in shapes]
+        state = MANNState(*fields)
         state.memory.fill_(self.memory_init)
         state.usage[..., 0] = 1
         state.read_weights[..., 0] = 1
         return state
 
-    def _state_shapes(self, batch: int) -> MANNState:
+    def _state_shapes(self, batch: int) -> Any:
+        """A MANNState of shapes."""
         heads, slots, width = self.num_heads, self.num_slots, self.slot_size
         hidden = (batch, self.hidden_size) if self.controller == "lstm" else None
-        return MANNState(
-            (batch, slots, width), (batch, slots), (batch, heads, slots), (batch, heads, width), hidden, hidden
-        )
+        of_memory = (batch, slots, width), (batch, slots), (batch, heads, slots), (batch, heads, width)
+        shapes: list[Any] = [*of_memory, hidden, hidden]
+        return MANNState(*shapes)
 
     def _checked_state(self, state, batch: int) -> MANNState:
         if state is None:

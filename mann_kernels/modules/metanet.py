@@ -1,5 +1,7 @@
 """Meta Networks (Munkhdalai & Yu 2017): slow weights, fast weights generated from loss gradients, and a memory of them."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,7 +44,7 @@ class FastWeightGenerator(nn.Module):
 
     def reset_parameters(self) -> None:
         """See `_reset`."""
-        _reset(self, self.weight3)
+        _reset(self, self.get_parameter("weight3"))
 
     def forward(self, grads: torch.Tensor) -> torch.Tensor:
         return generate_fast_weights(grads, *self.parameters(), p=self.p)
@@ -77,7 +79,7 @@ class GradientSummarizer(nn.Module):
 
     def reset_parameters(self) -> None:
         """See `_reset`."""
-        _reset(self, self.weight_out)
+        _reset(self, self.get_parameter("weight_out"))
 
     def forward(self, grads: torch.Tensor) -> torch.Tensor:
         return summarize_gradients(grads, *self.parameters(), p=self.p)
@@ -186,13 +188,14 @@ class MetaNet(nn.Module):
         """The paper's Omniglot network, for images [1, 28, 28]: 5 convolutions 3 x 3 with 64 filters, each followed by a
         2 x 2 max-pool in ceil mode, one hidden linear layer and the classes, without biases; all layers augmented. At
         5 ways 148,032 + 4,416 fast weights for each support example. `options` are MetaNet's."""
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def body():
             convolutions = (_conv(channels, filters, **kind) for channels in (1, *[filters] * 4))
             return [*convolutions, nn.Flatten()]
 
-        return cls(*_networks(body, body, filters, ways, **kind), **kind, **options)
+        base, embedding, head = _networks(body, body, filters, ways, **kind)
+        return cls(base, embedding, head, device=device, dtype=dtype, **options)
 
     @classmethod
     def mini_imagenet(
@@ -204,7 +207,7 @@ class MetaNet(nn.Module):
         batch_norm: after the first three convolutions, as the original code has and the paper does not say. In training
         mode the statistics are of all examples of a call, so the tasks of a batch then depend on each other.
         `options` are MetaNet's."""
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def body():
             layers = []
@@ -214,7 +217,8 @@ class MetaNet(nn.Module):
                 layers += [nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
             return [*layers, *(_conv(filters, filters, **kind) for _ in range(2)), nn.Flatten()]
 
-        return cls(*_networks(body, body, 9 * filters, ways, **kind), **kind, **options)
+        base, embedding, head = _networks(body, body, 9 * filters, ways, **kind)
+        return cls(base, embedding, head, device=device, dtype=dtype, **options)
 
     @property
     def ways(self) -> int:
@@ -324,7 +328,9 @@ def _conv(channels: int, filters: int, **kind) -> AugmentedConv2d:
     return AugmentedConv2d(channels, filters, 3, padding=1, bias=False, form="hidden", pool=True, **kind)
 
 
-def _networks(base_body, embedding_body, features: int, ways: int, **kind):
+def _networks(
+    base_body, embedding_body, features: int, ways: int, **kind
+) -> tuple[AugmentedSequential, AugmentedSequential, nn.Sequential]:
     """Base learner, embedding and its head, as in the original code: the key is what the linear layer gives before the ReLU."""
     hidden = AugmentedLinear(features, features, bias=False, form="hidden", **kind)
     base = AugmentedSequential(*base_body(), hidden, AugmentedLinear(features, ways, bias=False, **kind))

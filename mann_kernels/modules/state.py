@@ -1,6 +1,7 @@
 """What a MANN carries from one step to the next, and what a MetaNet has learned from a support set."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import _register_namedtuple
@@ -24,9 +25,10 @@ class MANNState(NamedTuple):
     h: torch.Tensor | None = None
     c: torch.Tensor | None = None
 
-    def map(self, function) -> "MANNState":
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "MANNState":
         """The state with `function` applied to each of its tensors."""
-        return MANNState(*(None if field is None else function(field) for field in self))
+        fields: list[Any] = [None if field is None else function(field) for field in self]
+        return MANNState(*fields)
 
     def detach(self) -> "MANNState":
         """The same numbers without their history: ends backpropagation through time here."""
@@ -53,13 +55,14 @@ class MetaNetState(NamedTuple):
     From a support set without the dimension G, none of them has it.
     """
 
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # over the method of a tuple, which no one calls
     memory: torch.Tensor
     task_fast: torch.Tensor | None = None
 
-    def map(self, function) -> "MetaNetState":
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "MetaNetState":
         """The state with `function` applied to each of its tensors."""
-        return MetaNetState(*(None if field is None else function(field) for field in self))
+        fields: list[Any] = [None if field is None else function(field) for field in self]
+        return MetaNetState(*fields)
 
     def detach(self) -> "MetaNetState":
         """The same numbers without their history."""

@@ -7,8 +7,13 @@ autocast.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+#: A decorated operator keeps its signature.
+Operator = TypeVar("Operator", bound=Callable[..., Any])
 
 
 def _device_type(values) -> str | None:
@@ -25,35 +30,35 @@ def _to(value, dtype: torch.dtype):
     return value
 
 
-def _rule(function, dtype_of, stays_on: bool = False):
+def _rule(function: Operator, dtype_of, stays_on: bool = False) -> Operator:
     """`function` of tensors of the type that `dtype_of(device)` says where autocast is on, and with autocast off inside."""
 
     @functools.wraps(function)
-    def cast(*args, **kwargs):
+    def cast(*args: Any, **kwargs: Any) -> Any:
         device = _device_type((*args, *kwargs.values()))
-        if not _is_on(device):
+        if device is None or not _is_on(device):
             return function(*args, **kwargs)
         dtype = dtype_of(device)
-        args, kwargs = [_to(arg, dtype) for arg in args], {name: _to(arg, dtype) for name, arg in kwargs.items()}
+        args, kwargs = (tuple(_to(arg, dtype) for arg in args), {name: _to(arg, dtype) for name, arg in kwargs.items()})
         with torch.autocast(device, enabled=stays_on):
             return function(*args, **kwargs)
 
     # code of its own for each: torch.compile counts how often one piece of code was compiled, and stops after a few
-    cast.__code__ = cast.__code__.replace(co_name=function.__name__)
-    return cast
+    cast.__code__ = cast.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
+    return cast  # type: ignore[return-value]
 
 
-def in_float32(function):
+def in_float32(function: Operator) -> Operator:
     """A public function that computes in float32 where autocast is on."""
     return _rule(function, lambda device: torch.float32)
 
 
-def in_low_type(function):
+def in_low_type(function: Operator) -> Operator:
     """A public function that computes in autocast's low type."""
     return _rule(function, torch.get_autocast_dtype)
 
 
-def around_float32(function):
+def around_float32(function: Operator) -> Operator:
     """A public function of float32 tensors that leaves its own matrix products to autocast, which stays on inside."""
     return _rule(function, lambda device: torch.float32, stays_on=True)
 

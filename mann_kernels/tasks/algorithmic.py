@@ -16,6 +16,7 @@ class _Bits:
 
     def scores(self, output: torch.Tensor, episodes: Episodes) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Of each episode [B]: right bits and bits; 1 if all of them are right, of 1."""
+        assert episodes.asked is not None
         asked = episodes.asked[..., None].expand_as(episodes.y)
         right = ((output > 0) == (episodes.y > 0)) & asked
         count = asked.sum((0, 2))

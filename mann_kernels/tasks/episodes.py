@@ -1,7 +1,7 @@
 """Episodes: sequences whose answer at each step is to be given from what came before."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,8 @@ class Episodes(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Episodes":
         """The same on another device."""
-        return Episodes(*(None if field is None else field.to(device) for field in self))
+        fields: list[Any] = [None if field is None else field.to(device) for field in self]
+        return Episodes(*fields)
 
 
 def before(y: torch.Tensor) -> torch.Tensor:
@@ -153,6 +154,7 @@ class OmniglotEpisodes:
             right = output.argmax(-1) == episodes.y
         else:
             right = (output.unflatten(-1, (CHARACTERS, LETTERS)).argmax(-1) == episodes.y).all(-1)
+        assert episodes.presentation is not None
         asked = {"accuracy": torch.ones_like(right)}
-        asked |= {f"accuracy_{k}": episodes.presentation == k for k in PRESENTATIONS if k <= self.most}
+        asked |= {f"accuracy_{k}": episodes.presentation.eq(k) for k in PRESENTATIONS if k <= self.most}
         return {name: ((right & of).sum(0), of.sum(0)) for name, of in asked.items()}

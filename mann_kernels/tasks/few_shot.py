@@ -1,6 +1,6 @@
 """The few-shot protocol, a support set with answers, then queries; and classification in it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ class Tasks(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Tasks":
         """The same on another device."""
-        return Tasks(*(None if field is None else field.to(device) for field in self))
+        fields: list[Any] = [None if field is None else field.to(device) for field in self]
+        return Tasks(*fields)
 
 
 class FewShotTasks:

@@ -1,6 +1,7 @@
 """Functions to be learned from a few points: from a Gaussian process, and sinusoids."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class GPRegression:
 
     def sample(self, B: int, generator: torch.Generator) -> Episodes:
         """B functions; `exact` is the negative log-likelihood [T, B] of each point under the true process given those before."""
-        kind = {"generator": generator, "dtype": torch.float64}
+        kind: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
         x = torch.rand(B, self.length, self.dimensions, **kind) * 4 - 2
         covariance = torch.exp(torch.cdist(x, x).square() / (-2 * self.scale**2))
         covariance.diagonal(dim1=-2, dim2=-1).add_(self.noise**2)
@@ -63,6 +64,7 @@ class GPRegression:
 
     def scores(self, output: torch.Tensor, episodes: Episodes) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Of each function [B]: its negative log-likelihood and points, and at single points; `exact` is the true process's."""
+        assert episodes.exact is not None
         found = {}
         for name, nll in (("nll", self.nll(output, episodes)), ("exact", episodes.exact)):
             points = torch.full((nll.shape[1],), self.length)

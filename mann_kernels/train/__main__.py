@@ -1,10 +1,11 @@
 """`python -m mann_kernels.train TASK`: meta-train a learner; a run cut short goes on with --resume."""
 
+import contextlib
 import math
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,11 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mann_kernels.tasks import COUNTS, LABELS
 from mann_kernels.train import build
 from mann_kernels.train.loop import Run
+from mann_kernels.train.parallel import joined
 from mann_kernels.train.settings import OPTIMIZERS, SCHEDULES, Settings
 
-DEFAULT = {field.name: field.default for field in fields(Settings)}
+DEFAULT: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
 #: What differs from task to task where it is not given.
-OF_TASK = {
+OF_TASK: dict[str, dict[str, Any]] = {
     "copy": {"length": 20},
     "associative-recall": {"length": 10},
     "sinusoid": {"learner": "context-mean", "shots": 10},
@@ -31,9 +33,9 @@ def prepare(settings: Settings, data: Path | None, out: Path, resume: bool) -> R
     """Everything in place for the first update, or for the next one of a run cut short."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    tasks = build.tasks(settings, data)
-    learner = build.on_device(build.learner(settings, tasks[0]), settings.device)
-    return Run(learner, *tasks, settings, out, resume=resume)
+    train_tasks, test_tasks = build.tasks(settings, data)
+    learner = build.on_device(build.learner(settings, train_tasks), settings.device)
+    return Run(learner, train_tasks, test_tasks, settings, out, resume=resume)
 
 
 def choose(name: str, value: str, known) -> None:
@@ -99,13 +101,19 @@ def main(
     choose("--optimizer", optimizer, OPTIMIZERS)
     choose("--schedule", schedule, SCHEDULES)
     settings = Settings(**{name: given[name] for name in DEFAULT})
-    try:
-        run = prepare(settings, data, out, resume)
-    except (FileNotFoundError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
-    if tensorboard:
-        log_to_tensorboard(run)
-    show(run, updates, minutes)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(joined(settings.device))
+            run = prepare(settings, data, out, resume)
+        except (FileNotFoundError, ValueError) as error:
+            raise typer.BadParameter(str(error)) from None
+        if not run.processes.first:
+            for _ in run.train(updates, minutes):
+                pass
+            return
+        if tensorboard:
+            log_to_tensorboard(run)
+        show(run, updates, minutes)
 
 
 def log_to_tensorboard(run: Run) -> None:
@@ -130,18 +138,21 @@ def show(run: Run, updates: int, minutes: float) -> None:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[state]}"))
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=updates, completed=run.update, state="")
-        began, first, smooth = time.perf_counter(), run.update, {}
+        began, first = time.perf_counter(), run.update
+        smooth: dict[str, float] = {}
         for done in run.train(updates, minutes):
-            new = {"loss": done["loss"]} | {name: total / n for name, (total, n) in done["scores"].items() if n}
+            new: dict[str, float] = {"loss": done["loss"]} | {
+                name: total / n for name, (total, n) in done["scores"].items() if n
+            }
             smooth |= {name: 0.98 * smooth.get(name, value) + 0.02 * value for name, value in new.items()}
             speed = (run.update - first) / (time.perf_counter() - began)
             state = "  ".join(f"{name} {value:.3f}" for name, value in smooth.items())
             progress.update(bar, completed=run.update, state=f"{state}  {speed:.2f} updates/s")
     last = run.rows[-1]
-    name = next(iter(done["scores"]))
+    score = next(name for name in last if name.startswith("test_"))
     console.print(
         f"{last['update']} updates, {last['tasks']} tasks, {run.seconds / 60:.1f} minutes ({run.cpu_seconds / 60:.1f} of CPU): "
-        f"{name} {last[f'test_{name}']} +- {last[f'test_{name}_half_width']} on {run.settings.test_tasks} test tasks"
+        f"{score.removeprefix('test_')} {last[score]} +- {last[f'{score}_half_width']} on {run.settings.test_tasks} test tasks"
     )
 
 

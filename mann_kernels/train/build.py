@@ -1,6 +1,7 @@
 """From settings to tasks and a learner."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -28,7 +29,7 @@ RECURRENT = ("mann", "mann-feedforward", "lstm")
 METANETS = ("metanet", "metanet-", "metanet+")
 CONTEXTS = ("context-mean", "context-recurrent")
 #: The learners of each task.
-FITTING = dict.fromkeys(EPISODES, (*RECURRENT, "feedforward"))
+FITTING: dict[str, tuple[str, ...]] = dict.fromkeys(EPISODES, (*RECURRENT, "feedforward"))
 FITTING |= {"sinusoid": (*RECURRENT, *CONTEXTS, "multi-task"), "few-shot": (*METANETS, *RECURRENT, *CONTEXTS)}
 LEARNERS = (*RECURRENT, "feedforward", *METANETS, *CONTEXTS, "multi-task")
 
@@ -53,7 +54,7 @@ def tasks(settings: Settings, data: Path | None) -> tuple:
         return load_omniglot(data, split, OF_OMNIGLOT[s.task], s.split_seed)
 
     if s.task == "omniglot":
-        sizes = {"ways": s.ways, "length": s.length, "labels": s.labels, "counts": s.counts}
+        sizes: dict[str, Any] = {"ways": s.ways, "length": s.length, "labels": s.labels, "counts": s.counts}
         train, test = (images(split) for split in ("background", "test"))
         return OmniglotEpisodes(train, **sizes, augment=True, turns=True), OmniglotEpisodes(test, **sizes)
     # The quarter turns of a class are classes of their own.

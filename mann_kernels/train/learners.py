@@ -80,9 +80,10 @@ def mann(input_size: int, output_size: int, **options) -> Recurrent:
 
 def set_forget_bias(core: nn.Module, value: float) -> None:
     """Start the forget gates of an LSTM, or of a MANN's, around sigmoid(value)."""
-    bias = core.bias_ih_l0 if isinstance(core, nn.LSTM) else core.bias
+    bias = core.get_parameter("bias_ih_l0" if isinstance(core, nn.LSTM) else "bias")
+    size = len(bias) // 4
     with torch.no_grad():
-        bias[core.hidden_size : 2 * core.hidden_size] += value
+        bias[size : 2 * size] += value
 
 
 class ContextVector(nn.Module):

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 from mann_kernels.train.checkpoint import write_atomically
 
@@ -47,7 +48,7 @@ def plot_log(rows: list[dict], names: list[str], title: str) -> bytes:
         if tested:
             of = ("update", f"test_{name}", f"test_{name}_half_width")
             updates, mean, half = ([float(row[column]) for row in tested] for column in of)
-            bars = {"yerr": half, "capsize": 2} if n == 0 else {}
+            bars: dict[str, Any] = {"yerr": half, "capsize": 2} if n == 0 else {}
             axes.errorbar(updates, mean, color=color, marker=".", label=name.replace("_", " "), **bars)
     axes.set(xlabel="updates", title=f"{title}: dots on test tasks, thin lines in training")
     axes.grid(alpha=0.3)

@@ -5,12 +5,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mann_kernels.tasks import Episodes
 from mann_kernels.train.checkpoint import load_checkpoint, read_facts, save_checkpoint, write_atomically
 from mann_kernels.train.log import plot_log, read_log, write_log
+from mann_kernels.train.parallel import Processes
 from mann_kernels.train.settings import Settings
 
 #: Added to a seed for tests, so that no test task was drawn for training by the same seed.
@@ -32,13 +34,24 @@ def mean_and_half_width(totals: torch.Tensor, counts: torch.Tensor) -> tuple[flo
     return mean.item(), float(1.96 * spread * math.sqrt(number) / counts.sum())
 
 
-def answer(learner: torch.nn.Module, batch) -> torch.Tensor:
+def answer(learner: Any, batch) -> torch.Tensor:
     """What the learner says: at each step of an episode, or to the queries, given the support set or the task's descriptor."""
     if isinstance(batch, Episodes):
         return learner(batch.x)
     if not hasattr(learner, "adapt"):
         return learner(batch.query_x, batch.descriptor)
     return learner.predict(batch.query_x, learner.adapt(batch.support_x, batch.support_y))
+
+
+class Answers(torch.nn.Module):
+    """`answer` as a module: one forward pass whatever the learner's protocol, as DistributedDataParallel wants."""
+
+    def __init__(self, learner: torch.nn.Module):
+        super().__init__()
+        self.learner = learner
+
+    def forward(self, batch) -> torch.Tensor:
+        return answer(self.learner, batch)
 
 
 @torch.no_grad()
@@ -74,8 +87,12 @@ class Run:
 
     `on_row` is called with each new row of the log.
 
+    Where torch.distributed is initialized, its processes share the tasks of each update evenly and train as one process does, up
+    to rounding: the loss is then to be the mean over the answers that the first score counts. The first process tests and writes;
+    all of them read the folder, and may be of another number than those it was written by.
+
     Raises:
-        ValueError: a checkpoint that is in the way, or of other settings.
+        ValueError: a checkpoint that is in the way, or of other settings; tasks that the processes cannot share evenly.
     """
 
     def __init__(
@@ -89,10 +106,12 @@ class Run:
         resume: bool = False,
     ):
         self.learner, self.train_tasks, self.test_tasks, self.settings = learner, train_tasks, test_tasks, settings
+        self.processes = Processes(settings.device, settings.tasks_per_update)
         self.optimizer = settings.make_optimizer(learner.parameters())
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.folder, self.checkpoint = folder, folder / "checkpoint.safetensors"
-        self.update, self.seconds, self.cpu_seconds, self.rows = 0, 0.0, 0.0, []
+        self.update, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
+        self.rows: list[dict] = []
         self._since: list[tuple[float, Totals]] = []
         self.on_row = lambda row: None
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +121,11 @@ class Run:
                     f"{self.checkpoint}: a run is there already; go on with it (--resume) or take another folder"
                 )
             self._restore()
+        if self.processes.of_first(self.update) != self.update:
+            raise ValueError(
+                f"{self.checkpoint}: got update {self.update}, want that of the first process: one folder for all"
+            )
+        self._answers = self.processes.averaging(Answers(learner))
         self._clock()
 
     def _restore(self) -> None:
@@ -130,37 +154,53 @@ class Run:
         The last state is always logged and is a checkpoint; it is tested on `test_tasks` tasks, those before it on the
         first `interim_tasks` of them.
         """
-        while self.update < updates and self.seconds < 60 * minutes:
+        over = self._over(updates, minutes)
+        while not over:
             yield self._one_update()
             self._clock()
-            last = self.update == updates or self.seconds >= 60 * minutes
-            if last or self.update % self.settings.log_every == 0:
+            over = self._over(updates, minutes)
+            if self.processes.first and (over or self.update % self.settings.log_every == 0):
                 interim = self.update % self.settings.test_every == 0
-                self._log(self.settings.test_tasks if last else interim * self.settings.interim_tasks)
+                self._log(self.settings.test_tasks if over else interim * self.settings.interim_tasks)
+
+    def _over(self, updates: int, minutes: float) -> bool:
+        """All processes stop at the same update: by the clock of the first."""
+        self.seconds = self.processes.of_first(self.seconds)
+        return self.update >= updates or self.seconds >= 60 * minutes
 
     def _one_update(self) -> dict:
-        batch = self.train_tasks.sample(self.settings.tasks_per_update, self.generator).to(self.settings.device)
+        drawn = self.train_tasks.sample(self.settings.tasks_per_update, self.generator)
+        batch = self.processes.part(drawn).to(self.settings.device)
         self.learner.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(self.update)
         self.optimizer.zero_grad(set_to_none=True)
-        output = answer(self.learner, batch)
-        loss = self.train_tasks.loss(output, batch)
-        loss.backward()
+        output = self._answers(batch)
+        own = self.train_tasks.loss(output, batch)
+        loss, share, totals = self._of_all(own.item(), self.train_tasks.scores(output.detach(), batch))
+        # The mean of the gradients, weighted so, is the gradient of the mean over all answers.
+        (own * (share * self.processes.number)).backward()
         torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.settings.clip)
         self.optimizer.step()
         self.update += 1
-        scores = self.train_tasks.scores(output.detach(), batch)
-        totals = {name: (total.sum().item(), count.sum().item()) for name, (total, count) in scores.items()}
-        self._since.append((loss.item(), totals))
-        return {"update": self.update, "loss": self._since[-1][0], "scores": totals}
+        if self.processes.first:
+            self._since.append((loss, totals))
+        return {"update": self.update, "loss": loss, "scores": totals}
+
+    def _of_all(self, loss: float, scores: dict) -> tuple[float, float, Totals]:
+        """Loss and totals over the tasks of all processes, and the share of the answers that are this process's."""
+        own = [part.sum().item() for score in scores.values() for part in score]
+        answers = own[1]
+        loss, *sums = self.processes.sums([loss * answers, *own])
+        pairs = zip(sums[::2], sums[1::2], strict=True)
+        return loss / sums[1], answers / sums[1], dict(zip(scores, pairs, strict=True))
 
     def test(self, tasks: int) -> dict[str, tuple[float, float]]:
         """The mean of each score on this many tasks of the test classes, always the same ones, and its half-width."""
         return measure(self.learner, self.test_tasks, tasks, self.settings.seed, self.settings.device)
 
     def _log(self, test_tasks: int) -> None:
-        row = {"update": self.update, "tasks": self.update * self.settings.tasks_per_update}
+        row: dict[str, Any] = {"update": self.update, "tasks": self.update * self.settings.tasks_per_update}
         row["loss"] = f"{sum(loss for loss, _ in self._since) / len(self._since):.6f}"
         for name in self._since[0][1]:
             total, count = (sum(totals[name][part] for _, totals in self._since) for part in (0, 1))
