@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import mann_kernels
 from bench import __main__ as front
-from bench import contestants, devices, harness, limits, metanet_update, store, tables
+from bench import contestants, devices, harness, limits, metanet_update, peers, store, tables
 from bench.counts import work
 from bench.episodes import omniglot
 from bench.metanet_augmented import ALTERNATIVES
@@ -286,17 +286,17 @@ def rows_on_gpu(gpu, stem, dtype="float32", shape=TINY, **eager):
 @pytest.mark.parametrize("dtype", devices.Cuda.timed)
 def test_rows_of_a_gpu(gpu, fake, dtype):
     rows = rows_on_gpu(gpu, "mann_sequence", dtype)
-    plain = ["mann_kernels", "eager", "compile_step", "lstm", "gemm_floor"]
+    plain = ["mann_kernels", "eager", *peers.ALTERNATIVES["mann_sequence"], "compile_step", "lstm", "gemm_floor"]
     assert [row["contestant"] for row in rows] == [*plain, *(f"{name} graph" for name in plain)] * 2
     assert {(row["device"], row["dtype"], row["note"]) for row in rows} == {("cuda", dtype, None)}
     assert all(row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] and row["rounds"] >= 3 for row in rows)
-    # a graph of each of two passes and of each set of inputs: three calls to warm up, then the measured ones
+    # each of two passes: three calls to warm up, then the measured ones; a graph of every set of inputs
     measured = sum(row["rounds"] for row in rows if row["contestant"].endswith("graph"))
-    assert fake.log.count("CUDAGraph.replay") == 5 * 2 * 3 + measured
-    assert fake.log.count("graph") == 5 * 2 * gpu.input_sets
+    assert fake.log.count("CUDAGraph.replay") == len(plain) * 2 * 3 + measured
+    assert fake.log.count("graph") == len(plain) * 2 * gpu.input_sets
     peaks = {row["contestant"]: row["peak_mb"] for row in rows if row["pass"] == "fwd+bwd"}
     assert peaks["mann_kernels"] == peaks["eager"] == 2.0
-    assert tables.timings_table(rows).row_count == 20
+    assert tables.timings_table(rows).row_count == len(rows)
 
 
 def test_cuda_and_triton_kernels_are_verified_and_timed_beside_each_other(gpu, monkeypatch):
@@ -432,6 +432,6 @@ def test_the_bench_on_a_real_gpu():
     for dtype in gpu.timed:
         ours = kernels_of("mann_sequence", gpu.type, getattr(torch, dtype))
         rows = harness.time_case(suite, Case("mann_sequence", "tiny", TINY), gpu, dtype, 1, quick=True)
-        assert len(rows) == (len(ours) + 4) * 2 * 2
+        assert len(rows) == (len(ours) + 4 + len(peers.ALTERNATIVES["mann_sequence"])) * 2 * 2
         assert {row["note"] for row in rows} == {None}
         assert all(0 < row["median_ms"] < 1e3 for row in rows)
