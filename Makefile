@@ -45,7 +45,7 @@ bench: setup
 ifeq ($(strip $(BENCH)),)
 	$(RUN) -m bench --suite mann --quick --json $(REPORT)/mann.json
 	$(RUN) -m bench --suite metanet --quick --json $(REPORT)/metanet.json
-	$(RUN) -m bench sweep --seconds 1 --json $(REPORT)/sweep.json
+	$(RUN) -m bench sweep --json $(REPORT)/sweep.json
 	$(RUN) -m bench report $(REPORT)/mann.json $(REPORT)/metanet.json $(REPORT)/sweep.json --out $(REPORT)
 else
 	$(RUN) -m bench $(BENCH)

@@ -107,5 +107,6 @@ def sweep(rows: list[dict]) -> Figure:
             if column == 0:
                 axes.set_ylabel(name, fontsize=9)
         grid[1, column].set_xlabel(WORDS[variable], fontsize=9)
-    grid[0, 0].legend(fontsize=8, frameon=False)
+    shown = {line.get_label(): line for axes in grid[0] for line in axes.lines if not line.get_label().startswith("_")}
+    figure.legend(shown.values(), shown.keys(), loc="outside upper right", ncols=len(shown), fontsize=8, frameon=False)
     return figure

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import mann_kernels
-from bench import contestants, metanet, metanet_augmented, metanet_update, stems
+from bench import contestants, metanet, metanet_augmented, metanet_update, peers, stems
 from mann_kernels import _backend, reference
 
 
@@ -96,10 +96,11 @@ MANN = Suite(
     ours=_called(mann_kernels, {}, {}),
     plain=_called(reference, {}, {}),
     eager=contestants.EAGER,
-    alternatives={},
+    alternatives=peers.ALTERNATIVES,
     compiled=contestants.compiled,
     others=contestants.others,
     plan=_mann_plan,
+    notices=lambda stems: peers.notices() if "mann_sequence" in stems else [],
 )
 
 _UPDATE = metanet_update.STEM

@@ -1,0 +1,85 @@
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from bench import contestants, harness, peers
+from bench.devices import Cpu
+from bench.stems import Shape, inputs
+from bench.suites import MANN, Case
+
+TINY = Shape(3, 2, 4, 5, 9, 6, 2)
+
+
+@pytest.fixture(autouse=True)
+def anew():
+    peers.why_no_sam.cache_clear()
+    yield
+    peers.why_no_sam.cache_clear()
+
+
+@pytest.mark.parametrize("name", peers.ALTERNATIVES["mann_sequence"])
+def test_other_ways_to_write_it_have_the_same_gradients(name):
+    drawn = inputs("mann_sequence", TINY)
+    functions = (peers.ALTERNATIVES["mann_sequence"][name], MANN.plain("mann_sequence"))
+    found, want = (harness.Work("mann_sequence", drawn, torch.float64).results(function) for function in functions)
+    assert found.keys() == want.keys()
+    for quantity in want:
+        torch.testing.assert_close(found[quantity], want[quantity], msg=quantity)
+
+
+def test_without_the_package_a_notice_says_so(monkeypatch):
+    monkeypatch.setattr(peers, "INSTALLED", False)
+    assert peers.others(TINY, torch.zeros(3, 2, 4)) == {}
+    assert "pip install -e .[peers]" in peers.notices()[0]
+    assert MANN.notices(["mann_sequence"]) == peers.notices()
+    assert MANN.notices(["lrua_step"]) == []
+
+
+class Stub(torch.nn.Module):
+    """Called as the package's modules are."""
+
+    def __init__(self, input_size, hidden_size, **sizes):
+        super().__init__()
+        self.sizes = sizes
+        self.layer = torch.nn.Linear(input_size, input_size)
+
+    def forward(self, x, state, reset_experience):
+        assert (state, reset_experience) == ((None, None, None), True)
+        return self.layer(x), state
+
+
+def test_a_peer_is_timed_as_other_work(monkeypatch):
+    class NoIndex(Stub):
+        def forward(self, *args, **kwargs):
+            raise ModuleNotFoundError("No module named 'pyflann'")
+
+    package = ModuleType("dnc")
+    package.DNC, package.SAM = Stub, NoIndex
+    monkeypatch.setitem(sys.modules, "dnc", package)
+    monkeypatch.setattr(peers, "INSTALLED", True)
+    assert peers.notices() == ["Left out: SAM of the package dnc (ModuleNotFoundError: No module named 'pyflann')"]
+    assert peers.module("DNC", TINY, torch.device("cpu")).sizes["nr_cells"] == 9
+    suite = SimpleNamespace(**{name: getattr(MANN, name) for name in MANN.__dataclass_fields__})
+    suite.compiled = lambda stem, loop: MANN.eager[stem]
+    monkeypatch.setattr(harness.limits, "peak", lambda *args: harness.limits.Peak(1e9, 1e9))
+    rows = harness.time_case(suite, Case("mann_sequence", "tiny", TINY, heavy=True), Cpu(), "float32", 1, quick=True)
+    kinds = {row["contestant"]: row["same_work"] for row in rows}
+    assert kinds["dnc"] is kinds["lstm"] is False
+    assert kinds["heads_apart"]
+    assert "sam" not in kinds
+    assert {row["note"] for row in rows} == {None}
+    assert all((row["least_ms"] is not None) == row["same_work"] for row in rows)
+    package.SAM = Stub
+    peers.why_no_sam.cache_clear()
+    assert set(peers.others(TINY, torch.zeros(3, 2, 4))) == {"dnc", "sam"}
+    # links of every step and example, [N, N]: too many are left out
+    assert set(peers.others(Shape(800, 16, 4, 5, 1024, 6, 2), torch.zeros(1))) == {"sam"}
+
+
+def test_the_real_package():
+    pytest.importorskip("dnc", reason="the package dnc is an extra (peers)")
+    forward, train = contestants.others("mann_sequence", TINY, {"x": torch.zeros(3, 2, 4)})["dnc"]()
+    forward()
+    train()
