@@ -24,8 +24,10 @@ class Product(NamedTuple):
 
     times: int
     multiply_adds: int
-    #: How many of its factors have a gradient: each is one more product in the backward pass.
+    #: How many of its factors have a gradient: each is one more product in the backward pass, ...
     gradients: int = 2
+    #: ... over so large a part of it: where the result is max-pooled, the gradient of the other places is zero.
+    kept: float = 1.0
 
 
 class Sizes(NamedTuple):
@@ -87,22 +89,23 @@ def _metanet_sizes(stem: str, s: metanet.Shape) -> Sizes:
     return Sizes({"grads": s.S * s.P, **named}, (s.P,))
 
 
+def _grid(stem: str, s: metanet_augmented.LayerShape) -> tuple[int, int, int]:
+    """Taps of a filter, places where it is applied, places left by the pooling."""
+    return (9, s.side**2, ((s.side + 1) // 2) ** 2) if stem == "augmented_conv2d" else (1, 1, 1)
+
+
 def _layer_products(stem: str, s: metanet_augmented.LayerShape) -> list[Product]:
-    taps, places = (9, s.side * s.side) if stem == "augmented_conv2d" else (1, 1)
+    taps, places, pooled = _grid(stem, s)
     gradients = 1 if s.C == 1 else 2  # in the first layer the input is data
-    slow = Product(1, s.L * s.O * s.C * taps * places, gradients)
-    rows = [slow, slow._replace(times=s.S), Product(1, s.L * s.S * s.O * places)]  # every row of the memory, then mixed
-    own = [
-        slow,
-        slow,
-        Product(1, s.L * s.S * s.O * s.C * taps),
-    ]  # rows mixed into weights of each example, then one product
+    slow = Product(1, s.L * s.O * s.C * taps * places, gradients, pooled / places)
+    rows = [slow, slow._replace(times=s.S), slow._replace(multiply_adds=s.L * s.S * s.O * places, gradients=2)]
+    own = [slow, slow, Product(1, s.L * s.S * s.O * s.C * taps)]
+    # every row of the memory, then mixed; or the rows mixed into weights of each example, then one product
     return min(rows, own, key=lambda way: _flops(way)["fwd+bwd"])
 
 
 def _layer_sizes(stem: str, s: metanet_augmented.LayerShape) -> Sizes:
-    convolved = stem == "augmented_conv2d"
-    taps, places, pooled = (9, s.side**2, ((s.side + 1) // 2) ** 2) if convolved else (1, 1, 1)
+    taps, places, pooled = _grid(stem, s)
     weight = s.O * s.C * taps
     x = {"x" if s.C == 1 else "hidden": s.L * s.C * places}
     return Sizes({**x, "weight": weight, "fast": s.S * weight, "mix": s.L * s.S}, (s.L * s.O * pooled,))
@@ -110,7 +113,7 @@ def _layer_sizes(stem: str, s: metanet_augmented.LayerShape) -> Sizes:
 
 def _flops(products: list[Product]) -> dict[str, int]:
     forward = sum(2 * p.times * p.multiply_adds for p in products)
-    backward = sum(2 * p.times * p.multiply_adds * p.gradients for p in products)
+    backward = sum(2 * p.times * p.gradients * round(p.multiply_adds * p.kept) for p in products)
     return {"fwd": forward, "fwd+bwd": forward + backward}
 
 
