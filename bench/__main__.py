@@ -169,7 +169,7 @@ def main(
         verification = verify(stems, where)
         if not verify_only:
             for notice in found.notices(stems):
-                console.print(notice)
+                console.print(notice, markup=False)
             timings = measure(found, stems, sizes, where, threads, quick, data)
             note_the_end(facts, where)
             console.print(timings_table(timings))
