@@ -1,6 +1,7 @@
 """The same training loop around a MANN: name the symbol that came first. Compiled, in mixed precision, on one or more processes."""
 
 import argparse
+import gc
 import os
 
 import torch
@@ -22,8 +23,6 @@ class Model(nn.Module):
 
 
 def main(updates: int, batch: int = 32, length: int = 8, symbols: int = 4) -> float:
-    if "WORLD_SIZE" in os.environ:  # started by torchrun
-        dist.init_process_group("gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(0)
     model = Model()
@@ -40,12 +39,16 @@ def main(updates: int, batch: int = 32, length: int = 8, symbols: int = 4) -> fl
         optimizer.step()
         if rank == 0 and update % 50 == 49:
             print(f"{update + 1} updates: loss {loss.item():.3f}", flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return loss.item()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int, default=200)
-    main(parser.parse_args().updates)
+    updates = parser.parse_args().updates
+    if "WORLD_SIZE" in os.environ:  # started by torchrun
+        dist.init_process_group("gloo")
+    main(updates)
+    if dist.is_initialized():
+        gc.collect()  # the model must be gone before its process group, or gloo's threads and this one may wait for each other
+        dist.destroy_process_group()
