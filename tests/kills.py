@@ -20,11 +20,12 @@ from mann_kernels.train.checkpoint import read_facts
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = "copy --length 8 --hidden-size 32 --num-slots 32 --slot-size 8 --num-heads 2 --write add --key-strength"
-EXAMPLE += " --updates 4000 --log-every 10 --test-every 1000 --interim-tasks 10 --test-tasks 10 --schedule cosine"
+EXAMPLE += " --updates 30000 --log-every 10 --test-every 1000 --interim-tasks 10 --test-tasks 10 --schedule cosine"
 
 
 class Found(NamedTuple):
-    """updates: the checkpoint's at each kill, 0 before there is one; same: everything in the last one, bit for bit."""
+    """updates: the checkpoint's at each kill in the middle of the run, 0 before there is one; same: all that is in the last one,
+    bit for bit."""
 
     updates: list[int]
     same: bool
@@ -48,7 +49,7 @@ def survive(args: list[str], folder: Path, kills: int, seed: int, longest: float
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        updates.append(read_facts(checkpoint)["update"] if checkpoint.exists() else 0)
+            updates.append(read_facts(checkpoint)["update"] if checkpoint.exists() else 0)
     for name, more in (("parts", ["--resume"]), ("whole", [])):
         done = subprocess.run([*call, str(folder / name), *more], cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -67,4 +68,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         found = survive(rest or EXAMPLE.split(), Path(folder), given.kills, given.seed, given.longest)
     print(f"killed at updates {found.updates}; the same bits in the end: {'yes' if found.same else 'NO'}")
-    raise SystemExit(not found.same)
+    if len(found.updates) < given.kills:
+        print(
+            f"only {len(found.updates)} of {given.kills} kills came before the end: want more --updates, or a smaller --longest"
+        )
+    raise SystemExit(not found.same or len(found.updates) < given.kills)
