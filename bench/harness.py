@@ -101,7 +101,7 @@ def compared(suite, stem, candidate, drawn, dtype, device) -> list[dict]:
 def interleave(functions: dict, device, seconds: float, rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Milliseconds of each function, one call of each in turn, and notes on those that cannot be called.
 
-    Each is called three times beforehand, and longer where a device takes its time to reach full speed.
+    Each is called three times beforehand, and all again in turn where a device takes its time to reach full speed.
     """
     notes: dict[str, str] = {}
 
@@ -111,11 +111,14 @@ def interleave(functions: dict, device, seconds: float, rounds: int) -> tuple[di
             notes[name] = note
         return result
 
-    for name, function in functions.items():
-        start, calls = time.perf_counter(), 0
-        while name not in notes and (calls < WARM_UP or time.perf_counter() - start < device.warm_up_seconds):
-            call(name, lambda function=function: device.measure(function))
-            calls += 1
+    start = time.perf_counter()
+    warm_up = itertools.count()
+    while next(warm_up) < WARM_UP or (
+        len(notes) < len(functions) and time.perf_counter() - start < device.warm_up_seconds
+    ):
+        for name, function in functions.items():
+            if name not in notes:
+                call(name, lambda function=function: device.measure(function))
     times: dict[str, list[float]] = {name: [] for name in functions if name not in notes}
     gc.collect()
     gc.disable()

@@ -22,9 +22,10 @@ class Peak(NamedTuple):
 def peak(device, dtype: torch.dtype, threads: int) -> Peak:
     """The best of a few; measured once in a run for every device, dtype and number of threads."""
     side, elements = SIDE[device.type], COPIED[device.type] // dtype.itemsize
-    a, b, out = (torch.ones(side, side, device=device.device, dtype=dtype) for _ in range(3))
+    # random numbers: a GPU multiplies zeros and ones faster, for want of heat
+    a, b, out = (torch.randn(side, side, device=device.device, dtype=dtype) for _ in range(3))
     product = best(device, lambda: torch.mm(a, b, out=out))
-    source, target = (torch.zeros(elements, device=device.device, dtype=dtype) for _ in range(2))
+    source, target = (torch.randn(elements, device=device.device, dtype=dtype) for _ in range(2))
     copy = best(device, lambda: target.copy_(source))
     return Peak(2 * side**3 / product * 1e3, 2 * elements * dtype.itemsize / copy * 1e3)
 

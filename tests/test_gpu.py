@@ -203,8 +203,8 @@ def test_a_training_step_needs_less_memory_than_the_loop(stem, device):
 @pytest.mark.parametrize("controller", ["lstm", "feedforward"])
 def test_a_layer_trains(controller, device):
     """Steps of Adam with lengths and a carried state, next to the same steps with the reference."""
-    losses = {}
-    for backend in ("reference", _backend.default("mann_sequence", device, torch.float32)[0]):
+    stem, losses = {"lstm": "mann_sequence", "feedforward": "lrua_sequence"}[controller], {}
+    for backend in ("reference", _backend.default(stem, device, torch.float32)[0]):
         torch.manual_seed(0)
         sizes = {"hidden_size": 12, "num_slots": 20, "slot_size": 6, "num_heads": 2}
         mann = mann_kernels.MANN(5, **sizes, controller=controller).to(device)

@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 import torch
-from stem import DEVICES, Inputs, StemTests, check, draw, memory_state, replace, run
+from stem import DEVICES, Inputs, StemTests, check, draw, memory_state, replace, run, saturate
 from test_lrua_sequence import saved_bytes
 
 import mann_kernels
@@ -46,6 +46,13 @@ class TestMannSequence(StemTests):
         inputs = self.inputs(49, 3, 128, 40, 4, T=6)
         assert inputs["h"].shape[1] == 201
         for dtype in (torch.float32, torch.bfloat16):
+            check(self.stem, inputs, dtype, device)
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_saturated_gates(self, device):
+        inputs = self.inputs(2, 2, 9, 4, 3)
+        saturate(inputs)
+        for dtype in (torch.float32, torch.float64):
             check(self.stem, inputs, dtype, device)
 
     @pytest.mark.parametrize("device", DEVICES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stem import draw, matches
+from stem import draw, lay_out_backwards, matches
 
 from mann_kernels import _backend
 
@@ -63,12 +63,6 @@ def zero_rows(inputs):
     for name in ("memory", "key", "x", "h", "grads"):
         if name in inputs:
             inputs[name][..., ::2, :] = 0
-
-
-def lay_out_backwards(inputs):
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor) and value.dim() > 1:
-            inputs[name] = value.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 @st.composite

@@ -20,8 +20,12 @@ def _device_type(values) -> str | None:
     return next((value.device.type for value in values if isinstance(value, torch.Tensor)), None)
 
 
+#: Asked once: torch.compile before 2.13 does not follow the question into a graph.
+_AVAILABLE = frozenset(name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name))
+
+
 def _is_on(device: str | None) -> bool:
-    return device is not None and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _AVAILABLE and torch.is_autocast_enabled(device)
 
 
 def _to(value, dtype: torch.dtype):
@@ -67,7 +71,7 @@ def setting(tensor: torch.Tensor) -> dict:
     """The arguments with which `torch.autocast` is as it is now; for a backward pass that takes products in the same type."""
     device = tensor.device.type
     if not _is_on(device):
-        return {"device_type": device if torch.amp.is_autocast_available(device) else "cpu", "enabled": False}
+        return {"device_type": device if device in _AVAILABLE else "cpu", "enabled": False}
     return {"device_type": device, "dtype": torch.get_autocast_dtype(device)}
 
 

@@ -21,10 +21,14 @@ def sigmoid(x):
 
 @triton.jit
 def exp_minus_one(x):
-    """Accurate near zero too: the rounding of e^x is divided out again (Kahan)."""
+    """Accurate near zero too: the rounding of e^x is divided out again (Kahan).
+
+    Not far from zero: there e - 1 is accurate as it is, and the logarithm of an e^x with few bits left, or none, is not.
+    """
     e = tl.exp(x)
-    log = tl.log(e)
-    return tl.where(e == 1.0, x, tl.where(e == 0.0, -1.0, (e - 1.0) * (x / tl.where(log == 0.0, 1.0, log))))
+    # where e is 1 the quotient has no value, and is not taken
+    near = tl.where(e == 1.0, x, (e - 1.0) * (x / tl.log(e)))
+    return tl.where(e < 0.5, e - 1.0, near)
 
 
 @triton.jit

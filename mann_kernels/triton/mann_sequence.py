@@ -317,7 +317,7 @@ def backward(
     acc, segment = acc_of(memory.dtype), min(time, checkpoint_every)
     work = functools.partial(torch.empty, dtype=acc.torch, device=memory.device)
     dgates, dhead = memory.new_empty(time, batch, 4 * hidden), memory.new_empty(time, batch, size)
-    dh, dc, dreads = torch.empty_like(c), torch.empty_like(c), c.new_empty(batch, heads, width)
+    dh, dc, dreads = (torch.empty_like(inputs[3]), torch.empty_like(inputs[3]), c.new_empty(batch, heads, width))
     dmemory, dread_weights = torch.empty_like(inputs[4]), torch.empty_like(inputs[5])
     options = launch(mann_sequence_bwd_kernel, slots, width, heads, memory.dtype) | tiles(hidden, recurrent)
     scratch, tiled = aligned(recurrent + 6 * hidden + size), int(slots > options["BN"])

@@ -11,7 +11,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
-from stem import compare, matches
+from stem import compare, lay_out_backwards, matches, saturate
 from test_properties import class_of, tie, zero_rows
 
 import mann_kernels
@@ -54,6 +54,21 @@ def test_ties_and_zero_rows(stem):
         inputs = inputs_of(stem, 2, (2, 9, 4, 3), **({"T": 1} if stem.endswith("sequence") else {}))
         change(inputs)
         matches(stem, inputs, torch.float64)
+
+
+@pytest.mark.parametrize("stem", _backend.STEMS)
+def test_non_contiguous_inputs(stem):
+    inputs = inputs_of(stem, 1, (3, 7, 5, 2), **class_of(stem).options[-1])
+    lay_out_backwards(inputs)
+    matches(stem, inputs, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("stem", ["mann_sequence", "summarize_gradients"])
+def test_saturated_gates(stem, dtype):
+    inputs = inputs_of(stem, 2, (2, 9, 4, 3))
+    saturate(inputs)
+    matches(stem, inputs, dtype)
 
 
 @pytest.mark.parametrize("stem", _backend.STEMS)
