@@ -66,17 +66,17 @@ def verify(stems, device, candidates=None) -> list[dict]:
     for stem in stems:
         suite = suite_of(stem)
         ours = (candidates or {}).get(stem, suite.ours(stem))
-        for dtype in (name for name in device.verified if name in suite.dtypes(stem)):
-            for asked in kernels_of(stem, device.type, DTYPES[dtype]).values():
-                backend = asked or backend_of(stem, device.type, DTYPES[dtype])[0]
+        dtypes = [name for name in device.verified if name in suite.dtypes(stem)]
+        for dtype, (number, shape) in itertools.product(dtypes, enumerate(suite.verified(stem))):
+            for asked in kernels_of(stem, device.type, DTYPES[dtype], shape).values():
+                backend = asked or backend_of(stem, device.type, DTYPES[dtype], shape)[0]
                 candidate = ours if asked is None else forced(ours, asked)
-                for number, shape in enumerate(suite.verified(stem)):
-                    head = {"stem": stem, "device": device.type, "backend": backend, "dtype": dtype}
-                    drawn = suite.inputs(stem, shape, number)
-                    run = functools.partial(compared, suite, stem, candidate, drawn, DTYPES[dtype], device)
-                    found, note = attempt(device, run)
-                    failed = {"quantity": note, "error": math.inf, "budget": 0.0, "ok": False}
-                    rows += [head | {"shape": str(shape)} | row for row in ([failed] if note else found)]
+                head = {"stem": stem, "device": device.type, "backend": backend, "dtype": dtype}
+                drawn = suite.inputs(stem, shape, number)
+                run = functools.partial(compared, suite, stem, candidate, drawn, DTYPES[dtype], device)
+                found, note = attempt(device, run)
+                failed = {"quantity": note, "error": math.inf, "budget": 0.0, "ok": False}
+                rows += [head | {"shape": str(shape)} | row for row in ([failed] if note else found)]
     return rows
 
 
@@ -183,7 +183,7 @@ def contestants_of(suite: Suite, case: Case, device, dtype, drawn):
     ours = suite.ours(case.stem)
     functions = {
         name: ours if asked is None else forced(ours, asked)
-        for name, asked in kernels_of(case.stem, device.type, dtype).items()
+        for name, asked in kernels_of(case.stem, device.type, dtype, case.shape).items()
     }
     functions["eager"] = suite.eager[case.stem]
     functions |= suite.alternatives.get(case.stem, {})

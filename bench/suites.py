@@ -156,17 +156,26 @@ def forced(function: Callable, backend: str) -> Callable:
     return run
 
 
-def kernels_of(stem: str, device: str, dtype: torch.dtype) -> dict[str, str | None]:
-    """The contestants that are ours, with the implementation that each asks for: the default, and on a GPU where CUDA kernels
-    are that, the Triton kernels too."""
-    operators, found = suite_of(stem).operators(stem), {"mann_kernels": None}
-    uses_cuda = any(_backend.default(operator, device, dtype)[0] == "cuda" for operator in operators)
-    if uses_cuda and not any(_backend.missing("triton", operator, device, dtype) for operator in operators):
-        found["mann_kernels triton"] = "triton"
+def _sizes(stem: str, shape) -> dict | None:
+    """What the choice of an implementation depends on, as in mann_kernels._backend.missing."""
+    if stem != "mann_sequence" or shape is None:
+        return None
+    return {name: getattr(shape, name) for name in "NWRH"} | {"write_add": False, "key_strength": False}
+
+
+def kernels_of(stem: str, device: str, dtype: torch.dtype, shape=None) -> dict[str, str | None]:
+    """The contestants that are ours, with the implementation that each asks for: the default, and on a GPU the others that can."""
+    operators, sizes, found = suite_of(stem).operators(stem), _sizes(stem, shape), {"mann_kernels": None}
+    defaults = {_backend.default(operator, device, dtype, sizes)[0] for operator in operators}
+    for other in ("cuda", "triton") if device == "cuda" else ():
+        able = not any(_backend.missing(other, operator, device, dtype, sizes) for operator in operators)
+        if able and defaults != {other}:
+            found[f"mann_kernels {other}"] = other
     return found
 
 
-def backend_of(stem: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
+def backend_of(stem: str, device: str, dtype: torch.dtype, shape=None) -> tuple[str, str | None]:
     """The implementations of a stem's operators there, and why one of them is not a kernel (None if each is one)."""
-    found = [_backend.default(operator, device, dtype) for operator in suite_of(stem).operators(stem)]
+    sizes = _sizes(stem, shape)
+    found = [_backend.default(operator, device, dtype, sizes) for operator in suite_of(stem).operators(stem)]
     return ", ".join(sorted({name for name, _ in found})), next((why for _, why in found if why is not None), None)

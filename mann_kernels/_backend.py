@@ -36,6 +36,7 @@ TRITON_CANNOT = {
     ("augmented_conv2d", "cuda", torch.float64): "its compiler stops at float64 products of this shape",
     ("summarize_gradients", "cuda", torch.float64): "its operands take more shared memory than there is",
 }
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 #: The operators that have Triton kernels, found without importing them.
 TRITON_KERNELS = frozenset(path.stem for path in (Path(__file__).parent / "triton").glob("[!_]*.py"))
 
@@ -83,7 +84,7 @@ def missing(name: str, stem: str, device: str, dtype: torch.dtype, sizes: dict |
             return f"the C++ kernels take {', '.join(map(str, CPP_DTYPES))}, not {dtype}"
         return None
     if name == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not TRITON_INSTALLED:
             return "Triton is not installed (pip install triton)"
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return (
@@ -118,12 +119,19 @@ def _cuda_missing(stem: str, device: str, dtype: torch.dtype, sizes: dict | None
             f" {'.'.join(map(str, capability))}"
         )
     if stem == "mann_sequence" and sizes is not None:
-        return _cuda_plan.mann_sequence(**sizes, dtype=dtype, shared_limit=shared_limit).missing
+        return _cuda_plan.missing(**sizes, dtype=dtype, shared_limit=shared_limit)
     return None
 
 
-@functools.cache
 def _least_device() -> tuple[tuple[int, int], int]:
+    return _asked_devices()
+
+
+_least_device._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in _cuda_plan
+
+
+@functools.cache
+def _asked_devices() -> tuple[tuple[int, int], int]:
     """The least compute capability of the CUDA devices of this process, and the least shared memory that a block may have on
     them; without a device, those of an H100."""
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -132,13 +140,27 @@ def _least_device() -> tuple[tuple[int, int], int]:
     return capability, min(shared, default=_cuda_plan.SHARED_LIMIT)
 
 
+#: Where the Triton kernel was the faster on an H200, two to four times, than the CUDA kernel, ...
+TRITON_FIRST = ("content_address", "lrua_step")
+#: ... and mann_sequence with recurrent weights of at most so many numbers: then they stay in a multiprocessor's own cache, and a
+#: cluster's barriers cost more than they save. Measured at 21,504 (Triton twice as fast) and 288,000 (CUDA twice as fast).
+SMALL_RECURRENT = 2**15
+
+
+def _by_speed(stem: str, device: str, sizes: dict | None) -> tuple[str, ...]:
+    """The kernels for a device, the fastest first."""
+    if device != "cuda":
+        return ("cpp",)
+    small = sizes is not None and 4 * sizes["H"] * (sizes["H"] + sizes["R"] * sizes["W"]) <= SMALL_RECURRENT
+    return ("triton", "cuda") if small or stem in TRITON_FIRST else ("cuda", "triton")
+
+
 def default(stem: str, device: str, dtype: torch.dtype, sizes: dict | None = None) -> tuple[str, str | None]:
     """The implementation that runs when none is asked for, and why it is not a kernel (None if it is one)."""
-    for name in ("cuda", "triton") if device == "cuda" else ("cpp",):
-        why = missing(name, stem, device, dtype, sizes)
-        if why is None:
+    for name in _by_speed(stem, device, sizes):
+        if missing(name, stem, device, dtype, sizes) is None:
             return name, None
-    return "reference", why
+    return "reference", missing("triton" if device == "cuda" else "cpp", stem, device, dtype, sizes)
 
 
 #: Why no kernel runs in torch.func.vmap, grad, jacrev and the like, where plain PyTorch does the right thing.

@@ -50,5 +50,10 @@ def mann_sequence(
     return Plan(cluster, *found)
 
 
+def missing(**options) -> str | None:
+    """Why there is no such plan, for the options of `mann_sequence`; None if there is one."""
+    return mann_sequence(**options).missing
+
+
 #: What torch.compiler.assume_constant_result does, which would import all of the compiler: it does not look inside.
-mann_sequence._dynamo_marked_constant = True  # type: ignore[attr-defined]
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]

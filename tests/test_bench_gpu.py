@@ -188,15 +188,15 @@ def test_cuda_and_triton_kernels_are_verified_and_timed_beside_each_other(gpu, m
     rows = harness.verify(["content_address"], gpu)
     assert all(row["ok"] for row in rows)
     found = {dtype: {row["backend"] for row in rows if row["dtype"] == dtype} for dtype in gpu.verified}
-    both, one = {"cuda", "triton"}, {"triton"}
+    both, one = {"triton", "cuda"}, {"triton"}
     assert found == {"float32": both, "bfloat16": both, "float64": one, "float16": one}
-    assert set(asked) == {None, "triton"}
+    assert set(asked) == {None, "cuda"}
     asked.clear()
     rows = rows_on_gpu(gpu, "content_address")
-    plain = ["mann_kernels", "mann_kernels triton", "eager", "compile_step"]
+    plain = ["mann_kernels", "mann_kernels cuda", "eager", "compile_step"]
     assert [row["contestant"] for row in rows] == [*plain, *(f"{name} graph" for name in plain)] * 2
     assert {row["note"] for row in rows} == {None}
-    assert set(asked) == {None, "triton"}
+    assert set(asked) == {None, "cuda"}
 
 
 @pytest.mark.parametrize("stem", METANET.stems)
@@ -306,7 +306,7 @@ def test_the_bench_on_a_real_gpu():
     assert all(row["ok"] for row in harness.verify(["content_address"], gpu))
     suite = replace(MANN, compiled=lambda stem, loop: MANN.eager[stem])
     for dtype in gpu.timed:
-        ours = kernels_of("mann_sequence", gpu.type, getattr(torch, dtype))
+        ours = kernels_of("mann_sequence", gpu.type, getattr(torch, dtype), TINY)
         rows = harness.time_case(suite, Case("mann_sequence", "tiny", TINY), gpu, dtype, 1, quick=True)
         assert len(rows) == (len(ours) + 4 + len(peers.ALTERNATIVES["mann_sequence"])) * 2 * 2
         assert {row["note"] for row in rows} == {None}

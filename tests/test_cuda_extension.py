@@ -43,10 +43,25 @@ def test_every_kernel_registers_itself():
 def test_they_are_the_default_where_they_can_be():
     for stem in _backend.STEMS:
         for dtype in (torch.float32, torch.bfloat16):
-            assert (_backend.default(stem, "cuda", dtype)[0] == "cuda") == (stem in STEMS)
+            assert _backend.missing("cuda", stem, "cuda", dtype) is None or stem not in STEMS
+            want = "cuda" if stem in STEMS and stem not in _backend.TRITON_FIRST else "triton"
+            assert _backend.default(stem, "cuda", dtype)[0] == want
         assert _backend.default(stem, "cuda", torch.float16)[0] == "triton"
         assert _backend.default(stem, "cpu", torch.float32)[0] == "cpp"
     assert "not torch.float64" in _backend.missing("cuda", "lrua_step", "cuda", torch.float64)
+
+
+@built
+def test_the_faster_is_the_default(monkeypatch):
+    def default(**sizes):
+        sizes = PAPER | {"write_add": False, "key_strength": False} | sizes
+        return _backend.default("mann_sequence", "cuda", torch.float32, sizes)[0]
+
+    assert default() == "cuda"
+    assert default(H=64, R=1, W=20) == "triton"
+    assert default(H=2048) == "triton"  # fits no cluster
+    monkeypatch.setattr(_backend, "TRITON_INSTALLED", False)
+    assert default(H=64, R=1, W=20) == _backend.default("lrua_step", "cuda", torch.float32)[0] == "cuda"
 
 
 @built
@@ -57,8 +72,8 @@ def test_a_device_too_old_takes_triton(monkeypatch):
         assert _backend.default(stem, "cuda", torch.float32)[0] == ("cuda" if found is None else "triton")
         return found
 
-    assert "capability 8.0 or more, a device here has 7.5" in why("lrua_step", (7, 5))
-    assert why("lrua_step", (8, 0)) is None
+    assert "capability 8.0 or more, a device here has 7.5" in why("augmented_linear", (7, 5))
+    assert why("augmented_linear", (8, 0)) is None
     assert "capability 9.0 or more, a device here has 8.9" in why("mann_sequence", (8, 9))
     assert why("mann_sequence", (9, 0)) is why("mann_sequence", (10, 0)) is None
 
@@ -79,12 +94,13 @@ def test_the_papers_sizes_fit_a_cluster(dtype, cluster):
     assert _cuda_plan.mann_sequence(**PAPER, dtype=dtype, shared_limit=most - 1).cluster != cluster
 
 
-def test_the_plan_is_a_constant_to_the_compiler():
+@pytest.mark.parametrize("constant", [_cuda_plan.missing, _backend._least_device])
+def test_what_the_device_is_is_a_constant_to_the_compiler(constant):
     def marked():
         pass
 
     torch.compiler.assume_constant_result(marked)
-    assert vars(marked) == vars(_cuda_plan.mann_sequence)
+    assert vars(marked) == vars(constant)
 
 
 @built
@@ -113,6 +129,9 @@ def test_the_command_lists_them():
     assert facts["cuda_kernels"] == sorted(STEMS)
     assert "CUDA kernels: built" in text
     for stem in STEMS:
+        assert facts["operators"][stem]["cuda"]["missing"]["cuda"] is None
+        if stem in _backend.TRITON_FIRST:
+            continue
         assert facts["operators"][stem]["cuda"]["runs"] == "cuda"
         want = "cuda" if torch.cuda.is_available() else r"cuda \(built, no device\)"
         assert re.search(rf"^{stem} +cpp +{want}$", text, re.MULTILINE)
@@ -137,7 +156,7 @@ def test_shapes_are_known_without_a_device(stem, dtype):
         inputs = tests.inputs(1, 3, 7, 5, 2, **options).to(dtype)
         with _Calls() as real:
             run(getattr(mann_kernels, stem), inputs)
-        with FakeTensorMode(), torch.no_grad(), _Calls() as fake:
+        with FakeTensorMode(), torch.no_grad(), mann_kernels.backend("cuda"), _Calls() as fake:
             outputs = outputs_of(getattr(mann_kernels, stem), {k: on_fake_gpu(v) for k, v in inputs.items()})
             backward, args = real.made[1]
             grads = backward(*map(on_fake_gpu, args))
@@ -146,6 +165,28 @@ def test_shapes_are_known_without_a_device(stem, dtype):
             assert {tensor.device.type for tensor in found} == {"cuda"}
             layouts = [[(t.shape, t.stride(), t.dtype) for t in tensors] for tensors in (found, want)]
             assert layouts[0] == layouts[1]
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("stem", _backend.STEMS)
+def test_torch_compile_takes_the_kernels_of_a_gpu(stem):
+    """What it makes of a call on CUDA tensors, which are fake here: one graph, with the operator that would run without it."""
+    tests = class_of(stem)
+    inputs = tests.inputs(1, 3, 7, 5, 2, **tests.options[0]).to(torch.float32)
+    names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
+
+    class Layer(torch.nn.Module):
+        def forward(self, *tensors):
+            return getattr(mann_kernels, stem)(**{**inputs, **dict(zip(names, tensors, strict=True))})
+
+    with FakeTensorMode(), torch.no_grad():
+        fake = tuple(on_fake_gpu(inputs[name]) for name in names)
+        with _Calls() as eager:
+            Layer()(*fake)
+        graph = torch.export.export(Layer(), fake, strict=True).graph
+    called = [node.target for node in graph.nodes if str(node.target).startswith("mann")]
+    assert called == [func for func, _ in eager.made]
+    assert len(called) == 1
 
 
 @built

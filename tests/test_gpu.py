@@ -173,7 +173,7 @@ def launched(device, function):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("T", "B"), [(50, 1), (50, 16), (7, 16)])
 def test_launches_of_an_episode(device, T, B, monkeypatch):
-    """At the paper's sizes at most 8 kernels each way, whatever the length, ours among them."""
+    """At the paper's sizes so many kernels each way, whatever the length, ours among them."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # a kernel for each empty tensor
     shape = SHAPES["paper"].at(T)
     drawn = inputs("mann_sequence", Shape(shape.T, B, shape.I, shape.H, shape.N, shape.W, shape.R))
@@ -184,8 +184,10 @@ def test_launches_of_an_episode(device, T, B, monkeypatch):
     for names in (forward, backward):
         assert any("mann_sequence" in name for name in names), names
         if device == "cuda":
-            # cuBLAS may add up the parts of a product in a second kernel: that is the product's, and the library's choice
-            assert len([name for name in names if "splitk" not in name.lower()]) <= 8, names
+            # cuBLAS may do a product in parts, in kernels of their own: that is the product's, and the library's choice
+            split = [name for name in names if "splitk" in name.lower().replace("_", "")]
+            # the backward pass of the CUDA kernel takes the heads' product again
+            assert len(names) - len(split) <= (2 if names is forward else 9), "\n".join(names)
 
 
 @pytest.mark.parametrize("device", DEVICES)

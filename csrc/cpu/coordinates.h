@@ -16,6 +16,8 @@
 namespace mann {
 
 constexpr int64_t kChunk = 2048;
+// Sums over coordinates are added up in runs of so many, and the runs then: rounding grows with the length of either.
+constexpr int64_t kRun = 512;
 // Bounds over the instruction sets, for the scratch: coordinates of a block, lanes of a vector.
 constexpr int64_t kMostBlock = 64, kMostLanes = 16;
 inline int64_t chunks_of(int64_t P) { return (P + kChunk - 1) / kChunk; }
@@ -136,6 +138,16 @@ inline void add_products(int64_t rows, int64_t columns, int64_t blocks, const T 
                 for (int k = 0; k < width; ++k) store(at + (i * sums_stride + k) * lanes, sum[i][k]);
         });
     });
+}
+
+// Where a run ends with the block that starts at coordinate `first`, adds its sums to `total` and begins anew; a vector
+// each.
+template <typename T> inline void end_run(int64_t first, int64_t count, T *sums, T *total) {
+    if ((first + kBlock<T>) % kRun != 0) return;
+    for (int64_t i = 0; i < count * kLanes<T>; i += kLanes<T>) {
+        store(total + i, load(total + i) + load(sums + i));
+        store(sums + i, Vec<T>{});
+    }
 }
 
 // total[i] = the lanes of sums[i] for i < count.

@@ -28,7 +28,7 @@ inline int64_t fast_weights_scratch(const FastWeightsArgs &a) {
     return a.packed() + kMostLanes + (2 * a.D + 6) * kMostBlock;
 }
 inline int64_t fast_weights_backward_scratch(const FastWeightsArgs &a) {
-    return fast_weights_scratch(a) + (2 * a.D + 3) * kMostBlock + a.packed() * kMostLanes;
+    return fast_weights_scratch(a) + (2 * a.D + 3) * kMostBlock + 2 * a.packed() * kMostLanes;
 }
 
 namespace MANN_ISA {
@@ -99,9 +99,9 @@ void generate_fast_weights_backward(const FastWeightsArgs &a, int64_t begin, int
     const auto layers = Layers<T>::take(a, std::type_identity<S>{}, scratch);
     const Preprocessing<T> preprocessing(a.p);
     T *dhidden1 = layers.rest, *dhidden2 = dhidden1 + D * C, *dfast = dhidden2 + D * C, *dfeatures = dfast + C;
-    T *sums = dfeatures + 2 * C;
+    T *sums = dfeatures + 2 * C, *total = sums + a.packed() * lanes;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-        std::memset(sums, 0, a.packed() * lanes * sizeof(T));
+        std::memset(sums, 0, 2 * a.packed() * lanes * sizeof(T));
         in_blocks<T>(a.P, chunk, [&](int64_t first, int64_t count) {
             load_row(static_cast<const S *>(a.grads) + first, count, layers.grads);
             load_row(static_cast<const S *>(a.dfast) + first, count, dfast);
@@ -113,10 +113,12 @@ void generate_fast_weights_backward(const FastWeightsArgs &a, int64_t begin, int
             add_products(D, 3, 1, dhidden1, 0, layers.features, 0, sums, 3);
             add_products(D, D + 1, 1, dhidden2, 0, layers.hidden1, 0, sums + a.first() * lanes, D + 1);
             add_products(1, D + 1, 1, dfast, 0, layers.hidden2, 0, sums + (a.first() + a.second()) * lanes, D + 1);
+            end_run(first, a.packed(), sums, total);
             preprocessing.backward(layers.grads, dfeatures, dfeatures + C, layers.grads);
             convert(layers.grads, static_cast<S *>(a.dgrads) + first, count);
         });
-        sum_lanes_of(sums, a.packed(), static_cast<T *>(a.sums) + chunk * a.packed());
+        end_run(kRun - C, a.packed(), sums, total); // the last one, which may be shorter
+        sum_lanes_of(total, a.packed(), static_cast<T *>(a.sums) + chunk * a.packed());
     }
 }
 

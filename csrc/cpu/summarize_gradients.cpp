@@ -29,7 +29,7 @@ inline int64_t summarize_scratch(const SummarizeArgs &a) {
 }
 inline int64_t summarize_backward_scratch(const SummarizeArgs &a) {
     return a.packed() + kMostLanes + ((a.T + 1) * (a.inputs() + a.D) + 5 * a.T * a.D + 2 * a.D + 4) * kMostBlock +
-           a.packed() * kMostLanes;
+           2 * a.packed() * kMostLanes;
 }
 
 namespace MANN_ISA {
@@ -120,10 +120,10 @@ void summarize_gradients_backward(const SummarizeArgs &a, int64_t begin, int64_t
     T *input = lstm.blocks, *gates = input + (a.T + 1) * inputs * C, *c = gates + a.T * 4 * D * C;
     T *squashed = c + (a.T + 1) * D * C, *dh = squashed + a.T * D * C, *dc = dh + D * C, *grads = dc + D * C;
     T *dfast = grads + C, *dfeatures = dfast + C, *sums = dfeatures + 2 * C,
-      *result_sums = sums + a.recurrent() * lanes;
+      *result_sums = sums + a.recurrent() * lanes, *total = sums + a.packed() * lanes;
     for (int64_t t = 0; t <= a.T; ++t) fill_row(input + (t * inputs + D) * C, T(1));
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-        std::memset(sums, 0, a.packed() * lanes * sizeof(T));
+        std::memset(sums, 0, 2 * a.packed() * lanes * sizeof(T));
         in_blocks<T>(a.P, chunk, [&](int64_t first, int64_t count) {
             const auto grads_of = [&](int64_t t) {
                 load_row(static_cast<const S *>(a.grads) + t * a.P + first, count, grads);
@@ -154,8 +154,10 @@ void summarize_gradients_backward(const SummarizeArgs &a, int64_t begin, int64_t
             add_products(4 * D, D, a.T - 1, gates + 4 * D * C, 4 * D * C, input + inputs * C, inputs * C, sums, inputs);
             add_products(4 * D, 3, a.T, gates, 4 * D * C, input + D * C, inputs * C, sums + D * lanes, inputs);
             add_products(1, D + 1, 1, dfast, 0, input + a.T * inputs * C, 0, result_sums, D + 1);
+            end_run(first, a.packed(), sums, total);
         });
-        sum_lanes_of(sums, a.packed(), static_cast<T *>(a.sums) + chunk * a.packed());
+        end_run(kRun - C, a.packed(), sums, total); // the last one, which may be shorter
+        sum_lanes_of(total, a.packed(), static_cast<T *>(a.sums) + chunk * a.packed());
     }
 }
 
