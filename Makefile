@@ -41,6 +41,8 @@ $(VENV)/.requirements: requirements-dev.txt pyproject.toml
 
 # Both suites in their quick form, the growth with every size, and the report of all.
 REPORT := build/bench
+# Without a GPU the CUDA kernels, minutes of compiling, are left to `make test`.
+bench: export MANN_CUDA := $(or $(MANN_CUDA),$(if $(shell command -v nvidia-smi),,later))
 bench: setup
 ifeq ($(strip $(BENCH)),)
 	$(RUN) -m bench --suite mann --quick --json $(REPORT)/mann.json

@@ -4,7 +4,8 @@ They are not Python modules: torch.ops.load_library loads them, and they need ne
 binary serves every Python >= 3.10 and torch >= 2.10. The CUDA kernels are built where nvcc is, whether or not torch has CUDA, and
 stand in a library of their own, with the CUDA runtime inside. Everything else about the package is in pyproject.toml.
 
-Environment: CXX, CUDA_HOME (where nvcc is, if not on PATH and not from PyPI), MANN_CUDA=0 (no CUDA kernels), MAX_JOBS.
+Environment: CXX, CUDA_HOME (where nvcc is, if not on PATH and not from PyPI), MAX_JOBS, MANN_CUDA: 0 (no CUDA kernels) or later (none
+are built now, and those that are there stay).
 """
 
 import importlib.util
@@ -131,6 +132,8 @@ class BuildNinja(build_ext):
             return self.leave_out(output, "no C++ compiler found: building without kernels, plain PyTorch will run")
         if ext.name != "mann_kernels._CUDA":
             return self.build(output, name, cpp_ninja)
+        if os.environ.get("MANN_CUDA") == "later":
+            return None
         nvcc = find_nvcc()
         if why := why_no_cuda(nvcc):
             return self.leave_out(output, f"building without CUDA kernels: {why}")
@@ -153,6 +156,8 @@ class BuildNinja(build_ext):
         """Also takes away what an earlier build left there and this one leaves out."""
         super().copy_extensions_to_source()
         for ext in self.extensions:
+            if os.environ.get("MANN_CUDA") == "later" and ext.name == "mann_kernels._CUDA":
+                continue
             if not Path(self.build_lib, self.get_ext_filename(ext.name)).exists():
                 (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 

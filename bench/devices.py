@@ -29,6 +29,7 @@ class Cpu:
     verified = ("float32", "float64", "bfloat16")
     timed = ("float32",)
     seconds, warm_up_seconds = 5.0, 0.0
+    sittings = 3  # a machine that others use is slowed down for seconds or minutes
     has_graphs = False
     input_sets = 1
 
@@ -73,6 +74,7 @@ class Cuda:
     verified = ("float32", "float64", "bfloat16", "float16")
     timed = ("float32", "bfloat16")
     seconds, warm_up_seconds = 2.0, 0.5  # half a second of work for the clocks to rise
+    sittings = 1
     has_graphs = True
     input_sets = 3  # taken in turn, so that no call finds its inputs where the last one left them
 

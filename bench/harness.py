@@ -22,6 +22,10 @@ from mann_kernels.testing import accuracy
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
+#: Seconds after which nothing is cold any more.
+LONG_WARM_UP = 0.5
+
+
 class Work:
     """One stem on one set of leaf tensors: a forward pass without, a training step with gradients."""
 
@@ -101,7 +105,8 @@ def compared(suite, stem, candidate, drawn, dtype, device) -> list[dict]:
 def interleave(functions: dict, device, seconds: float, rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Milliseconds of each function, one call of each in turn, and notes on those that cannot be called.
 
-    Each is called three times beforehand, and all again in turn where a device takes its time to reach full speed.
+    Beforehand all are called three times in turn, or once where that takes long, and more often where a device takes its time
+    to reach full speed.
     """
     notes: dict[str, str] = {}
 
@@ -112,10 +117,10 @@ def interleave(functions: dict, device, seconds: float, rounds: int) -> tuple[di
         return result
 
     start = time.perf_counter()
-    warm_up = itertools.count()
-    while next(warm_up) < WARM_UP or (
-        len(notes) < len(functions) and time.perf_counter() - start < device.warm_up_seconds
-    ):
+    for calls in itertools.count():
+        spent = time.perf_counter() - start
+        if calls > 0 and spent > device.warm_up_seconds and (calls >= WARM_UP or spent > LONG_WARM_UP):
+            break
         for name, function in functions.items():
             if name not in notes:
                 call(name, lambda function=function: device.measure(function))
@@ -188,7 +193,9 @@ def contestants_of(suite: Suite, case: Case, device, dtype, drawn):
     functions["eager"] = suite.eager[case.stem]
     functions |= suite.alternatives.get(case.stem, {})
     seconds, notes = {}, {}
-    if not case.heavy:
+    if case.uncompiled:
+        notes["compile_step"] = case.uncompiled
+    elif not case.heavy:
         name, function = "compile_loop" if case.loop else "compile_step", suite.compiled(case.stem, case.loop)
         work = Work(case.stem, drawn, dtype, device.device)
         before = time.perf_counter()
@@ -234,50 +241,84 @@ def memory_of(device, work: Work, functions, compiled) -> dict[str, dict]:
     return found
 
 
-def time_case(suite: Suite, case: Case, device, dtype: str, threads: int, quick: bool, x=None) -> list[dict]:
+class Comparison:
     """All contestants of one stem and size, both passes; on a GPU each of them as a CUDA graph as well.
 
-    x [T,B,I] replaces the random input of an episode.
+    Everything is made, compiled too, before anything is timed: so the time can be taken in several sittings, with those of
+    others between them. x [T,B,I] replaces the random input of an episode.
     """
-    kind = DTYPES[dtype]
-    real = {} if x is None else {"x": x}
-    drawn = [suite.inputs(case.stem, case.shape, seed) | real for seed in range(device.input_sets)]
-    functions, compile_seconds, notes = contestants_of(suite, case, device, kind, drawn[0])
-    memory = memory_of(device, Work(case.stem, drawn[0], kind, device.device), functions, compile_seconds)
-    sets = [makers_of(suite, case, device, kind, values, functions) for values in drawn]
-    others = set(sets[0][1])
-    makers = {name: [(same | other)[name] for same, other in sets] for name in [*functions, *sets[0][1]]}
-    kinds = {name: lambda make: make() for name in makers}
-    if device.has_graphs:  # after the others: a capture that fails leaves those already made
-        makers |= {f"{name} graph": every for name, every in makers.items()}
-        kinds |= dict.fromkeys(makers.keys() - kinds.keys(), device.graphs)
-    runs = {name_of_pass: {} for name_of_pass in PASSES}
-    for name, every in makers.items():
-        made, note = attempt(device, lambda name=name, every=every: in_turn([kinds[name](make) for make in every]))
-        if note is not None:
-            notes[name] = note
-            continue
-        for name_of_pass, function in zip(PASSES, made, strict=True):
-            runs[name_of_pass][name] = function
-    seconds, rounds = (1.0, 5) if quick or case.heavy else (device.seconds, 11)
-    work = counts.work(case.stem, case.shape, kind.itemsize, suite.constant(case.stem))
-    limit = None if work is None else limits.peak(device, kind, threads)
-    rows = []
-    for name_of_pass, group in runs.items():
-        times, failed = interleave(group, device, seconds, 2 if case.heavy else rounds)
-        for name in [*group, *notes]:
-            kept = memory.get(name, {}) if name_of_pass == "fwd+bwd" else {}
-            same = name.removesuffix(" graph") not in others
-            needed = work[name_of_pass] if work is not None and same else None
-            rows.append(
-                {"stem": case.stem, "shape": case.name, "pass": name_of_pass, "contestant": name, "threads": threads}
-                | {"device": device.type, "dtype": dtype, **statistics(times.get(name))}
-                | {"saved_mb": kept.get("saved_mb"), "peak_mb": kept.get("peak_mb")}
-                | {"compile_s": compile_seconds.get(name), "rounds": len(times.get(name, ()))}
-                | {"same_work": same, "flops": needed and needed.flops, "bytes": needed and needed.bytes}
-                | {"least_ms": needed and limits.least_ms(needed, limit), "note": (notes | failed).get(name)}
-            )
-    return rows
+
+    def __init__(self, suite: Suite, case: Case, device, dtype: str, threads: int, quick: bool, x=None):
+        self.suite, self.case, self.device, self.dtype, self.threads = suite, case, device, dtype, threads
+        self.seconds = (1.0 if quick or case.heavy else device.seconds) / device.sittings
+        self.rounds = max(2, math.ceil((3 if case.heavy else 7 if quick else 12) / device.sittings))
+        kind = DTYPES[dtype]
+        real = {} if x is None else {"x": x}
+        drawn = [suite.inputs(case.stem, case.shape, seed) | real for seed in range(device.input_sets)]
+        functions, self.compile_seconds, self.notes = contestants_of(suite, case, device, kind, drawn[0])
+        self.memory = memory_of(device, Work(case.stem, drawn[0], kind, device.device), functions, self.compile_seconds)
+        sets = [makers_of(suite, case, device, kind, values, functions) for values in drawn]
+        self.others = set(sets[0][1])
+        makers = {name: [(same | other)[name] for same, other in sets] for name in [*functions, *sets[0][1]]}
+        kinds = {name: lambda make: make() for name in makers}
+        if device.has_graphs:  # after the others: a capture that fails leaves those already made
+            makers |= {f"{name} graph": every for name, every in makers.items()}
+            kinds |= dict.fromkeys(makers.keys() - kinds.keys(), device.graphs)
+        self.runs = {name_of_pass: {} for name_of_pass in PASSES}
+        for name, every in makers.items():
+            made, note = attempt(device, lambda name=name, every=every: in_turn([kinds[name](make) for make in every]))
+            if note is not None:
+                self.notes[name] = note
+                continue
+            for name_of_pass, function in zip(PASSES, made, strict=True):
+                self.runs[name_of_pass][name] = function
+        self.sittings = {name_of_pass: [] for name_of_pass in PASSES}
+
+    def sit(self) -> None:
+        for name_of_pass, group in self.runs.items():
+            self.sittings[name_of_pass].append(interleave(group, self.device, self.seconds, self.rounds))
+
+    def rows(self) -> list[dict]:
+        """Of the quietest sitting. What else a machine does only ever adds time, to one sitting more than to another."""
+        case, suite, device = self.case, self.suite, self.device
+        kind = DTYPES[self.dtype]
+        work = counts.work(case.stem, case.shape, kind.itemsize, suite.constant(case.stem))
+        limit = None if work is None else limits.peak(device, kind, self.threads)
+        rows = []
+        for name_of_pass, group in self.runs.items():
+            times, failed = quietest(self.sittings[name_of_pass])
+            for name in [*group, *self.notes]:
+                kept = self.memory.get(name, {}) if name_of_pass == "fwd+bwd" else {}
+                same = name.removesuffix(" graph") not in self.others
+                needed = work[name_of_pass] if work is not None and same else None
+                rows.append(
+                    {"stem": case.stem, "shape": case.name, "pass": name_of_pass, "contestant": name}
+                    | {"threads": self.threads, "device": device.type, "dtype": self.dtype}
+                    | {**statistics(times.get(name)), "rounds": len(times.get(name, ()))}
+                    | {"saved_mb": kept.get("saved_mb"), "peak_mb": kept.get("peak_mb")}
+                    | {"compile_s": self.compile_seconds.get(name), "same_work": same}
+                    | {"flops": needed and needed.flops, "bytes": needed and needed.bytes}
+                    | {"least_ms": needed and limits.least_ms(needed, limit), "note": (self.notes | failed).get(name)}
+                )
+        return rows
+
+
+def quietest(sittings) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """The sitting in which all together took the least time, of those with the fewest failures."""
+
+    def together(sitting):
+        times, failed = sitting
+        return len(failed), sum(torch.tensor(values).median().item() for values in times.values())
+
+    return min(sittings, key=together)
+
+
+def time_case(*case, **options) -> list[dict]:
+    """The rows of one `Comparison` with these arguments, its sittings one after the other."""
+    comparison = Comparison(*case, **options)
+    for _ in range(comparison.device.sittings):
+        comparison.sit()
+    return comparison.rows()
 
 
 def machine(threads: int, where) -> dict:

@@ -20,7 +20,8 @@ class Case:
     name: str
     shape: Any
     loop: bool = False  # torch.compile the whole loop, not the step
-    heavy: bool = False  # two rounds, nothing compiled
+    heavy: bool = False  # few rounds, nothing compiled
+    uncompiled: str | None = None  # why nothing is compiled otherwise
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ def _metanet_plan(chosen, shapes, quick):
     for stem in chosen:
         for name in shapes:
             if name in _METANET_SHAPES[stem]:
-                yield Case(stem, name, _METANET_SHAPES[stem][name])
+                # --quick leaves out the compiling that takes as long as all the others together
+                why = "not compiled by --quick" if quick and stem == _UPDATE else None
+                yield Case(stem, name, _METANET_SHAPES[stem][name], uncompiled=why)
 
 
 METANET = Suite(

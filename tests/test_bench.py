@@ -1,9 +1,11 @@
+import functools
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from typer.testing import CliRunner
 
 import mann_kernels
@@ -75,7 +77,7 @@ def test_nothing_is_timed_after_a_failed_verification(monkeypatch, tmp_path):
     row = dict.fromkeys(("stem", "device", "backend", "dtype", "shape", "quantity"), "x")
     row |= {"error": 1.0, "budget": 0.0, "ok": False}
     monkeypatch.setattr(front.harness, "verify", lambda stems, device: [row])
-    monkeypatch.setattr(front.harness, "time_case", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(front.harness, "Comparison", lambda *args: pytest.fail("timed"))
     result = invoke("--quick", "--device", "cpu", "--json", tmp_path / "out.json")
     assert result.exit_code == 1
     assert not (tmp_path / "out.json").exists()
@@ -161,3 +163,24 @@ def test_omniglot_episodes(tmp_path):
         assert len({image for image, _ in seen}) == len(seen) == len({label for _, label in seen})
     with pytest.raises(SystemExit, match="cannot read images"):
         omniglot(tmp_path / "none.npz", 2, 1)
+
+
+def test_the_quietest_sitting_counts():
+    """All rows are of one sitting: that in which the contestants together took the least time."""
+    loud, quiet = {"a": [9.0, 9.0, 1.0], "b": [30.0, 31.0, 32.0]}, {"a": [10.0, 10.0], "b": [20.0, 20.0]}
+    assert harness.quietest([(loud, {}), (quiet, {})]) == (quiet, {})
+    assert harness.quietest([({"a": [1.0]}, {"b": "failed"}), (loud, {})]) == (loud, {})
+
+
+@pytest.mark.compiles
+def test_what_was_compiled_stays_compiled(monkeypatch):
+    """Comparisons are all made before they are timed again: compiling for one must not undo another's."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    made = [
+        (contestants.compiled_anew(contestants.address), size) for size in range(2, 14)
+    ]  # more than torch keeps for one
+    for compiled in (len(made), len(made)):
+        for function, size in made:
+            function(torch.ones(1, size, 3), torch.ones(1, 2, 3))
+        assert counter.frame_count == compiled

@@ -254,14 +254,22 @@ def test_a_whole_run_on_a_gpu(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(front, "devices", lambda wanted: [CPU, gpu])
     monkeypatch.setattr(front.harness, "verify", lambda stems, device: order.append(("verify", device.type)) or [])
 
-    def time_case(suite, case, device, dtype, threads, quick, x):
-        order.append((device.type, dtype, case.name))
-        row = dict.fromkeys(store.TABLES["timings"])
-        row |= {"threads": 1, "same_work": True}
-        row |= {"stem": case.stem, "shape": case.name, "pass": "fwd", "device": device.type, "dtype": dtype}
-        return [row | {"contestant": "mann_kernels", "note": "out of memory" if case.name == "wide" else "slow"}]
+    class Comparison:
+        def __init__(self, suite, case, device, dtype, threads, quick, x):
+            order.append((device.type, dtype, case.name))
+            self.head = {"stem": case.stem, "shape": case.name, "pass": "fwd", "device": device.type, "dtype": dtype}
+            self.sittings = 0
 
-    monkeypatch.setattr(front.harness, "time_case", time_case)
+        def sit(self):
+            self.sittings += 1
+
+        def rows(self):
+            assert self.sittings == (3 if self.head["device"] == "cpu" else 1)
+            row = dict.fromkeys(store.TABLES["timings"]) | {"threads": 1, "same_work": True, **self.head}
+            note = "out of memory" if row["shape"] == "wide" else "slow"
+            return [row | {"contestant": "mann_kernels", "note": note}]
+
+    monkeypatch.setattr(front.harness, "Comparison", Comparison)
     path = tmp_path / "out.json"
     result = invoke("--stem", "lrua_step", "--json", path)
     assert result.exit_code == 1, result.output

@@ -206,7 +206,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, uncompiled, tmp_path):
             return grad * 1.01
 
     monkeypatch.setattr(mann_kernels, "content_address", lambda memory, key: right(Wrong.apply(memory), key))
-    monkeypatch.setattr(front.harness, "time_case", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(front.harness, "Comparison", lambda *args: pytest.fail("timed"))
     path = tmp_path / "a.json"
     result = invoke("--quick", "--device", "cpu", "--stem", "content_address", "--shape", "paper", "--json", path)
     assert result.exit_code == 1
