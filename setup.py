@@ -4,8 +4,8 @@ They are not Python modules: torch.ops.load_library loads them, and they need ne
 binary serves every Python >= 3.10 and torch >= 2.10. The CUDA kernels are built where nvcc is, whether or not torch has CUDA, and
 stand in a library of their own, with the CUDA runtime inside. Everything else about the package is in pyproject.toml.
 
-Environment: CXX, CUDA_HOME (where nvcc is, if not on PATH and not from PyPI), MAX_JOBS, MANN_CUDA: 0 (no CUDA kernels) or later (none
-are built now, and those that are there stay).
+Environment: CXX, CUDA_HOME (where nvcc is, if not on PATH and not from PyPI), MAX_JOBS, MANN_CUDA: 0 (no CUDA kernels) or later
+(none are built now, and those that are there stay).
 """
 
 import importlib.util

@@ -168,7 +168,7 @@ def test_omniglot_episodes(tmp_path):
 def test_the_quietest_sitting_counts():
     """All rows are of one sitting: that in which the contestants together took the least time."""
     loud, quiet = {"a": [9.0, 9.0, 1.0], "b": [30.0, 31.0, 32.0]}, {"a": [10.0, 10.0], "b": [20.0, 20.0]}
-    assert harness.quietest([(loud, {}), (quiet, {})]) == (quiet, {})
+    assert harness.quietest([(loud, {}), (quiet, {}), (loud, {})]) == (quiet, {})
     assert harness.quietest([({"a": [1.0]}, {"b": "failed"}), (loud, {})]) == (loud, {})
 
 
