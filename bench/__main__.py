@@ -241,7 +241,10 @@ def sweep_command(
 @app.command("report")
 def report_command(
     result: Annotated[
-        list[Path], typer.Argument(help="What --json wrote; several files of one machine are taken together.")
+        list[Path],
+        typer.Argument(
+            help="What --json wrote; several files of one machine are taken together. Those of cost are shown beside."
+        ),
     ],
     compare: Annotated[
         Path | None, typer.Option(help="Earlier results: what got slower beyond the spread is marked.")
@@ -252,11 +255,16 @@ def report_command(
     from bench import report
 
     try:
-        new = store.read_together(result)
+        predicted = store.predictions(result)
+        measured = [path for path in result if path not in predicted]
+        if not measured:
+            raise ValueError("got predictions alone, want results of a machine too")
+        new = store.read_together(measured)
         old = None if compare is None else store.read(compare)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    for path in report.write(new, out, old, None if compare is None else compare.name):
+    compared = None if compare is None else compare.name
+    for path in report.write(new, out, old, compared, list(predicted.values())):
         console.print(f"Wrote {path}")
 
 

@@ -36,8 +36,13 @@ MOVES = {
     "_to_copy", "cat", "clone", "copy_", "fill_", "gather", "ones_like", "scalar_tensor", "scatter", "select_backward",
     "slice_backward", "stack", "zero_", "zeros", "zeros_like",
 }  # fmt: skip
-#: Neither launch anything nor move anything: they make room.
-ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+#: Neither launch anything nor move anything: they make room, or see what is there in another shape.
+ALLOCATES = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+#: By namespace, where the launcher of a kernel of ours is registered: what else it calls is seen too.
+LAUNCHERS = {
+    "mann_triton": torch._C.DispatchKey.CompositeExplicitAutograd,
+    "mann_cuda_on_cpu": torch._C.DispatchKey.CPU,
+}
 
 
 class Operation(NamedTuple):
@@ -104,8 +109,12 @@ class Tally(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if operator.namespace == "mann_triton":  # the launcher of a kernel: what else it calls is seen too
-            return operator._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        if operator.namespace in LAUNCHERS:
+            with self:
+                return operator._op_dk(LAUNCHERS[operator.namespace], *args, **kwargs)
+        if operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):  # called from C++
+            with self:
+                return operator.decompose(*args, **kwargs)
         out = operator(*args, **kwargs)
         if launches(operator):
             self.now[operation_of(operator, args, kwargs, out)] += 1

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-TITLE = "Prediction, not run on a GPU: "
+TITLE = "Prediction: "
 
 
 def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:

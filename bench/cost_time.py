@@ -19,10 +19,10 @@ from roofline import GPUS, least_time  # isort: skip
 
 #: Which product each name of GPUS stands for, and where its peaks are published.
 PRODUCTS = {
-    "A100": ("A100 SXM4 80 GB", "NVIDIA A100 datasheet, nvidia.com/en-us/data-center/a100"),
-    "H100": ("H100 SXM5 80 GB", "NVIDIA H100 datasheet, nvidia.com/en-us/data-center/h100"),
-    "H200": ("H200 SXM 141 GB", "NVIDIA H200 datasheet, nvidia.com/en-us/data-center/h200"),
-    "B200": ("B200 SXM, HGX, 1000 W", "NVIDIA Blackwell Architecture Technical Brief"),
+    "A100": ("A100 SXM4 80 GB", "NVIDIA A100 datasheet 2188504, May 2022, as transcribed"),
+    "H100": ("H100 SXM5 80 GB", "a reseller's table; NVIDIA H100 datasheet 3440270, September 2024, not found"),
+    "H200": ("H200 SXM 141 GB", "NVIDIA H200 datasheet 3367400, July 2024, as transcribed"),
+    "B200": ("B200 SXM, HGX, 1000 W", "NVIDIA Blackwell datasheet 3384703, October 2025, as transcribed"),
 }
 #: Multiply-adds in float32 of a multiprocessor and clock (CUDA C++ Programming Guide, arithmetic instructions).
 LANES = {"sm_80": 64, "sm_90": 128, "sm_100": 128}
@@ -39,7 +39,7 @@ MEMORY_BACKWARD = 2.5  # the work of the memory's step again and back
 L2_BYTES = 64  # a clock and multiprocessor
 
 ASSUMPTIONS = (
-    "a prediction: nothing here has run on a GPU; counts are exact, times are a model",
+    "a prediction: nothing was run for it; counts leave out the parts in which cuBLAS may do a product; times are a model",
     "host and GPU work side by side: a step takes the longer of the two; each launch takes the host --launch-us",
     "a kernel takes the GPU at least --kernel-us, in a CUDA graph too, for kernels that wait for each other",
     "a CUDA graph is one launch with the same kernels inside; eager and compiled code launch each kernel",
@@ -50,7 +50,7 @@ ASSUMPTIONS = (
     "bytes of our kernels: each argument once; scratch stays in the second-level cache; of a CUDA kernel those of its operator,"
     " which may be more than it needs",
     "FLOPs of our kernels: those of the eager contestant but for what operators around ours do, in equal parts to the kernels of a"
-    " pass; what a backward pass computes again is in the latency, not here",
+    " pass; what a kernel computes again is in the latency, not here",
     f"a step of an episode: cluster barrier {CLUSTER_BARRIER} clocks, {BARRIERS['fwd']} a step; cell {CELL}; memory's step"
     f" {MEMORY_ACCESSES} shared accesses at the paper's size and {MEMORY_WAITS}, backward {MEMORY_BACKWARD} times",
     f"Triton reads the recurrent weights at every step at {L2_BYTES} bytes a clock and multiprocessor",

@@ -1,7 +1,8 @@
 """What one would take instead of writing the loop oneself: two well-known ways to write this model, and the `dnc` package.
 
-The two ways are written here from the mathematics, in the structure of the public code that they are named after; they return
-what the reference returns. `dnc` computes another model, with a matrix of temporal links, at the same sizes.
+The two ways are written here from the mathematics, in the structure of public code: what is one matrix product, what a loop over
+heads. They return what the reference returns: that code has keys of their own for writing, and the first of the two compares with
+the memory before the write. `dnc` computes another model, with a matrix of temporal links, at the same sizes.
 """
 
 import contextlib
@@ -19,61 +20,82 @@ EPS, DECAY = 1e-6, 0.99  # the operators' defaults
 LINK_BYTES, LINK_COPIES = 2**31, 8
 
 
-def _cell(x, h, c, reads, weight_ih, weight_hh, bias):
-    gates = F.linear(x, weight_ih, bias) + F.linear(torch.cat([h, reads.flatten(1)], 1), weight_hh)
+def _lstm(gates, c):
     gate_in, gate_forget, cell, gate_out = gates.chunk(4, 1)
     c = torch.sigmoid(gate_forget) * c + torch.sigmoid(gate_in) * torch.tanh(cell)
     return torch.sigmoid(gate_out) * torch.tanh(c), c
 
 
+def _one_product(weight_ih, weight_hh, bias):
+    """Gates as one product of everything that goes into the cell."""
+    weight = torch.cat([weight_ih, weight_hh], 1)
+    return lambda x, h, reads: F.linear(torch.cat([x, h, reads], 1), weight, bias)
+
+
+def _three_products(weight_ih, weight_hh, bias):
+    """Gates as the sum of a product each of the input, the reads and the hidden state."""
+    hidden = weight_hh.shape[0] // 4
+    weight_h, weight_reads = weight_hh[:, :hidden], weight_hh[:, hidden:]
+    return lambda x, h, reads: F.linear(x, weight_ih, bias) + F.linear(reads, weight_reads) + F.linear(h, weight_h)
+
+
 def _cosine(key, memory):
     """Of one key [B, W] with all slots."""
-    dot = (key[:, None] * memory).sum(2)
+    dot = torch.matmul(memory, key[..., None])[..., 0]
     return dot / torch.sqrt((key * key).sum(1, keepdim=True) * (memory * memory).sum(2) + EPS)
 
 
-def heads_apart(reads, memory, usage, read_weights, head):
-    """A head at a time, each with its own sorted usage, one-hot choice, cosine and outer product (as in snowkylin/ntm)."""
+def heads_apart(h, reads, memory, usage, read_weights, weight_head, bias_head):
+    """One product for what the heads need and one sort; then a head at a time: its cosine, exponentials over their sum, its outer
+    product onto the memory, its weighted sum of the slots (as ntm/mann_cell.py of snowkylin/ntm)."""
     heads, width, slots = reads.shape[1], reads.shape[2], memory.shape[1]
+    head = F.linear(h, weight_head, bias_head)
     order = torch.argsort(usage, dim=1, stable=True)
+    chosen = F.one_hot(order[:, :heads], slots)
     memory = memory * (1 - F.one_hot(order[:, 0], slots))[..., None]
     keys, written = [], []
     for i in range(heads):
         keys.append(torch.tanh(head[:, i * width : (i + 1) * width]))
         sigma = torch.sigmoid(head[:, heads * width + i, None])
-        written.append(sigma * read_weights[:, i] + (1 - sigma) * F.one_hot(order[:, i], slots))
+        written.append(sigma * read_weights[:, i] + (1 - sigma) * chosen[:, i])
     for key, weights in zip(keys, written, strict=True):
         memory = memory + torch.matmul(weights[..., None], key[:, None])
-    found = [torch.softmax(_cosine(key, memory), 1) for key in keys]
-    reads = torch.stack([torch.matmul(weights[:, None], memory)[:, 0] for weights in found], 1)
-    usage = DECAY * usage + sum(found).detach() + sum(written).detach()
-    return reads, memory, usage, torch.stack(found, 1)
+    found = []
+    for key in keys:
+        exponentials = torch.exp(_cosine(key, memory))
+        found.append(exponentials / exponentials.sum(1, keepdim=True))
+    reads = torch.stack([(weights[..., None] * memory).sum(1) for weights in found], 1)
+    read_weights = torch.stack(found, 1)
+    usage = DECAY * usage + read_weights.sum(1).detach() + torch.stack(written).sum(0).detach()
+    return reads, memory, usage, read_weights
 
 
-def rank_one_updates(reads, memory, usage, read_weights, head):
-    """Heads together, the choice set into a matrix, a broadcast product written for each head (as in tristandeleu/ntm-one-shot)."""
-    heads, width = reads.shape[1:]
-    key = torch.tanh(head[:, : heads * width]).unflatten(1, (heads, width))
-    sigma = torch.sigmoid(head[:, heads * width :])[..., None]
+def heads_together(h, reads, memory, usage, read_weights, weight_head, bias_head):
+    """A product each for keys and gates; then all heads at once: rows set to zero and weights added by index, one batched product
+    each for the write, the cosines and the reads (as mann/model.py of tristandeleu/ntm-one-shot)."""
+    batch, heads, width = reads.shape
+    keys = heads * width
+    key = torch.tanh(F.linear(h, weight_head[:keys], bias_head[:keys])).view(batch, heads, width)
+    sigma = torch.sigmoid(F.linear(h, weight_head[keys:], bias_head[keys:]))[..., None]
     least = torch.argsort(usage, dim=1, stable=True)[:, :heads]
-    chosen = torch.zeros_like(read_weights).scatter(2, least[..., None], 1.0)
-    written = sigma * read_weights + (1 - sigma) * chosen
-    memory = memory * (1 - chosen[:, 0, :, None])
-    for i in range(heads):
-        memory = memory + written[:, i, :, None] * key[:, i, None, :]
+    written = (sigma * read_weights).scatter_add(2, least[..., None], 1 - sigma)
+    memory = memory.scatter(1, least[:, :1, None].expand(batch, 1, width), 0.0)
+    memory = memory + torch.bmm(written.transpose(1, 2), key)
     scale = torch.sqrt((key * key).sum(2)[..., None] * (memory * memory).sum(2)[:, None] + EPS)
     found = torch.softmax(torch.bmm(key, memory.transpose(1, 2)) / scale, 2)
     usage = DECAY * usage + found.sum(1).detach() + written.sum(1).detach()
     return torch.bmm(found, memory), memory, usage, found
 
 
-def _over_time(memory_step):
+def _over_time(products, memory_step):
     def run(x, h, c, reads, memory, usage, read_weights, weight_ih, weight_hh, bias, weight_head, bias_head):
+        gates = products(weight_ih, weight_hh, bias)
         outputs = []
         for step in x:
-            h, c = _cell(step, h, c, reads, weight_ih, weight_hh, bias)
-            head = F.linear(h, weight_head, bias_head)
-            reads, memory, usage, read_weights = memory_step(reads, memory, usage, read_weights, head)
+            h, c = _lstm(gates(step, h, reads.flatten(1)), c)
+            reads, memory, usage, read_weights = memory_step(
+                h, reads, memory, usage, read_weights, weight_head, bias_head
+            )
             outputs.append(torch.cat([h, reads.flatten(1)], 1))
         return torch.stack(outputs), h, c, reads, memory, usage, read_weights
 
@@ -82,7 +104,10 @@ def _over_time(memory_step):
 
 #: The same work, by stem and name.
 ALTERNATIVES = {
-    "mann_sequence": {"heads_apart": _over_time(heads_apart), "rank_one_updates": _over_time(rank_one_updates)},
+    "mann_sequence": {
+        "heads_apart": _over_time(_one_product, heads_apart),
+        "heads_together": _over_time(_three_products, heads_together),
+    },
 }
 
 

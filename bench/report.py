@@ -66,8 +66,10 @@ def png(figure) -> bytes:
     return file.getvalue()
 
 
-def page(result: dict, images: dict[str, bytes], old: dict | None = None, compared: str | None = None) -> str:
-    """The HTML page. `old` is what it is compared with, `compared` its name."""
+def page(
+    result: dict, images: dict[str, bytes], old: dict | None = None, compared: str | None = None, predictions=()
+) -> str:
+    """The HTML page. `old` is what it is compared with, `compared` its name; `predictions` are those of `python -m bench cost`."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -78,6 +80,7 @@ def page(result: dict, images: dict[str, bytes], old: dict | None = None, compar
         verification=result["verification"],
         groups=grouped(result["timings"]),
         fits=sweep.fits(result["sweep"]),
+        predictions=predictions,
         pictures=[
             {"title": title, "text": text, "data": base64.b64encode(images[name]).decode()}
             for name, (title, text) in PICTURES.items()
@@ -88,12 +91,14 @@ def page(result: dict, images: dict[str, bytes], old: dict | None = None, compar
     )
 
 
-def write(result: dict, folder: Path, old: dict | None = None, compared: str | None = None) -> list[Path]:
+def write(
+    result: dict, folder: Path, old: dict | None = None, compared: str | None = None, predictions=()
+) -> list[Path]:
     """report.html and the PNG files, in a folder that is made where it is missing; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     images = {name: png(figure) for name, figure in figures(result).items()}
     paths = [folder / "report.html"]
-    paths[0].write_text(page(result, images, old, compared), encoding="utf-8")
+    paths[0].write_text(page(result, images, old, compared, predictions), encoding="utf-8")
     for name, content in images.items():
         paths.append(folder / f"{name}.png")
         paths[-1].write_bytes(content)

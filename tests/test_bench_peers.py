@@ -4,7 +4,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from bench import contestants, harness, peers
+from bench import contestants, cost_count, harness, peers
 from bench.devices import Cpu
 from bench.stems import Shape, inputs
 from bench.suites import MANN, Case
@@ -27,6 +27,20 @@ def test_other_ways_to_write_it_have_the_same_gradients(name):
     assert found.keys() == want.keys()
     for quantity in want:
         torch.testing.assert_close(found[quantity], want[quantity], msg=quantity)
+
+
+@pytest.mark.parametrize(
+    ("name", "products"),
+    [
+        ("heads_apart", 1 + 1 + 2 * TINY.R),  # gates; heads; a write and a cosine of each
+        ("heads_together", 3 + 2 + 3),  # gates; keys, gates of the write; write, cosines, reads
+    ],
+)
+def test_products_are_those_of_the_code_it_is_named_after(name, products):
+    function = peers.ALTERNATIVES["mann_sequence"][name]
+    work = harness.Work("mann_sequence", inputs("mann_sequence", TINY), torch.float32)
+    found = cost_count.Tally().training_step(work, function)["fwd"]
+    assert sum(count for op, count in found.items() if op.products) == TINY.T * products
 
 
 def test_without_the_package_a_notice_says_so(monkeypatch):

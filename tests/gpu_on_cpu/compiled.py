@@ -75,7 +75,8 @@ def compiled_for(target):
     def noted(kernel, *args, grid, **kwargs):
         compiled = launch(kernel, *args, grid=grid, **kwargs)
         named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        buffers = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+        # other objects of the same memory: autograd copies a gradient that somebody else still holds
+        buffers = {name: value.detach() for name, value in named.items() if isinstance(value, torch.Tensor)}
         found.append(Compiled(compiled, math.prod(grid), buffers))
         return compiled
 

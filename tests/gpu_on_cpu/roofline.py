@@ -15,22 +15,26 @@ class Gpu(NamedTuple):
     flops: dict[str, float]  # a second, dense: without and, by the name of the product, with tensor cores
 
 
+# From the transcripts that others made of NVIDIA's datasheets, named here; the sheets themselves were not at hand. Where a sheet
+# gives tensor cores with sparsity, half of it.
 GPUS = {
-    # SXM, 80 GB: https://www.nvidia.com/en-us/data-center/a100/
+    # A100 Tensor Core GPU datasheet 2188504, May 2022: 80 GB SXM
     "A100": Gpu(
         "sm_80", 108, 2.039 * TERA, {"f64": 9.7 * TERA, "f32": 19.5 * TERA, "tf32": 156 * TERA, "bf16": 312 * TERA}
     ),
-    # SXM; what tensor cores do without sparsity is half of what the page gives: https://www.nvidia.com/en-us/data-center/h100/
+    # SXM, of a reseller's table: of the H100 Tensor Core GPU datasheet 3440270, September 2024, no transcript was found. The
+    # arithmetic is that of the H200's sheet
     "H100": Gpu(
         "sm_90", 132, 3.35 * TERA, {"f64": 34 * TERA, "f32": 67 * TERA, "tf32": 494.5 * TERA, "bf16": 989.5 * TERA}
     ),
-    # https://www.nvidia.com/en-us/data-center/h200/
+    # H200 Tensor Core GPU datasheet 3367400, July 2024: SXM
     "H200": Gpu(
         "sm_90", 132, 4.8 * TERA, {"f64": 34 * TERA, "f32": 67 * TERA, "tf32": 494.5 * TERA, "bf16": 989.5 * TERA}
     ),
-    # HGX, 1000 W: https://resources.nvidia.com/en-us-blackwell-architecture (technical brief)
+    # Blackwell datasheet 3384703, October 2025: HGX B200, of one GPU, 1000 W. The technical brief of 2024 has 40 and 80 Tflop/s and
+    # 8 TB/s, which the sheet gives the GB200. Multiprocessors are in neither: with 148, 75 Tflop/s are 1.98 GHz
     "B200": Gpu(
-        "sm_100", 148, 8 * TERA, {"f64": 40 * TERA, "f32": 80 * TERA, "tf32": 1100 * TERA, "bf16": 2250 * TERA}
+        "sm_100", 148, 7.7 * TERA, {"f64": 37 * TERA, "f32": 75 * TERA, "tf32": 1100 * TERA, "bf16": 2250 * TERA}
     ),
 }
 
