@@ -3,6 +3,7 @@
 Cases: `equal` (outputs, state, gradients to second order), `bytes` (what a step sends, for growing N), `large` (a million slots).
 """
 
+import gc
 import sys
 import time
 
@@ -158,4 +159,5 @@ if __name__ == "__main__":
     {"equal": equal, "bytes": bytes_sent, "large": large}[sys.argv[1]](
         init_device_mesh("cpu", (dist.get_world_size(),))
     )
+    gc.collect()  # models must be gone before their process group, or its threads and this one may wait for each other at exit
     dist.destroy_process_group()
