@@ -73,7 +73,7 @@ def test_the_training_command_on_two_processes(tmp_path):
 
 @pytest.mark.compiles
 def test_every_protocol_trains_on_two_processes(tmp_path):
-    """Learners that answer episodes, that adapt (MetaNet too), that are told; and tasks that ask for different numbers of answers."""
+    """Learners that answer episodes, that adapt (MetaNet too), that are told; tasks that ask for different numbers of answers."""
     torchrun(2, "tests/runs.py", str(tmp_path / "both"))
     runs.train_all(tmp_path / "alone")
     for name in runs.SETTINGS:
