@@ -86,6 +86,27 @@ class _Own(Function):
         return _Gather.apply(grad, ctx.group), None
 
 
+class _Local(Function):
+    """This rank's part of a field of the state. As DTensor.to_local, but twice differentiable also in torch 2.10."""
+
+    @staticmethod
+    def forward(ctx, tensor, dim):
+        ctx.mesh, ctx.shape, ctx.dim = tensor.device_mesh, tensor.shape, dim
+        local = tensor.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _sharded(grad, ctx.mesh, ctx.shape, ctx.dim), None
+
+
+def _sharded(local: torch.Tensor, mesh: DeviceMesh, shape: tuple[int, ...], dim: int) -> DTensor:
+    """The DTensor of this shape, sharded over dim, of which this is the rank's part; _Local is the way back."""
+    # the sizes of the whole: the ranks may not divide the slots
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=strides)
+
+
 def _bounds(slots: int, rank: int, world: int) -> tuple[int, int]:
     """The first slot of a rank and the one after its last, as DTensor divides a dimension."""
     chunk = -(-slots // world)
@@ -167,7 +188,9 @@ class ShardedMANN(MANN):
 
     Every rank calls it with the same x and computes the same loss; each then has the whole gradient of every parameter, so
     nothing more is to be reduced over this mesh. When built, the parameters of the mesh's first rank go to the others. A
-    state_dict is MANN's, and of MANN's. Runs as plain PyTorch on each rank's slots; differentiable twice.
+    state_dict is MANN's, and of MANN's. Runs as plain PyTorch, without kernels, on each rank's slots; differentiable twice,
+    from call to call too. What is done with a state's DTensors outside, `to_local` or `full_tensor`, is as twice differentiable
+    as torch has it; in 2.10 it is not.
     """
 
     def __init__(self, *args, mesh: DeviceMesh, **kwargs):
@@ -214,16 +237,10 @@ class ShardedMANN(MANN):
         }
 
     def _run(self, x, state, lengths):
-        local = MANNState(*(field.to_local() if isinstance(field, DTensor) else field for field in state))
+        local = state._replace(**{name: _Local.apply(getattr(state, name), dim) for name, dim in SLOTS.items()})
         output, after = super()._run(x, local, lengths)
         shapes = self._state_shapes(x.shape[1])
-        sharded = {name: self._dtensor(getattr(after, name), getattr(shapes, name), dim) for name, dim in SLOTS.items()}
+        sharded = {
+            name: _sharded(getattr(after, name), self.mesh, getattr(shapes, name), dim) for name, dim in SLOTS.items()
+        }
         return output, after._replace(**sharded)
-
-    def _dtensor(self, local: torch.Tensor, shape: tuple[int, ...], dim: int) -> DTensor:
-        strides = torch.empty(
-            shape, device="meta"
-        ).stride()  # the sizes of the whole: the ranks may not divide the slots
-        return DTensor.from_local(
-            local, self.mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=strides
-        )

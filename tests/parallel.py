@@ -3,6 +3,7 @@
 Cases: `ddp` (DistributedDataParallel, also under torch.compile and autocast), `fsdp` (fully_shard).
 """
 
+import gc
 import sys
 
 import torch
@@ -79,4 +80,5 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     {"ddp": ddp, "fsdp": fsdp}[sys.argv[1]]()
+    gc.collect()  # models must be gone before their process group, or its threads and this one may wait for each other at exit
     dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """`torchrun --nproc-per-node P tests/runs.py FOLDER`: training runs by P processes, each in a folder of its own.
 
-Of each learner protocol one, and one whose tasks ask for different numbers of answers.
+Of each learner protocol one, one whose tasks ask for different numbers of answers, and MetaNet.
 """
 
 import sys
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mann_kernels.tasks import Copy
+from mann_kernels import MetaNet
+from mann_kernels.tasks import Copy, FewShotTasks
 from mann_kernels.train import build
 from mann_kernels.train.loop import Run
 from mann_kernels.train.parallel import joined
@@ -26,19 +27,29 @@ class UnevenCopy(Copy):
 
 
 SMALL = {"hidden_size": 8, "num_slots": 8, "slot_size": 4, "num_heads": 1, "tasks_per_update": 4, "test_tasks": 2}
-UNEVEN = Settings("copy", "mann", length=6, **SMALL)
 SETTINGS = {
-    "uneven": UNEVEN,
+    "uneven": Settings("copy", "mann", length=6, **SMALL),
     "adapt": Settings("sinusoid", "mann", shots=5, **SMALL),
     "descriptor": Settings("sinusoid", "multi-task", **SMALL),
+    "metanet": Settings("few-shot", "metanet", ways=3, queries=2, **SMALL),
 }
+
+
+def make(name: str):
+    """The learner and the tasks for training and testing."""
+    settings = SETTINGS[name]
+    if name == "metanet":
+        # In float32 Adam turns the rounding of its gradients into percents of what the weights move by, within few updates.
+        tasks = FewShotTasks(torch.rand(8, 4, 1, 28, 28, dtype=torch.float64), settings.ways, queries=settings.queries)
+        return MetaNet.omniglot(settings.ways, filters=4).double(), tasks, tasks
+    tasks = (UnevenCopy(settings.length),) * 2 if name == "uneven" else build.tasks(settings, None)
+    return build.learner(settings, tasks[0]), *tasks
 
 
 def train_all(folder: Path) -> None:
     for name, settings in SETTINGS.items():
         torch.manual_seed(0)
-        tasks = (UnevenCopy(settings.length),) * 2 if settings is UNEVEN else build.tasks(settings, None)
-        run = Run(build.learner(settings, tasks[0]), *tasks, settings, folder / name)
+        run = Run(*make(name), settings, folder / name)
         assert len(list(run.train(6))) == 6
 
 

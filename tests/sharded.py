@@ -3,6 +3,7 @@
 Cases: `equal` (outputs, state, gradients to second order), `bytes` (what a step sends, for growing N), `large` (a million slots).
 """
 
+import gc
 import sys
 import time
 
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from mann_kernels import MANN
 from mann_kernels import backend as use_backend
-from mann_kernels.distributed import ShardedMANN
+from mann_kernels.distributed import SLOTS, ShardedMANN, _Local, _Sum
 from mann_kernels.testing import accuracy, assert_accurate
 
 OPTIONS = (
@@ -27,6 +28,13 @@ OPTIONS = (
 
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def total(function, field, dim):
+    """The sum over all slots, the same on every rank. Not by full_tensor: in torch 2.10 it cannot be differentiated twice."""
+    if isinstance(field, DTensor):
+        return _Sum.apply(function(_Local.apply(field, dim)).sum(), field.device_mesh.get_group())
+    return function(field).sum()
 
 
 def pair(mesh, *sizes, **options):
@@ -43,7 +51,10 @@ def quantities(layer, x, lengths, order):
     x = x.clone().requires_grad_()
     output, state = layer(x, None, lengths)
     again, state = layer(x, state)
-    loss = (output * again).sin().sum() + whole(state.read_weights).square().sum() + whole(state.memory).sin().sum()
+    loss = (output * again).sin().sum()
+    loss += total(torch.square, state.read_weights, SLOTS["read_weights"]) + total(
+        torch.sin, state.memory, SLOTS["memory"]
+    )
     names, parameters = zip(*layer.named_parameters(), strict=True)
     grads = torch.autograd.grad(loss, [x, *parameters], create_graph=order == 2)
     if order == 2:
@@ -158,4 +169,5 @@ if __name__ == "__main__":
     {"equal": equal, "bytes": bytes_sent, "large": large}[sys.argv[1]](
         init_device_mesh("cpu", (dist.get_world_size(),))
     )
+    gc.collect()  # models must be gone before their process group, or its threads and this one may wait for each other at exit
     dist.destroy_process_group()

@@ -107,13 +107,14 @@ def main(
             run = prepare(settings, data, out, resume)
         except (FileNotFoundError, ValueError) as error:
             raise typer.BadParameter(str(error)) from None
-        if not run.processes.first:
+        if run.processes.first:
+            if tensorboard:
+                log_to_tensorboard(run)
+            show(run, updates, minutes)
+        else:
             for _ in run.train(updates, minutes):
                 pass
-            return
-        if tensorboard:
-            log_to_tensorboard(run)
-        show(run, updates, minutes)
+        del run  # before its process group, see joined
 
 
 def log_to_tensorboard(run: Run) -> None:

@@ -1,6 +1,7 @@
 """Several processes that train as one: each answers its part of every batch, and the gradients are averaged."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,7 +19,10 @@ LONGEST_TEST = timedelta(hours=6)
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Within it, this process is one of those that torchrun started; without torchrun it is alone."""
+    """Within it, this process is one of those that torchrun started; without torchrun it is alone.
+
+    What trains in it is to be gone when it ends: a DistributedDataParallel that outlives its process group may hang at exit.
+    """
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -34,6 +38,7 @@ def joined(device: str) -> Iterator[None]:
         yield
         dist.barrier()
     finally:
+        gc.collect()
         dist.destroy_process_group()
 
 
