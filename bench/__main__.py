@@ -16,7 +16,7 @@ from bench import harness, limits, store
 from bench.devices import DeviceLost, devices, why_no_gpu
 from bench.episodes import omniglot
 from bench.groups import is_ours
-from bench.suites import SUITES, backend_of
+from bench.suites import NOT_QUICK, SUITES, backend_of
 from bench.tables import failures_table, fits_table, sweep_table, timings_table
 
 
@@ -29,7 +29,7 @@ class Device(Enum):
 console = Console(width=None if sys.stdout.isatty() else 184)
 
 
-def chosen(where, suite, stem, shape):
+def chosen(where, suite, stem, shape, quick):
     """The suite, its stems and the names of the sizes asked for (None: the usual ones of a device).
 
     Raises:
@@ -41,7 +41,8 @@ def chosen(where, suite, stem, shape):
     for name, values, known in (("--stem", stem, found.stems), ("--shape", shape, found.shapes)):
         for unknown in set(values or []) - set(known):
             raise typer.BadParameter(f"{name}: got {unknown!r}, want one of {', '.join(known)}")
-    sizes = {device.type: shape or found.usual[device.type] for device in where}
+    usual = {type: [n for n in names if not (quick and n in NOT_QUICK)] for type, names in found.usual.items()}
+    sizes = {device.type: shape or usual[device.type] for device in where}
     return found, [name for name in found.stems if not stem or name in stem], sizes
 
 
@@ -159,7 +160,8 @@ def main(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Fewer rounds; the loop compiled at the paper's size alone, MetaNet's update not."
+            "--quick",
+            help="Training steps alone, fewer sizes and rounds; the loop compiled at the paper's size alone, MetaNet's update not.",
         ),
     ] = False,
     data: Annotated[Path | None, typer.Option(help="Packed Omniglot (20 x 20) for the paper's input.")] = None,
@@ -172,7 +174,7 @@ def main(
     if context.invoked_subcommand is not None:
         return
     where = usable(None if device is None else device.value)
-    found, stems, sizes = chosen(where, suite, stem, shape)
+    found, stems, sizes = chosen(where, suite, stem, shape, quick)
     torch.set_num_threads(threads)
     timings = []
     try:

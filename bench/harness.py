@@ -251,7 +251,8 @@ class Comparison:
     def __init__(self, suite: Suite, case: Case, device, dtype: str, threads: int, quick: bool, x=None):
         self.suite, self.case, self.device, self.dtype, self.threads = suite, case, device, dtype, threads
         self.seconds = (1.0 if quick or case.heavy else device.seconds) / device.sittings
-        self.rounds = max(2, math.ceil((3 if case.heavy else 7 if quick else 12) / device.sittings))
+        self.rounds = max(2, math.ceil((3 if case.heavy else 6 if quick else 12) / device.sittings))
+        self.passes = PASSES[1:] if quick else PASSES  # torch.compile has more to do for each
         kind = DTYPES[dtype]
         real = {} if x is None else {"x": x}
         drawn = [suite.inputs(case.stem, case.shape, seed) | real for seed in range(device.input_sets)]
@@ -264,15 +265,15 @@ class Comparison:
         if device.has_graphs:  # after the others: a capture that fails leaves those already made
             makers |= {f"{name} graph": every for name, every in makers.items()}
             kinds |= dict.fromkeys(makers.keys() - kinds.keys(), device.graphs)
-        self.runs = {name_of_pass: {} for name_of_pass in PASSES}
+        self.runs = {name_of_pass: {} for name_of_pass in self.passes}
         for name, every in makers.items():
             made, note = attempt(device, lambda name=name, every=every: in_turn([kinds[name](make) for make in every]))
             if note is not None:
                 self.notes[name] = note
                 continue
-            for name_of_pass, function in zip(PASSES, made, strict=True):
+            for name_of_pass, function in zip(self.passes, made[-len(self.passes) :], strict=True):
                 self.runs[name_of_pass][name] = function
-        self.sittings = {name_of_pass: [] for name_of_pass in PASSES}
+        self.sittings = {name_of_pass: [] for name_of_pass in self.passes}
 
     def sit(self) -> None:
         for name_of_pass, group in self.runs.items():

@@ -142,6 +142,9 @@ METANET = Suite(
     plan=_metanet_plan,
 )
 
+#: Sizes beside others that --quick leaves out, unless they are asked for.
+NOT_QUICK = ("single", "small", "miniimagenet", "conv 14", "conv 4")
+
 SUITES: dict[str, Suite] = {"mann": MANN, "metanet": METANET}
 
 
