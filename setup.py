@@ -4,8 +4,9 @@ They are not Python modules: torch.ops.load_library loads them, and they need ne
 binary serves every Python >= 3.10 and torch >= 2.10. The CUDA kernels are built where nvcc is, whether or not torch has CUDA, and
 stand in a library of their own, with the CUDA runtime inside. Everything else about the package is in pyproject.toml.
 
-Environment: CXX, CUDA_HOME (where nvcc is, if not on PATH and not from PyPI), MAX_JOBS, MANN_CUDA: 0 (no CUDA kernels) or later
-(none are built now, and those that are there stay).
+Environment: CXX, CUDA_HOME (where nvcc is, if not on PATH and not from PyPI), MAX_JOBS, MANN_CUDA=0 (no CUDA kernels) and
+MANN_NATIVE=1: nothing is compiled that this machine does not run, so of the instruction sets the best of its CPU beside the
+baseline, and the CUDA kernels only where a driver is; those that are there stay.
 """
 
 import importlib.util
@@ -39,6 +40,20 @@ WITH_CLUSTERS = "-gencode arch=compute_90a,code=sm_90a -gencode arch=compute_100
 EVERYWHERE = f"{WITHOUT_CLUSTERS} {WITH_CLUSTERS}"
 NEED_CLUSTERS = ("mann_sequence",)
 OLDEST_NVCC = (12, 8)  # the first that knows sm_100
+
+
+def native() -> bool:
+    return os.environ.get("MANN_NATIVE") == "1"
+
+
+def isas() -> dict[str, str]:
+    """The flags of every instruction set to compile for."""
+    import torch
+
+    if not native():
+        return ISAS
+    best = {"AVX2": "avx2", "AVX512": "avx512"}.get(torch.backends.cpu.get_cpu_capability())
+    return {isa: flags for isa, flags in ISAS.items() if isa in ("baseline", best)}
 
 
 def compiler() -> str:
@@ -102,7 +117,7 @@ def cpp_ninja(output: Path, objects: Path) -> str:
     extra = f" -fsanitize={sanitizers} -fno-omit-frame-pointer -O2 -g1" if sanitizers else ""
     sources = [
         (source, objects / f"{isa}-{source.stem}.o", f"-DMANN_ISA={isa} {flags}")
-        for isa, flags in ISAS.items()
+        for isa, flags in isas().items()
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     ]
     command = f"{compiler()} {FLAGS}{extra} {compiling}"
@@ -132,12 +147,16 @@ class BuildNinja(build_ext):
             return self.leave_out(output, "no C++ compiler found: building without kernels, plain PyTorch will run")
         if ext.name != "mann_kernels._CUDA":
             return self.build(output, name, cpp_ninja)
-        if os.environ.get("MANN_CUDA") == "later":
+        if self.left_alone(ext):
             return None
         nvcc = find_nvcc()
         if why := why_no_cuda(nvcc):
             return self.leave_out(output, f"building without CUDA kernels: {why}")
         return self.build(output, f"{name}-cuda", lambda output, objects: cuda_ninja(nvcc, output, objects))
+
+    def left_alone(self, ext) -> bool:
+        """Whether a library is neither built nor taken away."""
+        return ext.name == "mann_kernels._CUDA" and native() and shutil.which("nvidia-smi") is None
 
     def leave_out(self, output: Path, why: str) -> None:
         output.unlink(missing_ok=True)
@@ -156,9 +175,7 @@ class BuildNinja(build_ext):
         """Also takes away what an earlier build left there and this one leaves out."""
         super().copy_extensions_to_source()
         for ext in self.extensions:
-            if os.environ.get("MANN_CUDA") == "later" and ext.name == "mann_kernels._CUDA":
-                continue
-            if not Path(self.build_lib, self.get_ext_filename(ext.name)).exists():
+            if not self.left_alone(ext) and not Path(self.build_lib, self.get_ext_filename(ext.name)).exists():
                 (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 
 

@@ -125,7 +125,7 @@ def interleave(functions: dict, device, seconds: float, rounds: int) -> tuple[di
             if name not in notes:
                 call(name, lambda function=function: device.measure(function))
     times: dict[str, list[float]] = {name: [] for name in functions if name not in notes}
-    gc.collect()
+    gc.collect(1)  # of the young alone: to go through all that compilers have left takes half a second
     gc.disable()
     try:
         start, done = time.perf_counter(), 0

@@ -13,7 +13,7 @@ from bench.suites import DTYPES, MANN
 
 STEM = "mann_sequence"
 OUT_OF_TIME, OUT_OF_MEMORY = "out of time", "out of memory"
-#: For a point: calls in turn for so long, and at least so many.
+#: For a point, in all sittings together: calls in turn for so long, and at least so many.
 SECONDS, ROUNDS = 1.0, 3
 #: A training step holds the gradients of what was kept as well.
 HELD = 2
@@ -96,52 +96,68 @@ def entrants(axis: Axis, compiled: bool) -> list[Contestant]:
     return found
 
 
-def point(shape: Shape, value: int, running: list[Contestant], device, dtype: torch.dtype, bounds: Bounds) -> dict:
-    """Statistics and saved memory by contestant; who fails gets its note."""
-    drawn, steps, saved = inputs(STEM, shape), {}, {}
-    for one in running:
-        work = harness.Work(STEM, drawn, dtype, device.device)
+class Point:
+    """All contestants that run at one value, each on tensors of its own; notes on those that do not, or fail."""
 
-        step = functools.partial(work.train, one.function)
-        if one.name == "compile_step":  # compiled here and not while the clock runs; its hooks would compile it anew
-            _, one.note = attempt(device, step)
-        else:
-            saved[one.name], one.note = attempt(device, functools.partial(harness.saved_mb, work, one.function))
-        if one.note is None:
-            steps[one.name] = step
-    times, notes = harness.interleave(steps, device, SECONDS, ROUNDS)
-    for one in running:
-        one.note = one.note or notes.get(one.name)
-        if one.note is None:
-            median = torch.tensor(times[one.name]).median().item()
-            one.keep(value, median, saved.get(one.name), bounds)
-    return {one.name: harness.statistics(times.get(one.name)) | {"saved_mb": saved.get(one.name)} for one in running}
+    def __init__(
+        self, shape: Shape, value: int, everybody: list[Contestant], device, dtype: torch.dtype, bounds: Bounds
+    ):
+        self.value, self.device = value, device
+        self.steps, self.saved, self.sittings = {}, {}, []
+        running = [one for one in everybody if one.may_run(value, bounds)]
+        self.notes = {one.name: one.note for one in everybody if one not in running}
+        drawn = inputs(STEM, shape) if running else {}
+        for one in running:
+            work = harness.Work(STEM, drawn, dtype, device.device)
+            step = functools.partial(work.train, one.function)
+            if (
+                one.name == "compile_step"
+            ):  # compiled here and not while the clock runs; its hooks would compile it anew
+                _, one.note = attempt(device, step)
+            else:
+                saved = functools.partial(harness.saved_mb, work, one.function)
+                self.saved[one.name], one.note = attempt(device, saved)
+            if one.note is None:
+                self.steps[one.name] = step
+        times, failed = self.sit()
+        for one in running:
+            one.note = self.notes[one.name] = one.note or failed.get(one.name)
+            if one.note is None:
+                one.keep(value, torch.tensor(times[one.name]).median().item(), self.saved.get(one.name), bounds)
+
+    def sit(self) -> tuple[dict, dict]:
+        sittings = self.device.sittings
+        found = harness.interleave(self.steps, self.device, SECONDS / sittings, math.ceil(ROUNDS / sittings))
+        self.sittings.append(found)
+        if len(self.sittings) == sittings:
+            self.steps = {}  # their memory is free for the next
+        return found
+
+    def numbers(self, name: str) -> dict:
+        """Statistics, saved memory and note of one contestant, of the quietest sitting."""
+        times, failed = harness.quietest(self.sittings)
+        saved, note = self.saved.get(name), self.notes[name] or failed.get(name)
+        return harness.statistics(times.get(name)) | {"saved_mb": saved, "note": note}
 
 
 def run(variable: str, device, dtype: str, threads: int, bounds: Bounds, values=None, compiled=False) -> list[dict]:
     """A row for every value and contestant; those that were not run, or failed, say why in `note`."""
-    axis, rows = AXES[variable], []
+    axis, points = AXES[variable], []
     everybody = entrants(axis, compiled)
     for value in values or axis.values:
         shape = replace(axis.base, **{variable: value})
-        running = [one for one in everybody if one.may_run(value, bounds)]
-        found = point(shape, value, running, device, DTYPES[dtype], bounds) if running else {}
-        for one in everybody:
-            numbers = found.get(one.name, harness.statistics(None) | {"saved_mb": None})
-            note = None if numbers["median_ms"] is not None else one.note
-            rows.append(
-                {
-                    "variable": variable,
-                    "value": value,
-                    "contestant": one.name,
-                    "threads": threads,
-                    "device": device.type,
-                }
-                | {"dtype": dtype, "dominates": value >= axis.dominates, **numbers, "note": note}
-            )
+        points.append(Point(shape, value, everybody, device, DTYPES[dtype], bounds))
         if compiled and not axis.compiled_once:
             renew(everybody)
-    return rows
+    for _ in range(1, device.sittings):
+        for point in points:
+            point.sit()
+    return [
+        {"variable": variable, "value": point.value, "contestant": one.name, "threads": threads, "device": device.type}
+        | {"dtype": dtype, "dominates": point.value >= axis.dominates, **point.numbers(one.name)}
+        for point in points
+        for one in everybody
+    ]
 
 
 def renew(everybody: list[Contestant]) -> None:

@@ -1,34 +1,47 @@
 // Which instruction set the kernels use.
 #include "kernel.h"
 
+namespace mann::MANN_ISA {
+void linked() {} // there where this instruction set's kernels are
+} // namespace mann::MANN_ISA
+
 #if defined(MANN_ENTRY)
 
 #include <atomic>
 
 namespace mann {
 
-static Isa best_isa() {
+#if defined(__x86_64__)
+namespace avx2 {
+MANN_MAY_BE_ABSENT void linked();
+}
+namespace avx512 {
+MANN_MAY_BE_ABSENT void linked();
+}
+#endif
+
+static Isa best_isa(Isa limit) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+    const bool fma = __builtin_cpu_supports("fma");
+    if (limit >= Isa::kAvx512 && avx512::linked && fma && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
         return Isa::kAvx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+    if (limit >= Isa::kAvx2 && avx2::linked && fma && __builtin_cpu_supports("avx2")) return Isa::kAvx2;
 #endif
     return Isa::kBaseline;
 }
 
-static std::atomic<int> in_use{static_cast<int>(best_isa())};
+static std::atomic<int> in_use{static_cast<int>(best_isa(Isa::kAvx512))};
 
 Isa isa() { return static_cast<Isa>(in_use.load(std::memory_order_relaxed)); }
 
 } // namespace mann
 
-// Uses `limit` (0 baseline, 1 AVX2, 2 AVX-512), or the best this machine has if that is less; a negative limit changes
-// nothing. Returns what is in use from now on.
+// Uses `limit` (0 baseline, 1 AVX2, 2 AVX-512), or the best below it that this machine and this library have; a
+// negative limit changes nothing. Returns what is in use from now on.
 extern "C" __attribute__((visibility("default"))) int mann_cpu_isa(int limit) {
-    const int best = static_cast<int>(mann::best_isa());
-    if (limit >= 0) mann::in_use = limit < best ? limit : best;
+    if (limit >= 0) mann::in_use = static_cast<int>(mann::best_isa(static_cast<mann::Isa>(limit)));
     return mann::in_use;
 }
 

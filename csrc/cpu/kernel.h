@@ -27,7 +27,10 @@ struct FastRows {
 };
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
-Isa isa(); // in isa.cpp
+Isa isa(); // in isa.cpp; never one that this library was linked without
+
+// A library for one machine may be linked without an instruction set: its kernels are null then.
+#define MANN_MAY_BE_ABSENT __attribute__((weak))
 
 } // namespace mann
 
@@ -47,10 +50,10 @@ Isa isa(); // in isa.cpp
 #elif defined(__x86_64__)
 #define MANN_PICK(name)                                                                                                \
     namespace mann::avx2 {                                                                                             \
-    void name##_kernel(Storage, const void *, int64_t, int64_t, void *);                                               \
+    MANN_MAY_BE_ABSENT void name##_kernel(Storage, const void *, int64_t, int64_t, void *);                            \
     }                                                                                                                  \
     namespace mann::avx512 {                                                                                           \
-    void name##_kernel(Storage, const void *, int64_t, int64_t, void *);                                               \
+    MANN_MAY_BE_ABSENT void name##_kernel(Storage, const void *, int64_t, int64_t, void *);                            \
     }                                                                                                                  \
     namespace mann {                                                                                                   \
     Kernel name##_pick() {                                                                                             \
