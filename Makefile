@@ -29,13 +29,14 @@ SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles and not gpu"
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
 
-# pip runs when the pins change; ninja decides at every call what there is to compile.
+# pip runs when the pins change, and leaves byte-compiling to the first import (most is never imported); ninja decides at every call
+# what there is to compile.
 setup: $(VENV)/.requirements
 	@$(RUN) setup.py --quiet build_ext --inplace
 
 $(VENV)/.requirements: requirements-dev.txt pyproject.toml
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 

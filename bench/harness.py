@@ -102,11 +102,18 @@ def compared(suite, stem, candidate, drawn, dtype, device) -> list[dict]:
     return rows
 
 
-def interleave(functions: dict, device, seconds: float, rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+def together(times: dict[str, list[float]]) -> float:
+    """Milliseconds of one call of each function."""
+    return sum(torch.tensor(values).median().item() for values in times.values())
+
+
+def interleave(
+    functions: dict, device, seconds: float, rounds: int, before=()
+) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Milliseconds of each function, one call of each in turn, and notes on those that cannot be called.
 
     Beforehand all are called three times in turn, or once where that takes long, and more often where a device takes its time
-    to reach full speed.
+    to reach full speed. Where it takes long and these functions have had earlier sittings, `before`, nothing is left to warm up.
     """
     notes: dict[str, str] = {}
 
@@ -116,10 +123,11 @@ def interleave(functions: dict, device, seconds: float, rounds: int) -> tuple[di
             notes[name] = note
         return result
 
+    warm = bool(before) and together(before[-1][0]) > LONG_WARM_UP * 1e3
     start = time.perf_counter()
-    for calls in itertools.count():
+    for calls in itertools.count(1 if warm else 0):
         spent = time.perf_counter() - start
-        if calls > 0 and spent > device.warm_up_seconds and (calls >= WARM_UP or spent > LONG_WARM_UP):
+        if calls > 0 and spent > device.warm_up_seconds and (warm or calls >= WARM_UP or spent > LONG_WARM_UP):
             break
         for name, function in functions.items():
             if name not in notes:
@@ -277,7 +285,8 @@ class Comparison:
 
     def sit(self) -> None:
         for name_of_pass, group in self.runs.items():
-            self.sittings[name_of_pass].append(interleave(group, self.device, self.seconds, self.rounds))
+            before = self.sittings[name_of_pass]
+            before.append(interleave(group, self.device, self.seconds, self.rounds, before))
 
     def rows(self) -> list[dict]:
         """Of the quietest sitting. What else a machine does only ever adds time, to one sitting more than to another."""
@@ -307,11 +316,7 @@ class Comparison:
 def quietest(sittings) -> tuple[dict[str, list[float]], dict[str, str]]:
     """The sitting in which all together took the least time, of those with the fewest failures."""
 
-    def together(sitting):
-        times, failed = sitting
-        return len(failed), sum(torch.tensor(values).median().item() for values in times.values())
-
-    return min(sittings, key=together)
+    return min(sittings, key=lambda sitting: (len(sitting[1]), together(sitting[0])))
 
 
 def time_case(*case, **options) -> list[dict]:

@@ -14,7 +14,7 @@ from bench.suites import DTYPES, MANN
 STEM = "mann_sequence"
 OUT_OF_TIME, OUT_OF_MEMORY = "out of time", "out of memory"
 #: For a point, in all sittings together: calls in turn for so long, and at least so many.
-SECONDS, ROUNDS = 1.0, 3
+SECONDS, ROUNDS = 0.6, 3
 #: A training step holds the gradients of what was kept as well.
 HELD = 2
 
@@ -127,7 +127,8 @@ class Point:
 
     def sit(self) -> tuple[dict, dict]:
         sittings = self.device.sittings
-        found = harness.interleave(self.steps, self.device, SECONDS / sittings, math.ceil(ROUNDS / sittings))
+        rounds = math.ceil(ROUNDS / sittings)
+        found = harness.interleave(self.steps, self.device, SECONDS / sittings, rounds, self.sittings)
         self.sittings.append(found)
         if len(self.sittings) == sittings:
             self.steps = {}  # their memory is free for the next

@@ -174,6 +174,15 @@ def test_the_quietest_sitting_counts():
     assert harness.quietest([({"a": [1.0]}, {"b": "failed"}), (loud, {})]) == (loud, {})
 
 
+@pytest.mark.parametrize(("took", "warmed"), [(400.0, 3), (600.0, 0)])
+def test_later_sittings_do_not_warm_up_what_takes_long(took, warmed):
+    called = []
+    for before, calls in (((), 3), ([({"a": [took]}, {})], warmed)):
+        times, notes = harness.interleave({"a": lambda: called.append(1)}, CPU, 0.0, 2, before)
+        assert (len(called), len(times["a"]), notes) == (calls + 2, 2, {})
+        called.clear()
+
+
 @pytest.mark.compiles
 def test_what_was_compiled_stays_compiled(monkeypatch):
     """Comparisons are all made before they are timed again: compiling for one must not undo another's."""
