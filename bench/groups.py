@@ -16,13 +16,26 @@ class Group(NamedTuple):
 
     def of_fastest(self, row: dict) -> float | None:
         """How many times the fastest's time at the same work a contestant takes: one is the fastest."""
-        known = [side["median_ms"] for side in (self.ours, self.rival) if side is not None]
-        return row["median_ms"] / min(known) if known and row["median_ms"] is not None else None
+        fastest = min((side for side in (self.ours, self.rival) if side is not None), key=speed, default=None)
+        return times_of(row, fastest)
 
     @property
     def gain(self) -> float | None:
         """How many times as fast as the rival we are; below one we lose."""
-        return self.rival["median_ms"] / self.ours["median_ms"] if self.ours and self.rival else None
+        return times_of(self.rival, self.ours)
+
+
+def speed(row: dict) -> float:
+    """By what contestants of one group are ranked: `of_ours` of the rounds, or in results that lack it the median."""
+    if row["median_ms"] is None:
+        return math.inf
+    return row["median_ms"] if row.get("of_ours") is None else row["of_ours"]
+
+
+def times_of(row: dict | None, other: dict | None) -> float | None:
+    """How many times as long as another of its group one takes."""
+    known = row is not None and other is not None and row["median_ms"] is not None and other["median_ms"] is not None
+    return speed(row) / speed(other) if known else None
 
 
 def is_ours(row: dict) -> bool:
@@ -40,7 +53,7 @@ def grouped(timings: list[dict]) -> list[Group]:
         found.setdefault(tuple(row[key] for key in GROUP), []).append(row)
     groups = []
     for head, rows in found.items():
-        rows = sorted(rows, key=lambda row: math.inf if row["median_ms"] is None else row["median_ms"])
+        rows = sorted(rows, key=speed)
         same = [row for row in rows if row["same_work"] and row["median_ms"] is not None]
         ours = next((row for row in same if is_ours(row)), None)
         rival = next((row for row in same if not is_ours(row)), None)

@@ -113,7 +113,7 @@ def interleave(
     """Milliseconds of each function, one call of each in turn, and notes on those that cannot be called.
 
     Beforehand all are called three times in turn, or once where that takes long, and more often where a device takes its time
-    to reach full speed. Where it takes long and these functions have had earlier sittings, `before`, nothing is left to warm up.
+    to reach full speed. Those that have had earlier sittings, `before`, are called once, or where that takes long not at all.
     """
     notes: dict[str, str] = {}
 
@@ -123,11 +123,12 @@ def interleave(
             notes[name] = note
         return result
 
-    warm = bool(before) and together(before[-1][0]) > LONG_WARM_UP * 1e3
+    wanted = WARM_UP if not before else int(together(before[-1][0]) <= LONG_WARM_UP * 1e3)
     start = time.perf_counter()
-    for calls in itertools.count(1 if warm else 0):
+    for calls in itertools.count():
         spent = time.perf_counter() - start
-        if calls > 0 and spent > device.warm_up_seconds and (warm or calls >= WARM_UP or spent > LONG_WARM_UP):
+        enough = calls >= wanted or (calls > 0 and spent > LONG_WARM_UP)
+        if enough and spent >= device.warm_up_seconds:
             break
         for name, function in functions.items():
             if name not in notes:
@@ -199,7 +200,7 @@ def contestants_of(suite: Suite, case: Case, device, dtype, drawn):
         for name, asked in kernels_of(case.stem, device.type, dtype, case.shape).items()
     }
     functions["eager"] = suite.eager[case.stem]
-    functions |= suite.alternatives.get(case.stem, {})
+    functions |= suite.alternatives.get(case.stem, {}) if case.alternatives else {}
     seconds, notes = {}, {}
     if case.uncompiled:
         notes["compile_step"] = case.uncompiled
@@ -259,7 +260,7 @@ class Comparison:
     def __init__(self, suite: Suite, case: Case, device, dtype: str, threads: int, quick: bool, x=None):
         self.suite, self.case, self.device, self.dtype, self.threads = suite, case, device, dtype, threads
         self.seconds = (1.0 if quick or case.heavy else device.seconds) / device.sittings
-        self.rounds = max(2, math.ceil((3 if case.heavy else 6 if quick else 12) / device.sittings))
+        self.rounds = math.ceil((3 if case.heavy else 12) / device.sittings)
         self.passes = PASSES[1:] if quick else PASSES  # torch.compile has more to do for each
         kind = DTYPES[dtype]
         real = {} if x is None else {"x": x}
@@ -289,14 +290,18 @@ class Comparison:
             before.append(interleave(group, self.device, self.seconds, self.rounds, before))
 
     def rows(self) -> list[dict]:
-        """Of the quietest sitting. What else a machine does only ever adds time, to one sitting more than to another."""
+        """Of all sittings, with each contestant's `of_ours`: the median over the rounds of its time over our first one's.
+
+        What else a machine does slows down whole rounds: it is in the times, but hardly in the ratios.
+        """
         case, suite, device = self.case, self.suite, self.device
         kind = DTYPES[self.dtype]
         work = counts.work(case.stem, case.shape, kind.itemsize, suite.constant(case.stem))
         limit = None if work is None else limits.peak(device, kind, self.threads)
         rows = []
         for name_of_pass, group in self.runs.items():
-            times, failed = quietest(self.sittings[name_of_pass])
+            times, failed = pooled(self.sittings[name_of_pass])
+            ours = next((times[name] for name in group if name.startswith("mann_kernels") and name in times), [])
             for name in [*group, *self.notes]:
                 kept = self.memory.get(name, {}) if name_of_pass == "fwd+bwd" else {}
                 same = name.removesuffix(" graph") not in self.others
@@ -305,6 +310,7 @@ class Comparison:
                     {"stem": case.stem, "shape": case.name, "pass": name_of_pass, "contestant": name}
                     | {"threads": self.threads, "device": device.type, "dtype": self.dtype}
                     | {**statistics(times.get(name)), "rounds": len(times.get(name, ()))}
+                    | {"of_ours": median_ratio(times.get(name, []), ours)}
                     | {"saved_mb": kept.get("saved_mb"), "peak_mb": kept.get("peak_mb")}
                     | {"compile_s": self.compile_seconds.get(name), "same_work": same}
                     | {"flops": needed and needed.flops, "bytes": needed and needed.bytes}
@@ -313,10 +319,17 @@ class Comparison:
         return rows
 
 
-def quietest(sittings) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """The sitting in which all together took the least time, of those with the fewest failures."""
+def pooled(sittings) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """The rounds of all sittings, and all notes; who failed in one of them has no times."""
+    notes = {name: note for _, failed in sittings for name, note in failed.items()}
+    times = {name: [one for every, _ in sittings for one in every[name]] for name in sittings[0][0] if name not in notes}
+    return times, notes
 
-    return min(sittings, key=lambda sitting: (len(sitting[1]), together(sitting[0])))
+
+def median_ratio(times: list[float], others: list[float]) -> float | None:
+    """Over the rounds that both have, of the times in the same round."""
+    ratios = [one / other for one, other in zip(times, others, strict=False)]
+    return torch.tensor(ratios, dtype=torch.float64).quantile(0.5).item() if ratios else None
 
 
 def time_case(*case, **options) -> list[dict]:

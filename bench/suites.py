@@ -22,6 +22,7 @@ class Case:
     loop: bool = False  # torch.compile the whole loop, not the step
     heavy: bool = False  # few rounds, nothing compiled
     uncompiled: str | None = None  # why nothing is compiled otherwise
+    alternatives: bool = True  # with the suite's for the stem
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def _mann_plan(chosen, shapes, quick):
             if not episode and name not in ("paper", "wide", "batch"):
                 continue
             shape = stems.SHAPES[name]
-            yield Case(stem, name, shape, heavy=name == "long")
+            # the other structures take twice as long as everybody else together: --quick has them at the paper's size alone
+            yield Case(stem, name, shape, heavy=name == "long", alternatives=not quick or name == "paper")
             if episode and (name == "paper" or (name not in ("long", "batch") and not quick)):
                 yield Case(stem, f"{name}@T={LOOP_STEPS}", shape.at(LOOP_STEPS), loop=True)
 

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from bench.groups import grouped, is_ours, of_limit
+from bench.groups import grouped, is_ours, of_limit, times_of
 
 
 def failures_table(rows):
@@ -38,7 +38,7 @@ def timings_table(rows):
             table.add_row(
                 *(*head, row["contestant"] if row["same_work"] else f"({row['contestant']})", number(row["median_ms"])),
                 f"{row['q1_ms']:.2f} - {row['q3_ms']:.2f}",
-                number(group.ours and row["median_ms"] / group.ours["median_ms"]),
+                number(times_of(row, group.ours)),
                 number(group.of_fastest(row)),
                 number(limit and 100 * limit, ".0f"),
                 *(number(row[key], ".1f") for key in ("saved_mb", "peak_mb", "compile_s")),

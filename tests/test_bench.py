@@ -131,6 +131,7 @@ def test_rows_of_timings(quick, passes, monkeypatch):
     assert {row["pass"] for row in rows} == passes
     assert all(row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] for row in rows)
     assert {(row["device"], row["note"]) for row in rows} == {("cpu", None)}
+    assert all((row["of_ours"] == 1) == (row["contestant"] == "mann_kernels") for row in rows)
 
 
 def test_saved_bytes_of_a_known_graph():
@@ -167,14 +168,22 @@ def test_omniglot_episodes(tmp_path):
         omniglot(tmp_path / "none.npz", 2, 1)
 
 
-def test_the_quietest_sitting_counts():
-    """All rows are of one sitting: that in which the contestants together took the least time."""
-    loud, quiet = {"a": [9.0, 9.0, 1.0], "b": [30.0, 31.0, 32.0]}, {"a": [10.0, 10.0], "b": [20.0, 20.0]}
-    assert harness.quietest([(loud, {}), (quiet, {}), (loud, {})]) == (quiet, {})
-    assert harness.quietest([({"a": [1.0]}, {"b": "failed"}), (loud, {})]) == (loud, {})
+def test_all_sittings_count():
+    first, second = ({"a": [1.0, 2.0], "b": [3.0, 4.0]}, {}), ({"a": [5.0]}, {"b": "failed"})
+    assert harness.pooled([first, first]) == ({"a": [1.0, 2.0] * 2, "b": [3.0, 4.0] * 2}, {})
+    assert harness.pooled([first, second]) == ({"a": [1.0, 2.0, 5.0]}, {"b": "failed"})
+    assert harness.pooled([second, first]) == ({"a": [5.0, 1.0, 2.0]}, {"b": "failed"})
 
 
-@pytest.mark.parametrize(("took", "warmed"), [(400.0, 3), (600.0, 0)])
+def test_a_slow_spell_of_the_machine_is_not_in_the_ratio():
+    spells = [1.0] * 5 + [1.4] * 4
+    ours, other = [2 * spell for spell in spells], [5 * spell for spell in spells]
+    other[3] *= 100  # something else, once
+    assert harness.median_ratio(other, ours) == pytest.approx(2.5)
+    assert harness.median_ratio(other, []) is None
+
+
+@pytest.mark.parametrize(("took", "warmed"), [(400.0, 1), (600.0, 0)])
 def test_later_sittings_do_not_warm_up_what_takes_long(took, warmed):
     called = []
     for before, calls in (((), 3), ([({"a": [took]}, {})], warmed)):

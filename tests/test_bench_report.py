@@ -72,6 +72,10 @@ def test_the_ratio_is_against_the_fastest_that_does_the_same_work():
     assert [won.of_fastest(one) for one in won.rows] == [0.5, 1, 2.5, None]
     assert lost.of_fastest(lost.ours) == 2
     assert [groups.of_limit(one) for one in won.rows] == [None, 0.25, 0.1, None]
+    shaken = [row("mann_kernels", 2.0, of_ours=1.0), row("eager", 5.0, of_ours=3.0), row("slow", 4.0, of_ours=4.0)]
+    paired = groups.grouped(shaken)[0]  # what the rounds say counts, not the medians
+    assert (paired.gain, paired.rival["contestant"]) == (3.0, "eager")
+    assert [paired.of_fastest(one) for one in paired.rows] == [1, 3, 4]
     nobody = groups.grouped([row("mann_kernels", None, note="out of memory"), row("eager", 1.0)])[0]
     assert (nobody.ours, nobody.gain) == (None, None)
 
@@ -276,7 +280,7 @@ def test_a_report_of_a_sweep(tmp_path):
     for value in (20, 80, 320):
         for contestant in ("mann_kernels", "eager"):
             stopped = contestant == "eager" and value > 80
-            numbers = dict.fromkeys(("median_ms", "q1_ms", "q3_ms", "saved_mb"), None if stopped else value * 0.5)
+            numbers = dict.fromkeys(("median_ms", "q1_ms", "q3_ms", "min_ms", "saved_mb"), None if stopped else value * 0.5)
             head = {"variable": "T", "value": value, "contestant": contestant, "threads": 1, "device": "cpu"}
             note = sweep.OUT_OF_TIME if stopped else None
             rows.append(head | {"dtype": "float32", "note": note, "dominates": value >= 80} | numbers)
