@@ -322,7 +322,9 @@ class Comparison:
 def pooled(sittings) -> tuple[dict[str, list[float]], dict[str, str]]:
     """The rounds of all sittings, and all notes; who failed in one of them has no times."""
     notes = {name: note for _, failed in sittings for name, note in failed.items()}
-    times = {name: [one for every, _ in sittings for one in every[name]] for name in sittings[0][0] if name not in notes}
+    times = {
+        name: [one for every, _ in sittings for one in every[name]] for name in sittings[0][0] if name not in notes
+    }
     return times, notes
 
 

@@ -280,7 +280,9 @@ def test_a_report_of_a_sweep(tmp_path):
     for value in (20, 80, 320):
         for contestant in ("mann_kernels", "eager"):
             stopped = contestant == "eager" and value > 80
-            numbers = dict.fromkeys(("median_ms", "q1_ms", "q3_ms", "min_ms", "saved_mb"), None if stopped else value * 0.5)
+            numbers = dict.fromkeys(
+                ("median_ms", "q1_ms", "q3_ms", "min_ms", "saved_mb"), None if stopped else value * 0.5
+            )
             head = {"variable": "T", "value": value, "contestant": contestant, "threads": 1, "device": "cpu"}
             note = sweep.OUT_OF_TIME if stopped else None
             rows.append(head | {"dtype": "float32", "note": note, "dominates": value >= 80} | numbers)
