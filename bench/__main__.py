@@ -161,7 +161,8 @@ def main(
         bool,
         typer.Option(
             "--quick",
-            help="Training steps alone, fewer sizes and rounds; the loop compiled at the paper's size alone, MetaNet's update not.",
+            help="Training steps alone, fewer sizes and rounds; MetaNet's update not compiled, the compiled loop and MANN's other "
+            "structures at the paper's size alone.",
         ),
     ] = False,
     data: Annotated[Path | None, typer.Option(help="Packed Omniglot (20 x 20) for the paper's input.")] = None,
