@@ -4,6 +4,7 @@ The plain ones take the tensors of `bench.stems.inputs` in order and return what
 """
 
 import itertools
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,9 @@ from bench import peers
 from bench.stems import Shape
 
 EPS, DECAY = 1e-6, 0.99
-# What an earlier run compiled would hide how long compiling takes.
+# What an earlier run compiled would hide how long compiling takes. torch warns of that.
 torch.compiler.config.force_disable_caches = True
+warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
 
 
 def address(memory, key):

@@ -24,6 +24,13 @@ class Group(NamedTuple):
         """How many times as fast as the rival we are; below one we lose."""
         return times_of(self.rival, self.ours)
 
+    @property
+    def gain_quartiles(self) -> tuple[float, float] | None:
+        """Of the gain, over the rounds; None where we are not timed beside the rival, and in results that lack them."""
+        if self.gain is None or self.rival.get("of_ours_q1") is None:
+            return None
+        return self.rival["of_ours_q1"] / speed(self.ours), self.rival["of_ours_q3"] / speed(self.ours)
+
 
 def speed(row: dict) -> float:
     """By what contestants of one group are ranked: `of_ours` of the rounds, or in results that lack it the median."""

@@ -290,7 +290,7 @@ class Comparison:
             before.append(interleave(group, self.device, self.seconds, self.rounds, before))
 
     def rows(self) -> list[dict]:
-        """Of all sittings, with each contestant's `of_ours`: the median over the rounds of its time over our first one's.
+        """Of all sittings, with each contestant's `of_ours`: over the rounds, its time over our first one's.
 
         What else a machine does slows down whole rounds: it is in the times, but hardly in the ratios.
         """
@@ -310,7 +310,7 @@ class Comparison:
                     {"stem": case.stem, "shape": case.name, "pass": name_of_pass, "contestant": name}
                     | {"threads": self.threads, "device": device.type, "dtype": self.dtype}
                     | {**statistics(times.get(name)), "rounds": len(times.get(name, ()))}
-                    | {"of_ours": median_ratio(times.get(name, []), ours)}
+                    | ratios(times.get(name, []), ours)
                     | {"saved_mb": kept.get("saved_mb"), "peak_mb": kept.get("peak_mb")}
                     | {"compile_s": self.compile_seconds.get(name), "same_work": same}
                     | {"flops": needed and needed.flops, "bytes": needed and needed.bytes}
@@ -328,10 +328,13 @@ def pooled(sittings) -> tuple[dict[str, list[float]], dict[str, str]]:
     return times, notes
 
 
-def median_ratio(times: list[float], others: list[float]) -> float | None:
-    """Over the rounds that both have, of the times in the same round."""
-    ratios = [one / other for one, other in zip(times, others, strict=False)]
-    return torch.tensor(ratios, dtype=torch.float64).quantile(0.5).item() if ratios else None
+def ratios(times: list[float], others: list[float]) -> dict[str, float | None]:
+    """Median and quartiles, over the rounds that both have, of the times in the same round."""
+    names, found = ("of_ours_q1", "of_ours", "of_ours_q3"), [a / b for a, b in zip(times, others, strict=False)]
+    if not found:
+        return dict.fromkeys(names)
+    quartiles = torch.tensor(found, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    return dict(zip(names, quartiles.tolist(), strict=True))
 
 
 def time_case(*case, **options) -> list[dict]:

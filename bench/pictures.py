@@ -25,7 +25,7 @@ def _bars(values, labels, colors, texts, title, reference, start=0.0):
     for place, value, text in zip(places, values, texts, strict=True):
         axes.text(max(value, start), place, f" {text}", va="center", fontsize=8)
     axes.axvline(reference, color=GREY, linewidth=1)
-    axes.set_title(title, fontsize=10, loc="left")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")  # over all of the figure: labels may take half of its width
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.01)
     return figure, axes

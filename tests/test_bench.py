@@ -179,8 +179,10 @@ def test_a_slow_spell_of_the_machine_is_not_in_the_ratio():
     spells = [1.0] * 5 + [1.4] * 4
     ours, other = [2 * spell for spell in spells], [5 * spell for spell in spells]
     other[3] *= 100  # something else, once
-    assert harness.median_ratio(other, ours) == pytest.approx(2.5)
-    assert harness.median_ratio(other, []) is None
+    assert harness.ratios(other, ours)["of_ours"] == pytest.approx(2.5)
+    apart = harness.ratios([2.0, 4.0, 9.0, 16.0], [2.0, 2.0, 3.0])  # the last has nobody beside it
+    assert apart == {"of_ours_q1": 1.5, "of_ours": 2.0, "of_ours_q3": 2.5}
+    assert set(harness.ratios(other, []).values()) == {None}
 
 
 @pytest.mark.parametrize(("took", "warmed"), [(400.0, 1), (600.0, 0)])

@@ -1,4 +1,6 @@
+import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import mann_kernels
@@ -62,6 +65,11 @@ TIMINGS = [
     row("mann_kernels", 4.0, "wide"),
     row("eager", 2.0, "wide"),
 ]
+SHAKEN = [
+    row("mann_kernels", 2.0, of_ours_q1=1.0, of_ours=1.0, of_ours_q3=1.0),
+    row("eager", 5.0, of_ours_q1=2.75, of_ours=3.0, of_ours_q3=3.5),
+    row("slow", 4.0, of_ours_q1=3.5, of_ours=4.0, of_ours_q3=4.5),
+]
 
 
 def test_the_ratio_is_against_the_fastest_that_does_the_same_work():
@@ -72,9 +80,9 @@ def test_the_ratio_is_against_the_fastest_that_does_the_same_work():
     assert [won.of_fastest(one) for one in won.rows] == [0.5, 1, 2.5, None]
     assert lost.of_fastest(lost.ours) == 2
     assert [groups.of_limit(one) for one in won.rows] == [None, 0.25, 0.1, None]
-    shaken = [row("mann_kernels", 2.0, of_ours=1.0), row("eager", 5.0, of_ours=3.0), row("slow", 4.0, of_ours=4.0)]
-    paired = groups.grouped(shaken)[0]  # what the rounds say counts, not the medians
+    paired = groups.grouped(SHAKEN)[0]  # what the rounds say counts, not the medians
     assert (paired.gain, paired.rival["contestant"]) == (3.0, "eager")
+    assert (paired.gain_quartiles, won.gain_quartiles) == ((2.75, 3.5), None)
     assert [paired.of_fastest(one) for one in paired.rows] == [1, 3, 4]
     nobody = groups.grouped([row("mann_kernels", None, note="out of memory"), row("eager", 1.0)])[0]
     assert (nobody.ours, nobody.gain) == (None, None)
@@ -104,6 +112,23 @@ def test_a_page_that_needs_nothing_beside_it(tmp_path):
     assert '<td class="n bad">0.50</td>' in page  # a loss is shown as one
     assert "RuntimeError: &lt;no&gt; compiler" in page
     assert "Against " + "a.json" not in page
+
+
+def test_how_far_to_trust_a_ratio_is_beside_it(tmp_path):
+    invoke("report", written(tmp_path / "a.json", SHAKEN), "--out", tmp_path)
+    assert '<td class="n good">3.00</td>\n<td class="n">2.75 – 3.50</td>' in (tmp_path / "report.html").read_text()
+
+
+def test_a_long_note_leaves_the_table_readable():
+    console = Console(width=184, file=io.StringIO())
+    failed = row("mann_kernels graph", None, note="AcceleratorError: CUDA error: " + "operation failed, " * 12)
+    console.print(tables.timings_table([*TIMINGS, failed]))
+    lines = console.file.getvalue().splitlines()
+    assert "…" not in "".join(lines)
+    assert any(
+        re.search(r"cpu .*float32 .*lrua_step .*wide .*mann_kernels +│ +4\.00 │ 3\.90 - 4\.10 │", line)
+        for line in lines
+    )
 
 
 def test_what_got_slower_beyond_the_spread_is_marked(tmp_path):

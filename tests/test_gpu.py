@@ -106,6 +106,30 @@ def test_a_replay_follows_its_inputs(stem, device):
     assert len(kept["train"]) == len(want)
 
 
+@pytest.mark.parametrize("device", ["cpu", on_gpu("cuda")])
+def test_a_replay_of_metanet_follows_its_inputs(device):
+    """The whole update, forward and backward, captured with one task and replayed with another."""
+    torch.manual_seed(0)
+    metanet = mann_kernels.MetaNet.omniglot(3, filters=4).to(device)
+    labels, tasks = torch.arange(3, device=device), torch.rand(2, 3 + 5, 1, 28, 28).to(device)
+    images, kept = tasks[0].clone(), {}
+
+    def update():
+        logits = metanet(images[:3], labels, images[3:])
+        return logits.detach(), *torch.autograd.grad(logits.square().sum(), metanet.base_learner.parameters())
+
+    def make():
+        return (lambda: kept.update(got=update()),)
+
+    (replay,) = replays_of(device, make)
+    images.copy_(tasks[1])
+    replay()
+    for got, want in zip(kept["got"], update(), strict=True):
+        torch.testing.assert_close(got, want)
+    images.copy_(tasks[0])
+    assert not torch.allclose(update()[0], kept["got"][0])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stem", _backend.STEMS)
 def test_follows_the_current_stream(stem, device):
