@@ -25,8 +25,9 @@ class Device(Enum):
     cuda = "cuda"
 
 
-# wide enough for the table where no terminal says how wide it is
-console = Console(width=None if sys.stdout.isatty() else 184)
+#: Columns that the widest table takes, for where no terminal says how many there are.
+WIDE = 220
+console = Console(width=None if sys.stdout.isatty() else WIDE)
 
 
 def chosen(where, suite, stem, shape, quick):

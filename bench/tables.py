@@ -25,7 +25,7 @@ def timings_table(rows):
     shown = ("device", "dtype", "stem", "shape", "pass")
     for column in shown:
         table.add_column(column, no_wrap=True)
-    table.add_column("contestant")  # with a note, which may be a long one
+    table.add_column("contestant", min_width=25)  # as long as the longest name; a note after it may take several lines
     for column in ("median ms", "q1 - q3", "x ours", "x fastest", "% limit", "saved MiB", "peak MiB", "compile s"):
         table.add_column(column, justify="right", no_wrap=True)
     for group in grouped(rows):
