@@ -31,20 +31,27 @@ help:
 
 # pip runs when the pins change, and leaves byte-compiling to the first import (most is never imported); ninja decides at every call
 # what there is to compile.
-setup: $(VENV)/.requirements
-	@$(RUN) setup.py --quiet build_ext --inplace
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+BUILD := $(RUN) setup.py --quiet build_ext --inplace
+setup: $(VENV)/.requirements-dev
+	@$(BUILD)
 
-$(VENV)/.requirements: requirements-dev.txt pyproject.toml
+$(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements-bench
+	$(PIP) --no-compile -r $<
+	@touch $@
+
+$(VENV)/.requirements-bench: requirements-bench.txt pyproject.toml
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(PIP) --no-compile -r $<
+	$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # Both suites in their quick form, the growth with every size, and the report of all.
 REPORT := build/bench
-# What this machine does not run, minutes of compiling, is left to `make test`.
+# What this machine does not run, minutes of compiling, and what only tests and tools need is left to `make test`.
 bench: export MANN_NATIVE := 1
-bench: setup
+bench: $(VENV)/.requirements-bench
+	@$(BUILD)
 ifeq ($(strip $(BENCH)),)
 	$(RUN) -m bench --suite mann --quick --json $(REPORT)/mann.json
 	$(RUN) -m bench --suite metanet --quick --json $(REPORT)/metanet.json
@@ -82,7 +89,7 @@ verify-gpu: setup $(OTHER_PATH)
 
 # The documentation as a site, in build/site.
 docs: setup
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	$(PIP) -r docs/requirements.txt
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict -f docs/mkdocs.yml
 
 # A memory of a million slots over two processes, against the whole one (about 10 GB).
@@ -90,7 +97,7 @@ verify-sharded: setup
 	$(RUN) -m torch.distributed.run --standalone --nproc-per-node 2 tests/sharded.py large
 
 $(OTHER_PATH):
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$(OTHER_TRITON)
+	$(PIP) --no-deps --target $@ triton==$(OTHER_TRITON)
 
 # A second copy of the package with an instrumented library; the first test there checks that it is the one loaded.
 sanitize: setup

@@ -71,8 +71,11 @@ def _curves(axes, rows, quantity):
         points = [(row["value"], row[quantity]) for row in mine if row[quantity]]
         if not points:
             continue
-        color = COLORS.get(contestant, GREY)
-        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1.3, label=contestant)
+        color, line = (
+            COLORS.get(contestant.removesuffix(" graph"), GREY),
+            "--" if contestant.endswith(" graph") else "-",
+        )
+        axes.plot(*zip(*points, strict=True), f"o{line}", color=color, markersize=3, linewidth=1.3, label=contestant)
         stopped = next((row for row in mine if row["note"] is not None), None)
         if stopped is not None:
             # where it would have gone on, at the height of the last point that was measured

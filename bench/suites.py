@@ -68,8 +68,8 @@ def _called(module, options, others):
     return lambda stem: others.get(stem) or functools.partial(getattr(module, stem), **options.get(stem, {}))
 
 
-#: Steps of the loop that torch.compile unrolls: at 50 steps it compiles for minutes.
-LOOP_STEPS = 12
+#: Steps of the loop that torch.compile unrolls: at 50 steps it compiles for minutes, at 12 for most of one; --quick has fewer.
+LOOP_STEPS, QUICK_LOOP_STEPS = 12, 6
 
 
 def _mann_plan(chosen, shapes, quick):
@@ -84,7 +84,8 @@ def _mann_plan(chosen, shapes, quick):
             # the other structures take twice as long as everybody else together: --quick has them at the paper's size alone
             yield Case(stem, name, shape, heavy=name == "long", alternatives=not quick or name == "paper")
             if episode and (name == "paper" or (name not in ("long", "batch") and not quick)):
-                yield Case(stem, f"{name}@T={LOOP_STEPS}", shape.at(LOOP_STEPS), loop=True)
+                steps = QUICK_LOOP_STEPS if quick else LOOP_STEPS
+                yield Case(stem, f"{name}@T={steps}", shape.at(steps), loop=True)
 
 
 MANN = Suite(

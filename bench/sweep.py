@@ -65,16 +65,19 @@ def predicted(points: list[tuple[float, float]], value: float) -> float:
 
 
 class Contestant:
-    """One that is measured at growing values until it would exceed the bounds."""
+    """One that is measured at growing values until it would exceed the bounds; with `plain`, that one as a CUDA graph."""
 
-    def __init__(self, name: str, function):
-        self.name, self.function = name, function
+    def __init__(self, name: str, function, plain: "Contestant | None" = None):
+        self.name, self.function, self.plain = name, function, plain
         self.times: list[tuple[float, float]] = []
         self.saved: list[tuple[float, float]] = []
         self.note: str | None = None
 
     def may_run(self, value: int, bounds: Bounds) -> bool:
-        """Whether no bound would be exceeded. Who has once exceeded one is not asked again."""
+        """Whether no bound would be exceeded. Who has once exceeded one is not asked again, nor is its graph, for whose
+        capture it is called."""
+        if self.note is None and self.plain is not None:
+            self.note = self.plain.note
         if self.note is None and predicted(self.times, value) > bounds.seconds:
             self.note = OUT_OF_TIME
         if self.note is None and HELD * predicted(self.saved, value) > bounds.memory_mb:
@@ -89,11 +92,11 @@ class Contestant:
             self.note = OUT_OF_TIME
 
 
-def entrants(axis: Axis, compiled: bool) -> list[Contestant]:
+def entrants(axis: Axis, compiled: bool, graphs: bool) -> list[Contestant]:
     found = [Contestant("mann_kernels", MANN.ours(STEM)), Contestant("eager", contestants.EAGER[STEM])]
     if axis.compiled_once or compiled:
         found.append(Contestant("compile_step", contestants.compiled(STEM, loop=False)))
-    return found
+    return found + [Contestant(f"{one.name} graph", one.function, one) for one in found if graphs]
 
 
 class Point:
@@ -108,15 +111,14 @@ class Point:
         self.notes = {one.name: one.note for one in everybody if one not in running}
         drawn = inputs(STEM, shape) if running else {}
         for one in running:
-            work = harness.Work(STEM, drawn, dtype, device.device)
-            step = functools.partial(work.train, one.function)
-            if (
-                one.name == "compile_step"
-            ):  # compiled here and not while the clock runs; its hooks would compile it anew
-                _, one.note = attempt(device, step)
-            else:
-                saved = functools.partial(harness.saved_mb, work, one.function)
-                self.saved[one.name], one.note = attempt(device, saved)
+            make = functools.partial(self.make, one, drawn, dtype)
+            if one.plain is None:
+                step, one.note = attempt(device, make)
+            elif one.plain.note is None:
+                replays, one.note = attempt(device, lambda make=make: device.graphs(lambda: [make()]))
+                step = None if replays is None else replays[0]
+            else:  # it failed here
+                one.note = one.plain.note
             if one.note is None:
                 self.steps[one.name] = step
         times, failed = self.sit()
@@ -124,6 +126,16 @@ class Point:
             one.note = self.notes[one.name] = one.note or failed.get(one.name)
             if one.note is None:
                 one.keep(value, torch.tensor(times[one.name]).median().item(), self.saved.get(one.name), bounds)
+
+    def make(self, one: Contestant, drawn: dict, dtype: torch.dtype):
+        """A training step on tensors of its own; on the way it is compiled, or what it saves is noted."""
+        work = harness.Work(STEM, drawn, dtype, self.device.device)
+        step = functools.partial(work.train, one.function)
+        if one.name == "compile_step":  # here and not while the clock runs; the hooks of saved_mb would compile it anew
+            step()
+        elif one.plain is None:
+            self.saved[one.name] = harness.saved_mb(work, one.function)
+        return step
 
     def sit(self) -> tuple[dict, dict]:
         sittings = self.device.sittings
@@ -144,7 +156,7 @@ class Point:
 def run(variable: str, device, dtype: str, threads: int, bounds: Bounds, values=None, compiled=False) -> list[dict]:
     """A row for every value and contestant; those that were not run, or failed, say why in `note`."""
     axis, points = AXES[variable], []
-    everybody = entrants(axis, compiled)
+    everybody = entrants(axis, compiled, device.has_graphs)
     for value in values or axis.values:
         shape = replace(axis.base, **{variable: value})
         points.append(Point(shape, value, everybody, device, DTYPES[dtype], bounds))
@@ -163,9 +175,10 @@ def run(variable: str, device, dtype: str, threads: int, bounds: Bounds, values=
 
 def renew(everybody: list[Contestant]) -> None:
     """A compiled step of other sizes is compiled anew, or torch would make its sizes symbols."""
+    function = contestants.compiled(STEM, loop=False)
     for one in everybody:
-        if one.name == "compile_step":
-            one.function = contestants.compiled(STEM, loop=False)
+        if one.name.startswith("compile_step"):
+            one.function = function
 
 
 def fits(rows: list[dict]) -> list[dict]:

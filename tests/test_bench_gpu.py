@@ -10,7 +10,7 @@ from fake_cuda import PROPERTIES, FakeCuda
 from typer.testing import CliRunner
 
 from bench import __main__ as front
-from bench import contestants, devices, harness, limits, metanet_update, peers, store, tables
+from bench import contestants, devices, harness, limits, metanet_update, peers, pictures, store, sweep, tables
 from bench.metanet_augmented import ALTERNATIVES
 from bench.stems import Shape, inputs
 from bench.suites import MANN, METANET, Case, kernels_of, suite_of
@@ -209,6 +209,25 @@ def test_rows_of_metanet_on_a_gpu(gpu, stem):
     # torch.func, in a whole update written out, does not run under hooks on what is saved
     assert kept == set(plain) - {"compile_step"} - ({"eager"} if stem == metanet_update.STEM else set())
     assert {row["contestant"] for row in rows if row["peak_mb"] is not None} == set(plain)
+
+
+def test_a_sweep_has_graphs_too(gpu, fake, monkeypatch):
+    monkeypatch.setattr(sweep, "SECONDS", 0.0)
+    monkeypatch.setitem(sweep.AXES, "T", sweep.Axis(base=TINY, values=(2, 4), dominates=2))
+    rows = sweep.run("T", gpu, "float32", 1, sweep.Bounds())
+    plain = ["mann_kernels", "eager"]
+    assert [row["contestant"] for row in rows] == [*plain, *(f"{name} graph" for name in plain)] * 2
+    assert {row["note"] for row in rows} == {None}
+    assert fake.log.count("graph") == len(rows) / 2
+    assert fake.log.count("CUDAGraph.replay") >= len(rows) / 2 * sweep.ROUNDS
+    assert {row["contestant"] for row in rows if row["saved_mb"] is not None} == set(plain)
+    styles = {line.get_label(): line.get_linestyle() for line in pictures.sweep(rows).axes[0].lines}
+    assert styles == {"mann_kernels": "-", "eager": "-", "mann_kernels graph": "--", "eager graph": "--"}
+    # one that has taken too long is not called any more, not for a capture either
+    fake.log.clear()
+    rows = sweep.run("T", gpu, "float32", 1, sweep.Bounds(seconds=1e-9))
+    assert [row["note"] for row in rows[4:]] == [sweep.OUT_OF_TIME] * 4
+    assert fake.log.count("graph") == 2
 
 
 def test_out_of_memory_is_a_row(gpu):

@@ -49,7 +49,7 @@ def entrants(monkeypatch, called, slow=lambda T: 0.0):
             return (clock[0] - before) * 1e3 + 0.001
 
     named = (("mann_kernels", ours), ("eager", tired))
-    monkeypatch.setattr(sweep, "entrants", lambda axis, compiled: [sweep.Contestant(*one) for one in named])
+    monkeypatch.setattr(sweep, "entrants", lambda axis, compiled, graphs: [sweep.Contestant(*one) for one in named])
     return Clock()
 
 

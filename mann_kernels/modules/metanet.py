@@ -147,8 +147,8 @@ class MetaNet(nn.Module):
         for G tasks at once, each as if alone; or all of them without G.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it wants. Labels on a GPU are waited for, the one
-            wait of a call; they are not looked at while torch.compile traces or a CUDA graph is captured.
+        TypeError, ValueError: naming the argument, what it got and what it wants. Labels on a GPU are waited for; they are
+            not looked at while torch.compile traces or a CUDA graph is captured.
 
     The loss of the embedding is cross-entropy where each class has one support example, else the contrastive loss
     (Chopra et al. 2005) of random pairs (eq. 6 and 7), `D^2/2` for a pair of one class and `max(0, margin - D)^2/2` for
