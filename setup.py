@@ -5,8 +5,8 @@ binary serves every Python >= 3.10 and torch >= 2.10. The CUDA kernels are built
 stand in a library of their own, with the CUDA runtime inside. Everything else about the package is in pyproject.toml.
 
 Environment: CXX, CUDA_HOME (where nvcc is, if not on PATH and not from PyPI), MAX_JOBS, MANN_CUDA=0 (no CUDA kernels) and
-MANN_NATIVE=1: nothing is compiled that this machine does not run, so of the instruction sets the best of its CPU beside the
-baseline, and the CUDA kernels only where a driver is; those that are there stay.
+MANN_NATIVE=1: nothing is compiled that this machine does not run, so of the instruction sets the best of its CPU alone, and the
+CUDA kernels only where a driver is; those that are there stay.
 """
 
 import importlib.util
@@ -29,10 +29,10 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
 # Each C++ source is compiled once per instruction set. The baseline comes first, here and in the link line: it has the entry
 # points, and where several objects emit the same inline function of a header, the linker keeps the first, which every machine can
 # run.
-ISAS = {"baseline": "-DMANN_ENTRY=1"}
+ISAS = {"baseline": "-DMANN_ISA=baseline -DMANN_ENTRY=1"}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISAS["avx2"] = "-mavx2 -mfma"
-    ISAS["avx512"] = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512"
+    ISAS["avx2"] = "-DMANN_ISA=avx2 -mavx2 -mfma"
+    ISAS["avx512"] = "-DMANN_ISA=avx512 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512"
 CUDA_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra --threads 0"
 # Machine code runs on the later devices of the same generation (8.0 to 8.9, 9.0, 10.0 to 10.3), the PTX on every later one.
 WITHOUT_CLUSTERS = "-gencode arch=compute_80,code=sm_80"
@@ -47,13 +47,14 @@ def native() -> bool:
 
 
 def isas() -> dict[str, str]:
-    """The flags of every instruction set to compile for."""
+    """The flags of every instruction set to compile for, and of "entry", the entry points without the baseline's kernels."""
     import torch
 
     if not native():
         return ISAS
     best = {"AVX2": "avx2", "AVX512": "avx512"}.get(torch.backends.cpu.get_cpu_capability())
-    return {isa: flags for isa, flags in ISAS.items() if isa in ("baseline", best)}
+    alone = {"entry": f"{ISAS['baseline']} -DMANN_ENTRY_ALONE=1"}
+    return alone | {best: ISAS[best]} if best in ISAS else {"baseline": ISAS["baseline"]}
 
 
 def compiler() -> str:
@@ -116,7 +117,7 @@ def cpp_ninja(output: Path, objects: Path) -> str:
     sanitizers = os.environ.get("MANN_SANITIZE")  # e.g. "address,undefined"
     extra = f" -fsanitize={sanitizers} -fno-omit-frame-pointer -O2 -g1" if sanitizers else ""
     sources = [
-        (source, objects / f"{isa}-{source.stem}.o", f"-DMANN_ISA={isa} {flags}")
+        (source, objects / f"{isa}-{source.stem}.o", flags)
         for isa, flags in isas().items()
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     ]

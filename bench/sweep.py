@@ -74,10 +74,7 @@ class Contestant:
         self.note: str | None = None
 
     def may_run(self, value: int, bounds: Bounds) -> bool:
-        """Whether no bound would be exceeded. Who has once exceeded one is not asked again, nor is its graph, for whose
-        capture it is called."""
-        if self.note is None and self.plain is not None:
-            self.note = self.plain.note
+        """Whether no bound would be exceeded. Who has once exceeded one is not asked again."""
         if self.note is None and predicted(self.times, value) > bounds.seconds:
             self.note = OUT_OF_TIME
         if self.note is None and HELD * predicted(self.saved, value) > bounds.memory_mb:
@@ -117,7 +114,7 @@ class Point:
             elif one.plain.note is None:
                 replays, one.note = attempt(device, lambda make=make: device.graphs(lambda: [make()]))
                 step = None if replays is None else replays[0]
-            else:  # it failed here
+            else:  # who is called no more is not called for a capture either
                 one.note = one.plain.note
             if one.note is None:
                 self.steps[one.name] = step

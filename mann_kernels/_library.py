@@ -28,7 +28,8 @@ cuda_plan: Callable[..., int] | None = None
 #: The operators that have a CUDA kernel; filled when the extension loads.
 cuda_kernels: frozenset[str] = frozenset()
 
-#: Instruction sets of the C++ kernels, from the least; one binary has them all and takes the best the machine runs.
+#: Instruction sets of the C++ kernels, from the least; one binary has them all (with MANN_NATIVE=1 one) and takes the best
+#: the machine runs.
 ISAS = ("baseline", "avx2", "avx512")
 _cpu_isa = None
 
@@ -71,8 +72,13 @@ def load_cpp() -> None:
     """Load the extension that registers the C++ kernels; remember why if that fails."""
     global cpp_missing, cpp_kernels, _cpu_isa
     cpp_missing, origin, cpp_kernels = _load("_C", "CPU", "pip install builds it where a C++ compiler is")
-    if origin is not None:
-        _cpu_isa = ctypes.CDLL(origin).mann_cpu_isa
+    if origin is None:
+        return
+    picked = ctypes.CDLL(origin).mann_cpu_isa
+    if picked(-1) >= 0:
+        _cpu_isa = picked
+    else:
+        cpp_missing, cpp_kernels = f"{origin} was built with MANN_NATIVE=1 for another CPU: build it again", frozenset()
 
 
 def load_cuda() -> None:

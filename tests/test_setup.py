@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,8 +78,8 @@ class TestSetup:
         said, there = self.build(tree, "13.0", MANN_NATIVE="1")
         assert (said, there) == ("", False)
         made = {path.stem.split("-")[0] for path in (tree / "build/ninja").glob("*.o")}
-        best = {"AVX2": {"avx2"}, "AVX512": {"avx512"}}.get(torch.backends.cpu.get_cpu_capability(), set())
-        assert made == {"baseline"} | best
+        best = {"AVX2": "avx2", "AVX512": "avx512"}.get(torch.backends.cpu.get_cpu_capability())
+        assert made == ({"baseline"} if best is None else {"entry", best})
         # of what was built before, all stays that is a library of its own
         assert self.build(tree, "13.0") == ("", True)
         assert self.build(tree, "13.0", MANN_NATIVE="1") == ("", True)
@@ -126,3 +127,26 @@ def test_a_library_linked_without_an_instruction_set_never_picks_it(tmp_path):
         assert [pick(limit) for limit in (-1, 0, 1, 2)] == [
             usable[-1], 0, max(n for n in usable if n <= 1), usable[-1]
         ]  # fmt: skip
+    # entry points alone: what is there for any limit, and where this machine runs nothing of it, that
+    objects[0] = tmp_path / "entry.o"
+    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DMANN_ISA=baseline", "-DMANN_ENTRY=1"]
+    command = ["c++", *flags, "-DMANN_ENTRY_ALONE=1", "-c", ROOT / "csrc/cpu/isa.cpp", "-o", objects[0]]
+    subprocess.run(command, check=True)
+    for number in (1, 2, None):
+        library = tmp_path / f"only-{number}.so"
+        linked = objects[:1] if number is None else [objects[0], objects[number]]
+        subprocess.run(["c++", "-shared", *linked, "-o", library], check=True)
+        pick = ctypes.CDLL(str(library)).mann_cpu_isa
+        runs = number is not None and number <= best
+        assert [pick(limit) for limit in (-1, 0, 1, 2)] == [number if runs else -1] * 4
+
+
+def test_a_library_for_another_cpu_is_not_used(monkeypatch):
+    for name in ("cpp_missing", "cpp_kernels", "_cpu_isa"):
+        monkeypatch.setattr(_library, name, getattr(_library, name))
+    monkeypatch.setattr(_library, "_cpu_isa", None)
+    monkeypatch.setattr(_library, "_load", lambda *names: (None, "_C.so", frozenset(["lrua_step"])))
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(mann_cpu_isa=lambda limit: -1))
+    _library.load_cpp()
+    assert _library.cpp_missing == "_C.so was built with MANN_NATIVE=1 for another CPU: build it again"
+    assert (_library.cpp_kernels, _library.cpu_isa()) == (frozenset(), None)

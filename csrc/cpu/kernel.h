@@ -3,6 +3,7 @@
 // A kernel is a template <typename S> void name(const Args &, int64_t begin, int64_t end, void *scratch) over the
 // examples [begin, end), in the namespace MANN_ISA. Its source file is compiled once per instruction set; MANN_KERNEL
 // makes of each a plain function. The file's entry points, compiled once (MANN_ENTRY), call the one that isa() names.
+// In a library for one machine they may stand alone (MANN_ENTRY_ALONE), without the baseline's kernels.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +27,7 @@ struct FastRows {
     int64_t task_stride, row_stride;
 };
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+enum class Isa { kNone = -1, kBaseline, kAvx2, kAvx512 };
 Isa isa(); // in isa.cpp; never one that this library was linked without
 
 // A library for one machine may be linked without an instruction set: its kernels are null then.
@@ -34,6 +35,11 @@ Isa isa(); // in isa.cpp; never one that this library was linked without
 
 } // namespace mann
 
+#if defined(MANN_ENTRY_ALONE)
+#define MANN_KERNEL(name, Args) MANN_PICK(name)
+#define MANN_BASELINE(name) nullptr
+#else
+#define MANN_BASELINE(name) baseline::name##_kernel
 #define MANN_KERNEL(name, Args)                                                                                        \
     namespace mann::MANN_ISA {                                                                                         \
     void name##_kernel(Storage storage, const void *args, int64_t begin, int64_t end, void *scratch) {                 \
@@ -44,6 +50,7 @@ Isa isa(); // in isa.cpp; never one that this library was linked without
     }                                                                                                                  \
     }                                                                                                                  \
     MANN_PICK(name)
+#endif
 
 #if !defined(MANN_ENTRY)
 #define MANN_PICK(name)
@@ -59,12 +66,12 @@ Isa isa(); // in isa.cpp; never one that this library was linked without
     Kernel name##_pick() {                                                                                             \
         const Isa set = isa();                                                                                         \
         return set == Isa::kAvx512 ? avx512::name##_kernel                                                             \
-                                   : (set == Isa::kAvx2 ? avx2::name##_kernel : baseline::name##_kernel);              \
+                                   : (set == Isa::kAvx2 ? avx2::name##_kernel : MANN_BASELINE(name));                  \
     }                                                                                                                  \
     }
 #else
 #define MANN_PICK(name)                                                                                                \
     namespace mann {                                                                                                   \
-    Kernel name##_pick() { return baseline::name##_kernel; }                                                           \
+    Kernel name##_pick() { return MANN_BASELINE(name); }                                                               \
     }
 #endif
