@@ -1,4 +1,4 @@
-# make bench   verify every kernel, then time it: build/bench/report.html and its pictures; ten minutes
+# make bench   verify every kernel, then time it: build/bench/report.html and its pictures; twelve minutes
 #              (with BENCH="--stem mann_sequence", "sweep --variable N", ...: python -m bench with these)
 # make test    run the tests                             (TEST="-k name" is passed on)
 # make reproduce DATA=FILE   train MANN and LSTM on Omniglot and print the paper's table beside ours (hours; goes on where it was)
