@@ -4,12 +4,21 @@
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from mann_kernels.modules import MANN, MANNState
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from mann_kernels.modules.mann import Behaviour, MemoryOptions
+
+#: What a `DNC` carries from call to call: controller_hidden, memory and read_vectors.
+Triple = tuple[Any, Any, torch.Tensor | None]
 
 __all__ = ["DNC", "LSTM", "load_tristandeleu"]
 
@@ -42,14 +51,16 @@ class LSTM(nn.Module):
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
-        dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0, device=None, dtype=None, **options,
+        dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        **options: "Unpack[MemoryOptions]",
     ):  # fmt: skip
         super().__init__()
         _only(
             num_layers=(num_layers, 1), bias=(bias, True), dropout=(dropout, 0.0), bidirectional=(bidirectional, False)
         )
         _only(controller=(options.get("controller", "lstm"), "lstm"))
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.mann = MANN(input_size, hidden_size, batch_first=batch_first, **kind, **options)
         self.hidden_size, self.output_size = hidden_size, proj_size or hidden_size
         reads = self.mann.num_heads * self.mann.slot_size
@@ -60,7 +71,9 @@ class LSTM(nn.Module):
         """Numbers of an example's state."""
         return sum(torch.Size(shape).numel() for shape in self.mann._state_shapes(1))
 
-    def forward(self, x: torch.Tensor | PackedSequence, hx: tuple[torch.Tensor, torch.Tensor] | None = None):
+    def forward(
+        self, x: torch.Tensor | PackedSequence, hx: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor | PackedSequence, tuple[torch.Tensor, torch.Tensor]]:
         alone = isinstance(x, torch.Tensor) and x.dim() == 2
         output, state = self.mann(x, None if hx is None else self._unpacked(hx, alone))
         if isinstance(output, PackedSequence):
@@ -119,8 +132,8 @@ class DNC(nn.Module):
         self, input_size: int, hidden_size: int, rnn_type: str = "lstm", num_layers: int = 1, num_hidden_layers: int = 1,
         bias: bool = True, batch_first: bool = True, dropout: float = 0, bidirectional: bool = False, nr_cells: int = 5,
         read_heads: int = 2, cell_size: int = 10, nonlinearity: str = "tanh", gpu_id: int = -1,
-        independent_linears: bool = False, share_memory: bool = True, debug: bool = False, clip: float = 20, device=None,
-        **options,
+        independent_linears: bool = False, share_memory: bool = True, debug: bool = False, clip: float = 20,
+        device: torch.device | str | None = None, **options: "Unpack[Behaviour]",
     ):  # fmt: skip
         super().__init__()
         _only(rnn_type=(rnn_type, "lstm"), num_layers=(num_layers, 1), num_hidden_layers=(num_hidden_layers, 1))
@@ -132,7 +145,10 @@ class DNC(nn.Module):
         )
         self.output = nn.Linear(hidden_size + read_heads * cell_size, input_size, device=device)
 
-    def forward(self, input, hx=(None, None, None), reset_experience: bool = False, pass_through_memory: bool = True):
+    def forward(
+        self, input: torch.Tensor, hx: "Triple | None" = (None, None, None),
+        reset_experience: bool = False, pass_through_memory: bool = True,
+    ) -> "tuple[torch.Tensor, Triple]":  # fmt: skip
         _only(pass_through_memory=(pass_through_memory, True))
         if hx is not None and (not isinstance(hx, tuple | list) or len(hx) != 3):
             raise TypeError(f"hx: got {type(hx).__name__}, want (controller_hidden, memory, read_vectors) or None")

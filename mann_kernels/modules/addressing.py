@@ -24,7 +24,10 @@ class ContentAddressing(nn.Module):
 
     beta: nn.Parameter | None
 
-    def __init__(self, num_heads: int = 1, *, key_strength: bool = False, eps: float = 1e-6, device=None, dtype=None):
+    def __init__(
+        self, num_heads: int = 1, *, key_strength: bool = False, eps: float = 1e-6,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.num_heads, self.eps = num_heads, eps
         beta = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if key_strength else None

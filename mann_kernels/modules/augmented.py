@@ -60,7 +60,8 @@ class AugmentedLinear(_Augmented, nn.Linear):
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *,
-        form: str = "output", activation: str = "relu", device=None, dtype=None,
+        form: str = "output", activation: str = "relu",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._set_form(form, activation)
@@ -104,7 +105,8 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, dilation: int = 1,
         groups: int = 1, bias: bool = True, padding_mode: str = "zeros", *,
-        form: str = "output", activation: str = "relu", pool: bool = False, device=None, dtype=None,
+        form: str = "output", activation: str = "relu", pool: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         wanted = {"stride": (stride, 1), "dilation": (dilation, 1), "groups": (groups, 1)}
         for name, (got, want) in (wanted | {"padding_mode": (padding_mode, "zeros")}).items():
@@ -113,7 +115,7 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
         for name, size in {"kernel_size": kernel_size, "padding": padding}.items():
             if not isinstance(size, int):
                 raise TypeError(f"{name}: got {size!r}, want one int, the same in both directions")
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=bias, **kind)
         self._set_form(form, activation)
         self.pool = pool
@@ -164,6 +166,9 @@ class AugmentedSequential(nn.Sequential):
     layers see [G*L, ...].
     """
 
+    def __init__(self, *layers: nn.Module):
+        super().__init__(*layers)
+
     @property
     def augmented(self) -> list[AugmentedLinear | AugmentedConv2d]:
         """The layers that take fast weights, in order."""
@@ -202,7 +207,9 @@ class AugmentedSequential(nn.Sequential):
         return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     @torch.compiler.disable  # a gradient taken within the forward pass: torch.compile runs this part as it is
-    def loss_gradients(self, x: torch.Tensor, losses, *, create_graph: bool = False) -> list[torch.Tensor]:
+    def loss_gradients(
+        self, x: torch.Tensor, losses: Callable[[torch.Tensor], torch.Tensor], *, create_graph: bool = False
+    ) -> list[torch.Tensor]:
         """The gradients of many losses with respect to the slow weights of the augmented layers, from one pass.
 
         Args:

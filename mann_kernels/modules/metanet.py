@@ -1,6 +1,6 @@
 """Meta Networks (Munkhdalai & Yu 2017): slow weights, fast weights generated from loss gradients, and a memory of them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,25 @@ from mann_kernels.modules.state import MetaNetState
 from mann_kernels.ops import content_address, generate_fast_weights, summarize_gradients
 from mann_kernels.ops._check import choice
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 VARIANTS = ("metanet-", "metanet", "metanet+")
 #: How much smaller than usual the last layers of m and d start, so that the fast branch begins as a small addition.
 FIRST_FAST = 0.1
+
+
+class MetaNetOptions(TypedDict, total=False):
+    """The arguments of a MetaNet that its presets hand on to it, all of them optional."""
+
+    variant: str
+    second_order: bool
+    summary_steps: int
+    shared_generators: bool
+    hidden_size: int
+    p: float
+    margin: float
+    eps: float
 
 
 class FastWeightGenerator(nn.Module):
@@ -32,7 +48,10 @@ class FastWeightGenerator(nn.Module):
         TypeError, ValueError: a size below 1; otherwise as mann_kernels.generate_fast_weights.
     """
 
-    def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
+    def __init__(
+        self, hidden_size: int = 20, *, p: float = 7.0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__()
         check_sizes(hidden_size=hidden_size)
         self.hidden_size, self.p = hidden_size, p
@@ -67,7 +86,10 @@ class GradientSummarizer(nn.Module):
         TypeError, ValueError: a size below 1; otherwise as mann_kernels.summarize_gradients.
     """
 
-    def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
+    def __init__(
+        self, hidden_size: int = 20, *, p: float = 7.0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__()
         check_sizes(hidden_size=hidden_size)
         self.hidden_size, self.p = hidden_size, p
@@ -105,17 +127,8 @@ class FastWeightMemory(nn.Module):
         super().__init__()
         self.eps = eps
 
-    @staticmethod
-    def write(index: torch.Tensor, memory: torch.Tensor, key: torch.Tensor, fast: torch.Tensor):
-        """index [G, S, K], memory [G, S, P] with rows key [G, n, K], fast [G, n, P] appended to both."""
-        return torch.cat([index, key], 1), torch.cat([memory, fast], 1)
-
     def forward(self, index: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return content_address(index, key, eps=self.eps)
-
-    def read(self, index: torch.Tensor, memory: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """The mixtures themselves, [G, L, P]: what the augmented layers never build."""
-        return self(index, key) @ memory
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
@@ -158,7 +171,8 @@ class MetaNet(nn.Module):
     def __init__(
         self, base_learner: AugmentedSequential, embedding: AugmentedSequential, embedding_head: nn.Module, *,
         variant: str = "metanet", second_order: bool = False, summary_steps: int = 5, shared_generators: bool = False,
-        hidden_size: int = 20, p: float = 7.0, margin: float = 1.0, eps: float = 1e-6, device=None, dtype=None,
+        hidden_size: int = 20, p: float = 7.0, margin: float = 1.0, eps: float = 1e-6,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
         choice("variant", variant, *VARIANTS)
@@ -172,7 +186,7 @@ class MetaNet(nn.Module):
         self.variant, self.second_order, self.summary_steps, self.margin = variant, second_order, summary_steps, margin
         self.shared_generators = shared_generators
         self.memory = FastWeightMemory(eps=eps)
-        options = {"p": p, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"p": p, "device": device, "dtype": dtype}
         summarized = {"metanet-": [], "metanet": [embedding], "metanet+": [embedding, base_learner]}[variant]
         self.generators = self._for_kinds(lambda: FastWeightGenerator(hidden_size, **options), [base_learner])
         self.summarizers = self._for_kinds(lambda: GradientSummarizer(hidden_size, **options), summarized)
@@ -185,7 +199,11 @@ class MetaNet(nn.Module):
         return nn.ModuleDict({kind: make() for kind in kinds})
 
     @classmethod
-    def omniglot(cls, ways: int = 5, *, filters: int = 64, device=None, dtype=None, **options) -> "MetaNet":
+    def omniglot(
+        cls, ways: int = 5, *, filters: int = 64,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        **options: "Unpack[MetaNetOptions]",
+    ) -> "MetaNet":  # fmt: skip
         """The paper's Omniglot network, for images [1, 28, 28]: 5 convolutions 3 x 3 with 64 filters, each followed by a
         2 x 2 max-pool in ceil mode, one hidden linear layer and the classes, without biases; all layers augmented. At
         5 ways 148,032 + 4,416 fast weights for each support example. `options` are MetaNet's."""
@@ -200,8 +218,10 @@ class MetaNet(nn.Module):
 
     @classmethod
     def mini_imagenet(
-        cls, ways: int = 5, *, filters: int = 32, batch_norm: bool = False, device=None, dtype=None, **options
-    ) -> "MetaNet":
+        cls, ways: int = 5, *, filters: int = 32, batch_norm: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        **options: "Unpack[MetaNetOptions]",
+    ) -> "MetaNet":  # fmt: skip
         """The paper's mini-ImageNet network, for images [3, 84, 84]: as `omniglot` with 32 filters, the first three
         convolutions without fast weights. At 5 ways 18,432 + 84,384 fast weights for each support example.
 
