@@ -246,9 +246,7 @@ def sweep_command(
 def report_command(
     result: Annotated[
         list[Path],
-        typer.Argument(
-            help="What --json wrote; several files of one machine are taken together. Those of cost are shown beside."
-        ),
+        typer.Argument(help="What --json wrote; several files of one machine are taken together."),
     ],
     compare: Annotated[
         Path | None, typer.Option(help="Earlier results: what got slower beyond the spread is marked.")
@@ -259,27 +257,13 @@ def report_command(
     from bench import report
 
     try:
-        predicted = store.predictions(result)
-        measured = [path for path in result if path not in predicted]
-        if not measured:
-            raise ValueError("got predictions alone, want results of a machine too")
-        new = store.read_together(measured)
+        new = store.read_together(result)
         old = None if compare is None else store.read(compare)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     compared = None if compare is None else compare.name
-    for path in report.write(new, out, old, compared, list(predicted.values())):
+    for path in report.write(new, out, old, compared):
         console.print(f"Wrote {path}")
-
-
-@app.command("cost", context_settings={"ignore_unknown_options": True}, add_help_option=False)
-def cost(arguments: Annotated[list[str] | None, typer.Argument()] = None):
-    """What the GPU kernels would cost, predicted: launches, bytes, FLOPs, occupancy and roofline times."""
-    from bench.cost import main
-
-    command = typer.Typer(add_completion=False)
-    command.command()(main)
-    command(arguments or [], prog_name="python -m bench cost")
 
 
 if __name__ == "__main__":

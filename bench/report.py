@@ -66,10 +66,8 @@ def png(figure) -> bytes:
     return file.getvalue()
 
 
-def page(
-    result: dict, images: dict[str, bytes], old: dict | None = None, compared: str | None = None, predictions=()
-) -> str:
-    """The HTML page. `old` is what it is compared with, `compared` its name; `predictions` are those of `python -m bench cost`."""
+def page(result: dict, images: dict[str, bytes], old: dict | None = None, compared: str | None = None) -> str:
+    """The HTML page. `old` is what it is compared with, `compared` its name."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -80,7 +78,6 @@ def page(
         verification=result["verification"],
         groups=grouped(result["timings"]),
         fits=sweep.fits(result["sweep"]),
-        predictions=predictions,
         pictures=[
             {"title": title, "text": text, "data": base64.b64encode(images[name]).decode()}
             for name, (title, text) in PICTURES.items()
@@ -91,14 +88,12 @@ def page(
     )
 
 
-def write(
-    result: dict, folder: Path, old: dict | None = None, compared: str | None = None, predictions=()
-) -> list[Path]:
+def write(result: dict, folder: Path, old: dict | None = None, compared: str | None = None) -> list[Path]:
     """report.html and the PNG files, in a folder that is made where it is missing; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     images = {name: png(figure) for name, figure in figures(result).items()}
     paths = [folder / "report.html"]
-    paths[0].write_text(page(result, images, old, compared, predictions), encoding="utf-8")
+    paths[0].write_text(page(result, images, old, compared), encoding="utf-8")
     for name, content in images.items():
         paths.append(folder / f"{name}.png")
         paths[-1].write_bytes(content)

@@ -22,11 +22,6 @@ TABLES = {
         *("median_ms", "q1_ms", "q3_ms", "min_ms", "saved_mb"),
     },
 }
-#: Columns of the predicted ratios.
-PREDICTED = {
-    *("stem", "shape", "dtype", "backend", "gpu", "ours_us", "ours_host_us", "ours_device_us"),
-    *("eager_us", "eager_ratio", "compiled_us", "compiled_ratio", "graph_us", "graph_ratio"),
-}
 
 
 def summary(verification: list[dict]) -> list[dict]:
@@ -89,42 +84,23 @@ def _loaded(path: Path):
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def _checked(path: Path, result, keys, tables: dict[str, set[str]], command: str) -> dict:
-    wants = f"want a file that `{command} --json` wrote"
-    missing = [key for key in (*keys, *tables) if not isinstance(result, dict) or key not in result]
-    if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}: {wants}")
-    for name, columns in tables.items():
-        for number, row in enumerate(result[name]):
-            lacking = columns - row.keys() if isinstance(row, dict) else columns
-            if lacking:
-                raise ValueError(f"{path}: row {number} of {name} has no {', '.join(sorted(lacking))}: {wants}")
-    return result
-
-
 def read(path: Path) -> dict:
     """What a file holds.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
-    return _checked(path, _loaded(path), ("machine",), TABLES, "python -m bench")
-
-
-def predictions(paths: list[Path]) -> dict[Path, dict]:
-    """What those of the files hold that `python -m bench cost` wrote; of their rows, the ratios.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
-    found = {}
-    for path in paths:
-        result = _loaded(path)
-        if isinstance(result, dict) and "prediction" in result:
-            _checked(path, result, ("assumptions",), {"rows": {"table"}}, "python -m bench cost")
-            ratios = [row for row in result["rows"] if row["table"] == "ratios"]
-            found[path] = _checked(path, result | {"rows": ratios}, (), {"rows": PREDICTED}, "python -m bench cost")
-    return found
+    result = _loaded(path)
+    wants = "want a file that `python -m bench --json` wrote"
+    missing = [key for key in ("machine", *TABLES) if not isinstance(result, dict) or key not in result]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}: {wants}")
+    for name, columns in TABLES.items():
+        for number, row in enumerate(result[name]):
+            lacking = columns - row.keys() if isinstance(row, dict) else columns
+            if lacking:
+                raise ValueError(f"{path}: row {number} of {name} has no {', '.join(sorted(lacking))}: {wants}")
+    return result
 
 
 def read_together(paths: list[Path]) -> dict:

@@ -14,9 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_addoption(parser):
     parser.addoption("--all-targets", action="store_true", help="compile the Triton kernels for every GPU, not for two")
-    parser.addoption(
-        "--write-budgets", action="store_true", help="with it: note their registers and shared memory anew"
-    )
 
 
 @pytest.fixture(autouse=True)

@@ -181,38 +181,6 @@ def test_several_files_of_one_machine(tmp_path, monkeypatch):
         store.read_together([a, b])
 
 
-def test_a_prediction_is_shown_as_one(tmp_path):
-    ratios = dict.fromkeys(store.PREDICTED) | {"stem": "lrua_step", "shape": "paper", "dtype": "float32"}
-    ratios |= {
-        "table": "ratios",
-        "backend": "cuda",
-        "gpu": "H200",
-        "ours_us": 12.34,
-        "eager_us": 98.0,
-        "eager_ratio": 7.94,
-    }
-    said = {"prediction": "Nothing was run for it.", "assumptions": ["a launch takes <5>"]}
-    predicted = tmp_path / "cost.json"
-    predicted.write_text(json.dumps(said | {"rows": [{"table": "kernels"}, ratios]}))
-    found = written(tmp_path / "a.json", TIMINGS)
-    assert invoke("report", predicted, found, "--out", tmp_path).exit_code == 0
-    page = (tmp_path / "report.html").read_text()
-    places = [
-        page.index(word) for word in (">Predicted, not measured<", said["prediction"], ">H200<", ">12.3<", "98 (7.94)")
-    ]
-    assert places == sorted(places)
-    assert page.count("not counted") == 2
-    assert "a launch takes &lt;5&gt;" in page
-    assert invoke("report", found, "--out", tmp_path).exit_code == 0
-    assert "redicted" not in (tmp_path / "report.html").read_text()
-    assert "predictions alone" in invoke("report", predicted, "--out", tmp_path).output
-    predicted.write_text(json.dumps(said | {"rows": [{"table": "ratios"}]}))
-    with pytest.raises(
-        ValueError, match=r"cost.json: row 0 of rows has no backend.*`python -m bench cost --json` wrote"
-    ):
-        store.predictions([predicted])
-
-
 def test_verification_is_summed_up():
     rows = [
         VERIFIED,

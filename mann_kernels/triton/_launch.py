@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-#: Threads of a program. Counted by the PTX machine for two steps of mann_sequence backward at the paper's shape: 256 threads take
+#: Threads of a program. Counted in the compiled code of two steps of mann_sequence backward at the paper's shape: 256 threads take
 #: 271 thousand warp instructions and 74 thousand turns of shared memory; 512 take 357 and 111, and leave 128 registers to a
 #: thread that needs 240; 128 spill 1.6 KB a thread.
 THREADS = 256

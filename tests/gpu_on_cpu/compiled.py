@@ -17,13 +17,11 @@ from unittest import mock
 
 import torch
 import triton
-from emulated import emulated
-from occupancy import occupancy
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
 import mann_kernels
-from mann_kernels import _library
+from mann_kernels import _backend, _library
 from mann_kernels.triton import _launch
 
 #: Bytes of shared memory that one program may have (NVIDIA: the opt-in limit of the compute capability; AMD: LDS).
@@ -80,20 +78,23 @@ def compiled_for(target):
         found.append(Compiled(compiled, math.prod(grid), buffers))
         return compiled
 
+    def missing_on_cpu(name, stem, device, dtype, sizes=None):
+        return None if (name, device) == ("triton", "cpu") else missing(name, stem, device, dtype, sizes)
+
     kind = _launch.Gpu(driver.target.backend == "cuda", driver.target.warp_size)
+    missing = _backend.missing
     with (
-        emulated("sm_90"),
-        mann_kernels.backend("triton"),
-        mock.patch.object(triton.knobs.runtime, "add_stages_inspection_hook", None),
+        mock.patch.object(_backend, "missing", missing_on_cpu),
         mock.patch.object(JITFunction, "run", noted),
         mock.patch.object(_launch, "gpu", return_value=kind),
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mann_kernels.backend("triton"),
     ):
-        triton.runtime.driver.set_active(driver)
         yield found
 
 
-def resources_of(compiled, target):
-    """What ptxas, or the AMD assembler, gave each thread of a kernel; how many programs that lets in."""
+def resources_of(compiled):
+    """Registers and spilled bytes of a thread, by ptxas or the AMD assembler, and the shared memory of a program."""
     shared = compiled.metadata.shared
     if "cubin" not in compiled.asm:
         text = compiled.asm["amdgcn"]
@@ -104,8 +105,7 @@ def resources_of(compiled, target):
         cubin.write_bytes(compiled.asm["cubin"])
         text = dumped(cubin)
     registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
-    programs = occupancy(target, 32 * compiled.metadata.num_warps, registers, shared).programs
-    return {"registers": registers, "spilled": spilled, "shared": shared, "programs": programs}
+    return {"registers": registers, "spilled": spilled, "shared": shared}
 
 
 def dumped(binary: Path) -> str:
@@ -130,18 +130,6 @@ def cuda_resources(said: str) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def resources_of_cuda() -> dict[str, dict[str, dict[str, int]]]:
-    """The same of the built library."""
+    """What the kernels of the built CUDA library use, as cuda_resources()."""
     said = subprocess.run(["c++filt"], input=dumped(LIBRARY), capture_output=True, text=True, check=True).stdout
     return cuda_resources(said)
-
-
-def used_by_cuda(name, known):
-    """What the kernel of this mangled name uses: the most of its instances of the same storage type."""
-    narrow = "__nv_bfloat16" in name
-    same = [used for label, used in known.items() if label.split("<")[0] in name and ("bfloat16" in label) == narrow]
-    return {what: max(used[what] for used in same) for what in ("registers", "spilled", "shared")}
-
-
-def plain_name(name):
-    """Of a kernel, without what C++ adds: its namespace, the length of the name and the types."""
-    return re.sub(r"^_ZN4mann4cuda\d+", "", name).split("_kernel")[0]

@@ -1,4 +1,4 @@
-// Small kernels, right and with one fault each: what the tests try CUDA on the CPU and the PTX machine on.
+// Small kernels, right and with one fault each: what the tests try CUDA on the CPU on.
 #include "device.h"
 
 using namespace mann::cuda;

@@ -34,22 +34,6 @@ def case_of(name):
     return next(case for start, case in CASES.items() if name.startswith(start))
 
 
-#: In the order of enum Fault, by what stands behind the kernel's name.
-FAULTS = (
-    "", "missing barrier", "divergent barrier", "ends before barrier", "exited lane", "one past shared", "one past global",
-    "across blocks", "misaligned", "missing cluster barrier", "single buffer", "no last barrier", "one past of other", "no wait",
-    "shuffle for barrier",
-)  # fmt: skip
-
-
-def is_entry(symbol, name):
-    """Whether `symbol` is what the compiler calls this kernel."""
-    kernel, _, fault = name.partition(", ")
-    kernel = kernel.replace(" ", "_")
-    start = f"_Z{len(kernel)}{kernel}"
-    return symbol == f"{start}PKfPfi" or symbol.startswith(f"{start}IL5Fault{FAULTS.index(fault)}E")
-
-
 def given(name, seed=0):
     return np.random.default_rng(seed).standard_normal(case_of(name).given).astype(np.float32)
 
