@@ -186,9 +186,9 @@ def cuda_on_cpu(seed: int = 0, library: Path | None = None):
     loaded.mann_cuda_on_cpu_seed(seed)
     missing, operators = _backend.missing, _library.operators
 
-    def missing_on_cpu(name, stem, device, dtype, sizes=None):
+    def missing_on_cpu(name, stem, device, dtype):
         if (name, device) != ("cuda", "cpu"):
-            return missing(name, stem, device, dtype, sizes)
+            return missing(name, stem, device, dtype)
         return None if stem in kernels() and dtype in DTYPES else f"no CUDA kernel for {stem} in {dtype}"
 
     _backend.missing = missing_on_cpu
