@@ -1,18 +1,15 @@
-"""Builds the kernels against PyTorch's stable ABI: mann_kernels/_C.abi3.so in C++, mann_kernels/_CUDA.abi3.so in CUDA.
+"""Builds the kernels against PyTorch's stable ABI: mann_kernels/_C.abi3.so for the CPU, mann_kernels/_CUDA.abi3.so for GPUs.
 
 They are not Python modules: torch.ops.load_library loads them, and they need neither libpython nor one particular torch, so one
-binary serves every Python >= 3.10 and torch >= 2.10. The CUDA kernels are built where nvcc is, whether or not torch has CUDA, and
-stand in a library of their own, with the CUDA runtime inside. Everything else about the package is in pyproject.toml.
+binary serves every Python >= 3.10 and torch >= 2.10. Both are plain C++: the CUDA kernels go as text into the second, and are
+compiled where and when they run, by the NVRTC that torch brings along. Everything else about the package is in pyproject.toml.
 
-Environment: CXX, CUDA_HOME (where nvcc is, if not on PATH and not from PyPI), MAX_JOBS, MANN_CUDA=0 (no CUDA kernels) and
-MANN_NATIVE=1: nothing is compiled that this machine does not run, so of the instruction sets the best of its CPU alone, and the
-CUDA kernels only where a driver is; those that are there stay.
+Environment: CXX, MAX_JOBS, MANN_CUDA=0 (no CUDA kernels) and MANN_NATIVE=1: nothing is compiled that this machine does not run, so
+of the instruction sets the best of its CPU alone, and the CUDA kernels only where a driver is; those that are there stay.
 """
 
-import importlib.util
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -33,13 +30,6 @@ ISAS = {"baseline": "-DMANN_ISA=baseline -DMANN_ENTRY=1"}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = "-DMANN_ISA=avx2 -mavx2 -mfma"
     ISAS["avx512"] = "-DMANN_ISA=avx512 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512"
-CUDA_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra --threads 0"
-# Machine code runs on the later devices of the same generation (8.0 to 8.9, 9.0, 10.0 to 10.3), the PTX on every later one.
-WITHOUT_CLUSTERS = "-gencode arch=compute_80,code=sm_80"
-WITH_CLUSTERS = "-gencode arch=compute_90a,code=sm_90a -gencode arch=compute_100,code=[sm_100,compute_100]"
-EVERYWHERE = f"{WITHOUT_CLUSTERS} {WITH_CLUSTERS}"
-NEED_CLUSTERS = ("mann_sequence",)
-OLDEST_NVCC = (12, 8)  # the first that knows sm_100
 
 
 def native() -> bool:
@@ -61,27 +51,10 @@ def compiler() -> str:
     return os.environ.get("CXX", "c++")
 
 
-def find_nvcc() -> Path | None:
-    """nvcc: that of CUDA_HOME, on PATH, or of the package nvidia-cuda-nvcc of this environment."""
-    places = [Path(os.environ["CUDA_HOME"], "bin", "nvcc")] if "CUDA_HOME" in os.environ else []
-    if on_path := shutil.which("nvcc"):
-        places.append(Path(on_path).resolve())
-    package = importlib.util.find_spec("nvidia")
-    for folder in package.submodule_search_locations or () if package else ():
-        places += Path(folder).glob("cu*/bin/nvcc")
-    return next((place for place in places if place.exists()), None)
-
-
-def why_no_cuda(nvcc: Path | None) -> str | None:
+def why_no_cuda() -> str | None:
     if os.environ.get("MANN_CUDA") == "0":
         return "MANN_CUDA=0"
-    if nvcc is None:
-        return "no nvcc found"
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    version = re.search(r"release (\d+)\.(\d+)", said)
-    if tuple(map(int, version.groups())) < OLDEST_NVCC:
-        return f"{nvcc} is CUDA {version[1]}.{version[2]}, older than {'.'.join(map(str, OLDEST_NVCC))}"
-    return None
+    return None if platform.system() == "Linux" else f"there is no CUDA on {platform.system()}"
 
 
 def torch_flags() -> tuple[str, str]:
@@ -125,17 +98,29 @@ def cpp_ninja(output: Path, objects: Path) -> str:
     return ninja_file(command, f"{compiler()} -shared{extra} $in {linking} -o $out", sources, output)
 
 
-def cuda_ninja(nvcc: Path, output: Path, objects: Path) -> str:
-    compiling, linking = torch_flags()
-    sources = [
-        (source, objects / f"{source.stem}.o", WITH_CLUSTERS if source.stem in NEED_CLUSTERS else EVERYWHERE)
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+def cuda_texts() -> str:
+    """The files of csrc that CUDA kernels are made of, as C++."""
+    csrc = ROOT / "csrc"
+    files = [csrc / "cells.h", *sorted([*(csrc / "cuda").glob("*.cu"), *(csrc / "cuda").glob("*.h")])]
+    entries = [
+        f'    {{"{"../" if file.parent == csrc else ""}{file.name}", R"MANN({file.read_text()})MANN"}},\n'
+        for file in files
+        if file.name not in ("jit.h", "launch.h", "driver.h")
     ]
-    # nvcc knows where its libraries are, but that of PyPI looks in the wrong folder.
-    runtime = f"-L{nvcc.parents[1] / 'lib'}"
-    command = f"{nvcc} -ccbin {compiler()} {CUDA_FLAGS} {compiling}"
-    link = f"{nvcc} -ccbin {compiler()} -shared -arch=sm_80 -cudart static $in {runtime} {linking} -o $out"
-    return ninja_file(command, link, sources, output)
+    return (
+        "namespace mann::cuda {\nstruct File {\n    const char *name, *text;\n};\n"
+        f"extern const File kFiles[] = {{\n{''.join(entries)}    {{nullptr, nullptr}},\n}};\n}} // namespace mann::cuda\n"
+    )
+
+
+def cuda_ninja(output: Path, objects: Path) -> str:
+    compiling, linking = torch_flags()
+    texts = objects / "texts.cpp"
+    if not texts.exists() or texts.read_text() != cuda_texts():
+        texts.write_text(cuda_texts())
+    sources = [(source, objects / f"{source.stem}.o", "") for source in [texts, *sorted((ROOT / "csrc/cuda").glob("*.cpp"))]]
+    command = f"{compiler()} {FLAGS.replace('-O3', '-O2')} {compiling}"
+    return ninja_file(command, f"{compiler()} -shared $in {linking} -ldl -o $out", sources, output)
 
 
 class BuildNinja(build_ext):
@@ -150,10 +135,9 @@ class BuildNinja(build_ext):
             return self.build(output, name, cpp_ninja)
         if self.left_alone(ext):
             return None
-        nvcc = find_nvcc()
-        if why := why_no_cuda(nvcc):
+        if why := why_no_cuda():
             return self.leave_out(output, f"building without CUDA kernels: {why}")
-        return self.build(output, f"{name}-cuda", lambda output, objects: cuda_ninja(nvcc, output, objects))
+        return self.build(output, f"{name}-cuda", cuda_ninja)
 
     def left_alone(self, ext) -> bool:
         """Whether a library is neither built nor taken away."""

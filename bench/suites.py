@@ -175,9 +175,9 @@ def _sizes(stem: str, shape) -> dict | None:
 def kernels_of(stem: str, device: str, dtype: torch.dtype, shape=None) -> dict[str, str | None]:
     """The contestants that are ours, with the implementation that each asks for: the default, and on a GPU the others that can."""
     operators, sizes, found = suite_of(stem).operators(stem), _sizes(stem, shape), {"mann_kernels": None}
-    defaults = {_backend.default(operator, device, dtype, sizes)[0] for operator in operators}
+    defaults = {_backend.default(operator, device, dtype)[0] for operator in operators}
     for other in ("cuda", "triton") if device == "cuda" else ():
-        able = not any(_backend.missing(other, operator, device, dtype, sizes) for operator in operators)
+        able = not any(_backend.missing(other, operator, device, dtype) for operator in operators)
         if able and defaults != {other}:
             found[f"mann_kernels {other}"] = other
     return found
@@ -186,5 +186,5 @@ def kernels_of(stem: str, device: str, dtype: torch.dtype, shape=None) -> dict[s
 def backend_of(stem: str, device: str, dtype: torch.dtype, shape=None) -> tuple[str, str | None]:
     """The implementations of a stem's operators there, and why one of them is not a kernel (None if each is one)."""
     sizes = _sizes(stem, shape)
-    found = [_backend.default(operator, device, dtype, sizes) for operator in suite_of(stem).operators(stem)]
+    found = [_backend.default(operator, device, dtype) for operator in suite_of(stem).operators(stem)]
     return ", ".join(sorted({name for name, _ in found})), next((why for _, why in found if why is not None), None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mann_kernels import _cuda_plan, _library
+from mann_kernels import _library
 
 #: The stems: every public operator, in the order in which one builds on another.
 STEMS = (
@@ -27,9 +27,8 @@ STEMS = (
 NAMES = ("reference", "cpp", "triton", "cuda")
 CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16)
-#: The least compute capability that the CUDA kernels are compiled for; mann_sequence needs clusters.
-CUDA_CAPABILITY = {"mann_sequence": (9, 0)}
-ANY_CUDA_CAPABILITY = (8, 0)
+#: The least compute capability that the CUDA kernels are written for.
+CUDA_CAPABILITY = (8, 0)
 TRITON_DTYPES = (*CPP_DTYPES, torch.float16)
 #: What the compiler does not make, though the interpreter runs it.
 TRITON_CANNOT = {
@@ -66,11 +65,8 @@ def backend(name: str):
         _requested = before
 
 
-def missing(name: str, stem: str, device: str, dtype: torch.dtype, sizes: dict | None = None) -> str | None:
-    """Why the implementation `name` cannot run `stem` on this device and dtype; None if it can.
-
-    sizes: where it depends on them, of mann_sequence: N, W, R, H, write_add and key_strength; None leaves that open.
-    """
+def missing(name: str, stem: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why the implementation `name` cannot run `stem` on this device and dtype; None if it can."""
     if name == "reference":
         return None
     if name == "cpp":
@@ -99,10 +95,10 @@ def missing(name: str, stem: str, device: str, dtype: torch.dtype, sizes: dict |
         if dtype not in TRITON_DTYPES:
             return f"the Triton kernels take {', '.join(map(str, TRITON_DTYPES))}, not {dtype}"
         return None
-    return _cuda_missing(stem, device, dtype, sizes)
+    return _cuda_missing(stem, device, dtype)
 
 
-def _cuda_missing(stem: str, device: str, dtype: torch.dtype, sizes: dict | None) -> str | None:
+def _cuda_missing(stem: str, device: str, dtype: torch.dtype) -> str | None:
     if device != "cuda" or torch.version.hip is not None:
         return f"the CUDA kernels run on NVIDIA GPUs, not on {device if torch.version.hip is None else 'AMD GPUs'}"
     if _library.cuda_missing is not None:
@@ -111,56 +107,40 @@ def _cuda_missing(stem: str, device: str, dtype: torch.dtype, sizes: dict | None
         return f"this version has no CUDA kernel for {stem}"
     if dtype not in CUDA_DTYPES:
         return f"the CUDA kernels take {', '.join(map(str, CUDA_DTYPES))}, not {dtype}"
-    capability, shared_limit = _least_device()
-    wanted = CUDA_CAPABILITY.get(stem, ANY_CUDA_CAPABILITY)
-    if capability < wanted:
+    capability = _least_capability()
+    if capability < CUDA_CAPABILITY:
         return (
-            f"the CUDA kernel needs compute capability {'.'.join(map(str, wanted))} or more, a device here has"
+            f"the CUDA kernels need compute capability {'.'.join(map(str, CUDA_CAPABILITY))} or more, a device here has"
             f" {'.'.join(map(str, capability))}"
         )
-    if stem == "mann_sequence" and sizes is not None:
-        return _cuda_plan.missing(**sizes, dtype=dtype, shared_limit=shared_limit)
     return None
 
 
-def _least_device() -> tuple[tuple[int, int], int]:
+def _least_capability() -> tuple[int, int]:
     return _asked_devices()
 
 
-_least_device._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in _cuda_plan
+#: What torch.compiler.assume_constant_result does, which would import all of the compiler: it does not look inside.
+_least_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _asked_devices() -> tuple[tuple[int, int], int]:
-    """The least compute capability of the CUDA devices of this process, and the least shared memory that a block may have on
-    them; without a device, those of an H100."""
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    capability = min(((device.major, device.minor) for device in found), default=(9, 0))
-    shared = (device.shared_memory_per_block_optin for device in found)  # type: ignore[attr-defined]
-    return capability, min(shared, default=_cuda_plan.SHARED_LIMIT)
+def _asked_devices() -> tuple[int, int]:
+    """The least compute capability of the CUDA devices of this process; without a device, that of an H100."""
+    count = torch.cuda.device_count()
+    return min((torch.cuda.get_device_capability(i) for i in range(count)), default=(9, 0))
 
 
-#: Where the Triton kernel was the faster on an H200, two to four times, than the CUDA kernel, ...
-TRITON_FIRST = ("content_address", "lrua_step")
-#: ... and mann_sequence with recurrent weights of at most so many numbers: then they stay in a multiprocessor's own cache, and a
-#: cluster's barriers cost more than they save. Measured at 21,504 (Triton twice as fast) and 288,000 (CUDA twice as fast).
-SMALL_RECURRENT = 2**15
+#: The kernels for a device, the fastest first.
+BY_SPEED = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 
-def _by_speed(stem: str, device: str, sizes: dict | None) -> tuple[str, ...]:
-    """The kernels for a device, the fastest first."""
-    if device != "cuda":
-        return ("cpp",)
-    small = sizes is not None and 4 * sizes["H"] * (sizes["H"] + sizes["R"] * sizes["W"]) <= SMALL_RECURRENT
-    return ("triton", "cuda") if small or stem in TRITON_FIRST else ("cuda", "triton")
-
-
-def default(stem: str, device: str, dtype: torch.dtype, sizes: dict | None = None) -> tuple[str, str | None]:
+def default(stem: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
     """The implementation that runs when none is asked for, and why it is not a kernel (None if it is one)."""
-    for name in _by_speed(stem, device, sizes):
-        if missing(name, stem, device, dtype, sizes) is None:
+    for name in BY_SPEED.get(device, ("cpp",)):
+        if missing(name, stem, device, dtype) is None:
             return name, None
-    return "reference", missing("triton" if device == "cuda" else "cpp", stem, device, dtype, sizes)
+    return "reference", missing("triton" if device == "cuda" else "cpp", stem, device, dtype)
 
 
 #: Why no kernel runs in torch.func.vmap, grad, jacrev and the like, where plain PyTorch does the right thing.
@@ -172,17 +152,17 @@ def _warn_once(stem: str, device: str, why: str) -> None:
     warnings.warn(f"mann_kernels: {stem} on {device} runs as plain PyTorch, slowly: {why}", stacklevel=5)
 
 
-def select(stem: str, tensor: torch.Tensor, sizes: dict | None = None) -> str:
-    """The name of the implementation for this call of `stem`, decided by one of its tensors, and by sizes as in `missing`."""
+def select(stem: str, tensor: torch.Tensor) -> str:
+    """The name of the implementation for this call of `stem`, decided by one of its tensors."""
     device, dtype = tensor.device.type, tensor.dtype
     transformed = torch._C._are_functorch_transforms_active()  # what torch.autograd.Function itself asks
     if _requested is not None:
         refused = transformed and _requested != "reference"
-        why = TRANSFORMED if refused else missing(_requested, stem, device, dtype, sizes)
+        why = TRANSFORMED if refused else missing(_requested, stem, device, dtype)
         if why is not None:
             raise RuntimeError(f"backend {_requested!r} was asked for, but cannot run {stem}: {why}")
         return _requested
-    name, why = ("reference", TRANSFORMED) if transformed else default(stem, device, dtype, sizes)
+    name, why = ("reference", TRANSFORMED) if transformed else default(stem, device, dtype)
     if why is not None and not torch.compiler.is_compiling():
         _warn_once(stem, device, why)
     return name

@@ -7,7 +7,6 @@ import ctypes
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
 
 import torch
 
@@ -21,9 +20,6 @@ cpp_kernels: frozenset[str] = frozenset()
 
 #: Why the compiled CUDA kernels are missing, or None when they are loaded. They load without a device or a driver.
 cuda_missing: str | None = None
-
-#: The plan of mann_sequence, a C function of the extension: see _cuda_plan.py.
-cuda_plan: Callable[..., int] | None = None
 
 #: The operators that have a CUDA kernel; filled when the extension loads.
 cuda_kernels: frozenset[str] = frozenset()
@@ -82,15 +78,9 @@ def load_cpp() -> None:
 
 
 def load_cuda() -> None:
-    """The same for the CUDA kernels."""
-    global cuda_missing, cuda_plan, cuda_kernels
-    cuda_missing, origin, cuda_kernels = _load("_CUDA", "CUDA", "pip install builds it where nvcc 12.8 or later is")
-    if origin is None:
-        return
-    try:
-        cuda_plan = ctypes.CDLL(origin).mann_sequence_plan
-    except AttributeError:
-        cuda_missing = f"the compiled extension {origin} is older than this package: build it again"
+    """Load the extension that registers the CUDA kernels, which are compiled when they first run."""
+    global cuda_missing, cuda_kernels
+    cuda_missing, _, cuda_kernels = _load("_CUDA", "CUDA", "pip install builds it where a C++ compiler is")
 
 
 def cpu_isa(limit: str | None = None) -> str | None:

@@ -1,22 +1,29 @@
-// All that the kernels need of CUDA beside its own language: storage types, scalar functions for cells.h, shared
-// memory, clusters, tensor cores, asynchronous copies and the launch. Knows nothing of torch.
+// All that kernels need beside CUDA's own language: storage types, scalar functions for cells.h, shared memory,
+// clusters, messages between the blocks of a cluster, tensor cores, asynchronous copies. Includes nothing: NVRTC has no
+// files.
 //
 // With MANN_CUDA_ON_CPU the same names come from cuda_on_cpu.h, which runs the kernels on the CPU, one fiber per
 // thread.
 #pragma once
 
-#include <math.h>
-
-#include <cstdint>
-
 #if defined(MANN_CUDA_ON_CPU)
 #include "cuda_on_cpu.h"
 #else
-#include <stdexcept>
-#include <string>
-
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
+// The one parameter of a kernel is a struct, by value. With CUDA on the CPU it is a function that the harness can find.
+#define MANN_KERNEL(name, threads, Args)                                                                               \
+    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+#if defined(__CUDACC_RTC__)
+using int8_t = signed char;
+using uint8_t = unsigned char;
+using int16_t = short;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+#else
+#include <cstdint>
+#endif
 #endif
 
 // The namespace of everything that runs on the GPU.
@@ -25,7 +32,10 @@
 
 namespace mann::cuda {
 
-using Bf16 = __nv_bfloat16;
+// bfloat16: the upper half of a float.
+struct Bf16 {
+    uint16_t bits;
+};
 
 // The type that numbers stored as S are computed in.
 template <typename S> struct ArithOf {
@@ -38,9 +48,20 @@ template <typename S> using Arith = typename ArithOf<S>::type;
 
 MANN_INLINE float to_arith(float x) { return x; }
 MANN_INLINE double to_arith(double x) { return x; }
-MANN_INLINE float to_arith(Bf16 x) { return __bfloat162float(x); }
+MANN_INLINE float to_arith(Bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 template <typename S> MANN_INLINE S to_storage(Arith<S> x) { return x; }
-template <> MANN_INLINE Bf16 to_storage<Bf16>(float x) { return __float2bfloat16(x); }
+template <> MANN_INLINE Bf16 to_storage<Bf16>(float x) {
+    Bf16 rounded;
+#if defined(MANN_CUDA_ON_CPU)
+    const uint32_t wide = __float_as_uint(x); // to the nearest, ties to even
+    rounded.bits = uint16_t(x != x ? 0x7FFF : (wide + 0x7FFF + (wide >> 16 & 1)) >> 16);
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(x));
+#endif
+    return rounded;
+}
+// As it comes back from storage.
+template <typename S> MANN_INLINE Arith<S> rounded_to(Arith<S> x) { return to_arith(to_storage<S>(x)); }
 
 // Clamped where the result would leave the exponent range; NaN stays NaN.
 MANN_INLINE float exponential(float x) { return expf(x > 88.0f ? 88.0f : x); }
@@ -50,16 +71,16 @@ MANN_INLINE double exponential_minus_one(double x) { return expm1(x > 709.0 ? 70
 MANN_INLINE float square_root(float x) { return sqrtf(x); }
 MANN_INLINE double square_root(double x) { return sqrt(x); }
 
+// Four numbers that are loaded and stored together.
+template <typename T> struct alignas(16) Four {
+    T at[4];
+    MANN_INLINE T &operator[](int i) { return at[i]; }
+    MANN_INLINE const T &operator[](int i) const { return at[i]; }
+};
+
 } // namespace mann::cuda
 
 #include "../cells.h" // needs the functions above
-
-#if defined(MANN_CUDA_ON_CPU)
-namespace mann::cuda {
-inline int thread_again() { return int(threadIdx.x); }
-inline int block_again() { return int(blockIdx.x); }
-} // namespace mann::cuda
-#endif
 
 #if !defined(MANN_CUDA_ON_CPU)
 
@@ -69,6 +90,17 @@ inline int block_again() { return int(blockIdx.x); }
 #define MANN_SHARED(T, name, N) __shared__ T name[N]
 
 namespace mann::cuda {
+
+MANN_INLINE uint32_t shared_address(const void *shared) { return uint32_t(__cvta_generic_to_shared(shared)); }
+
+// 16 bytes of shared memory, loaded where it stands: the compiler moves it out of no loop.
+MANN_INLINE Four<float> load_shared4(const float *shared) {
+    Four<float> v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.at[0]), "=f"(v.at[1]), "=f"(v.at[2]), "=f"(v.at[3])
+                 : "r"(shared_address(shared)));
+    return v;
+}
 
 // Clusters exist from sm_90 on; before, a block is alone.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -98,22 +130,69 @@ template <typename T> MANN_INLINE T *of_rank(T *shared, int rank) {
     asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
     return reinterpret_cast<T *>(there);
 }
+
+// Messages between the blocks of a cluster. A mailbox counts the bytes that arrive for a block; its memory is shared
+// and stands at the same place in every block.
+//
+//     one thread:  mailbox_open(&box, bytes)        before the cluster's first barrier, for the first message
+//     any thread:  send(&value, rank, &box, x)      x to `value` of that block, and its bytes to its mailbox
+//     all threads: mailbox_wait(&box, phase)        until the bytes of message number `phase` (0, 1, ...) are there
+//     one thread:  mailbox_expect(&box, bytes)      after waiting, for the next message
+//
+// A sender must know that what it overwrites was read, and that the mailbox was waited for.
+struct Mailbox {
+    alignas(8) uint64_t barrier;
+};
+MANN_INLINE void mailbox_expect(Mailbox *box, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(box)), "r"(bytes)
+                 : "memory");
+}
+MANN_INLINE void mailbox_open(Mailbox *box, uint32_t bytes) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(box)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    mailbox_expect(box, bytes);
+}
+MANN_INLINE void mailbox_wait(const Mailbox *box, int phase) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}" ::"r"(shared_address(box)),
+                 "r"(phase & 1)
+                 : "memory");
+}
+// The address of a shared variable in another block, as send() takes it.
+MANN_INLINE uint32_t address_of_rank(const void *shared, int rank) {
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(shared)), "r"(rank));
+    return there;
+}
+MANN_INLINE void send(float *target, int rank, Mailbox *box, float x) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                     address_of_rank(target, rank)),
+                 "r"(__float_as_uint(x)), "r"(address_of_rank(box, rank))
+                 : "memory");
+}
+MANN_INLINE void send(int32_t *target, int rank, Mailbox *box, int32_t x) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                     address_of_rank(target, rank)),
+                 "r"(x), "r"(address_of_rank(box, rank))
+                 : "memory");
+}
+// Four numbers, to a target on 16 bytes.
+MANN_INLINE void send(float *target, int rank, Mailbox *box, const Four<float> &x) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            address_of_rank(target, rank)),
+        "r"(__float_as_uint(x.at[0])), "r"(__float_as_uint(x.at[1])), "r"(__float_as_uint(x.at[2])),
+        "r"(__float_as_uint(x.at[3])), "r"(address_of_rank(box, rank))
+        : "memory");
+}
 #endif
 MANN_INLINE void cluster_barrier() {
     cluster_arrive();
     cluster_wait();
-}
-
-// threadIdx.x and blockIdx.x, read anew: what is made of them is not kept in registers from one use to the next.
-MANN_INLINE int thread_again() {
-    uint32_t thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return int(thread);
-}
-MANN_INLINE int block_again() {
-    uint32_t block;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-    return int(block);
 }
 
 // d += a b by a warp, on tensor cores: [16, 8] += [16, 16] [16, 8] in bfloat16, each thread with its share of the three
@@ -124,46 +203,22 @@ MANN_INLINE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) 
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// The same in TF32, [16, 8] += [16, 8] [8, 8]: mma.m16n8k8.
+MANN_INLINE void mma_tf32(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 
 // 16 bytes, aligned, from global to shared memory while the thread goes on; seen by it after copy_async_wait<n>(),
 // which waits for all but the last n committed groups.
 MANN_INLINE void copy_async16(void *shared, const void *global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
-                 "l"(global)
-                 : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 MANN_INLINE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int n> MANN_INLINE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"); }
 
-using Stream = cudaStream_t;
-
-inline void check(cudaError_t error, const char *what) {
-    if (error != cudaSuccess)
-        throw std::runtime_error(std::string("mann_kernels: ") + what + ": " + cudaGetErrorString(error));
-}
-
-// Launches `grid` blocks of `block` threads with `shared_bytes` of dynamic shared memory each, `cluster_blocks` of them
-// to a cluster (1: no clusters); throws with CUDA's reason where that fails. Waits for nothing: may be captured in a
-// graph.
-template <typename... Parameters, typename... Args>
-void launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 block, int cluster_blocks,
-            size_t shared_bytes, Stream stream, Args &&...args) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = unsigned(cluster_blocks);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-    config.attrs = &cluster, config.numAttrs = cluster_blocks > 1;
-    check(cudaLaunchKernelEx(&config, kernel, Parameters(args)...), name);
-    check(cudaGetLastError(), name);
-}
-
 } // namespace mann::cuda
-
-// `kernel` is a variable that points to it: its name goes into error messages.
-#define MANN_LAUNCH(kernel, grid, block, cluster_blocks, shared_bytes, stream, ...)                                    \
-    mann::cuda::launch(#kernel, kernel, grid, block, cluster_blocks, shared_bytes, stream, __VA_ARGS__)
 
 #endif

@@ -1,6 +1,7 @@
-// What the entry points of the CUDA kernels share: tensors in and out, the stream, and how an operator is registered.
+// What the entry points of the CUDA kernels share: tensors in and out, the stream, the launch, and how an operator is
+// registered. Plain C++, against torch's stable ABI.
 //
-// A kernel's file ends with STABLE_TORCH_LIBRARY_IMPL(MANN_LIBRARY, MANN_KEY, m); the build that runs the kernels on
+// An entry's file ends with STABLE_TORCH_LIBRARY_IMPL(MANN_LIBRARY, MANN_KEY, m); the build that runs the kernels on
 // the CPU names another library and the CPU there.
 #pragma once
 
@@ -8,6 +9,7 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include <dlfcn.h>
@@ -19,7 +21,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "device.h"
+#include "jit.h"
 
 #if !defined(MANN_LIBRARY)
 #define MANN_LIBRARY mann
@@ -31,12 +33,8 @@ namespace mann::cuda {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::initializer_list<int64_t>;
-
-inline ScalarType torch_type(const float *) { return ScalarType::Float; }
-inline ScalarType torch_type(const double *) { return ScalarType::Double; }
-inline ScalarType torch_type(const Bf16 *) { return ScalarType::BFloat16; }
-inline ScalarType torch_type(const int32_t *) { return ScalarType::Int; }
-inline ScalarType torch_type(const int64_t *) { return ScalarType::Long; }
+// Entries fill in a kernel's arguments for S = void: pointers without a type.
+template <typename S> using Arith = S;
 
 // Offsets inside an example are 32 bits.
 inline void check_offsets(int64_t N, int64_t W, int64_t R) {
@@ -44,28 +42,16 @@ inline void check_offsets(int64_t N, int64_t W, int64_t R) {
                     "the CUDA kernels take memories of up to 2^31 numbers: got N=", N, ", W=", W, ", R=", R);
 }
 
-// A kernel may reach so many numbers from here: what runs it without a GPU checks that.
-template <typename S>
-inline void known_memory([[maybe_unused]] const char *name, [[maybe_unused]] const S *data,
-                         [[maybe_unused]] int64_t numbers) {
-#if defined(MANN_CUDA_ON_CPU)
-    on_cpu::know_memory(name, data, numbers * int64_t(sizeof(S)), sizeof(S));
-#endif
-}
-
 // The tensors of one call, all on the device of `model`, which also decides the storage type; and where to launch.
 class Call {
   public:
     explicit Call(const Tensor &model) : model_(model), dtype_(model.scalar_type()) {
 #if defined(MANN_CUDA_ON_CPU)
-        on_cpu::forget_memory();
         STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Double,
                         "the CUDA kernels on the CPU take float32, bfloat16 and float64");
 #else
         STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16,
                         "the CUDA kernels take float32 and bfloat16");
-        int device;
-        check(cudaGetDevice(&device), "the CUDA kernels find no device");
         STD_TORCH_CHECK(model.is_cuda(), "the CUDA kernels take CUDA tensors");
         guard_.emplace(model.get_device_index());
 #endif
@@ -74,81 +60,78 @@ class Call {
     ScalarType dtype() const { return dtype_; }
     ScalarType arithmetic() const { return dtype_ == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-    // The data of a contiguous tensor of type S, these sizes and this device: what memory safety needs, whoever
-    // calls.
-    template <typename S> const S *in(const Tensor &tensor, const char *name, Sizes sizes) {
-        check_tensor<S>(tensor, name, sizes);
-        const void *data = tensor.const_data_ptr();
-        if (!tensor.is_contiguous()) {
-            kept_.push_back(torch::stable::contiguous(tensor));
-            data = kept_.back().const_data_ptr();
-        }
-        known_memory(name, static_cast<const S *>(data), tensor.numel());
-        return static_cast<const S *>(data);
+    // The data of a contiguous tensor of this type, these sizes and this device: what memory safety needs, whoever
+    // calls. Without a type, that of the model.
+    const void *in(const Tensor &tensor, const char *name, Sizes sizes, ScalarType dtype) {
+        check_tensor(tensor, name, sizes, dtype);
+        if (tensor.is_contiguous()) return tensor.const_data_ptr();
+        kept_.push_back(torch::stable::contiguous(tensor));
+        return kept_.back().const_data_ptr();
     }
-    template <typename S> const S *in(const std::optional<Tensor> &tensor, const char *name, Sizes sizes) {
-        return tensor ? in<S>(*tensor, name, sizes) : nullptr;
+    const void *in(const Tensor &tensor, const char *name, Sizes sizes) { return in(tensor, name, sizes, dtype_); }
+    const void *in(const std::optional<Tensor> &tensor, const char *name, Sizes sizes) {
+        return tensor ? in(*tensor, name, sizes) : nullptr;
+    }
+    // Numbers of arithmetic type, indices, lengths.
+    template <typename T = void> const T *in_arith(const Tensor &tensor, const char *name, Sizes sizes) {
+        return static_cast<const T *>(in(tensor, name, sizes, arithmetic()));
+    }
+    const int32_t *in_int32(const Tensor &tensor, const char *name, Sizes sizes) {
+        return static_cast<const int32_t *>(in(tensor, name, sizes, ScalarType::Int));
+    }
+    const int64_t *in_int64(const std::optional<Tensor> &tensor, const char *name, Sizes sizes) {
+        return tensor ? static_cast<const int64_t *>(in(*tensor, name, sizes, ScalarType::Long)) : nullptr;
     }
     // Rows [G, S] of numbers that may lie apart, by strides in numbers: only the dimensions after the first two must be
     // contiguous.
-    template <typename S>
-    const S *rows(const Tensor &tensor, const char *name, Sizes sizes, int64_t &task_stride, int64_t &row_stride) {
-        check_tensor<S>(tensor, name, sizes);
+    const void *rows(const Tensor &tensor, const char *name, Sizes sizes, int64_t &task_stride, int64_t &row_stride) {
+        check_tensor(tensor, name, sizes, dtype_);
         int64_t inner = 1;
         bool contiguous = true;
         for (int64_t d = tensor.dim() - 1; d > 1; inner *= tensor.size(d--))
             contiguous &= tensor.size(d) == 1 || tensor.stride(d) == inner;
         task_stride = contiguous ? tensor.stride(0) : tensor.size(1) * inner;
         row_stride = contiguous ? tensor.stride(1) : inner;
-        if (!contiguous) return in<S>(tensor, name, sizes);
-        const S *data = static_cast<const S *>(tensor.const_data_ptr());
-        if (tensor.numel() != 0)
-            known_memory(name, data, (tensor.size(0) - 1) * task_stride + (tensor.size(1) - 1) * row_stride + inner);
-        return data;
+        return contiguous ? tensor.const_data_ptr() : in(tensor, name, sizes);
     }
     Tensor empty(Sizes sizes, ScalarType dtype) const { return torch::stable::new_empty(model_, sizes, dtype); }
     Tensor empty(Sizes sizes) const { return empty(sizes, dtype_); }
 
     // So many numbers of arithmetic type, not initialised. They are torch's again when the call ends, and its allocator
     // hands them on in the order of the stream.
-    template <typename T> T *scratch(int64_t elements) {
+    template <typename T = void> T *scratch(int64_t elements) {
         kept_.push_back(empty({elements}, arithmetic()));
-        T *data = static_cast<T *>(kept_.back().mutable_data_ptr());
-        known_memory("scratch", data, elements);
-        return data;
+        return static_cast<T *>(kept_.back().mutable_data_ptr());
     }
 
-    // Bytes of shared memory that a block may have.
-    int64_t shared_limit() const {
-        int limit = 232448; // as on sm_90
-#if !defined(MANN_CUDA_ON_CPU)
-        check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, model_.get_device_index()),
-              "shared memory");
-#endif
-        return limit;
-    }
-    // Whether a block may have so many numbers of arithmetic type there.
-    bool fits_shared(int64_t elements) const {
-        return elements * (arithmetic() == ScalarType::Double ? 8 : 4) <= shared_limit();
-    }
-
-    // Calls f with a value of the storage type: f(S()).
-    template <typename F> void with_storage(F &&f) const {
-        if (dtype_ == ScalarType::Float) f(float());
-#if defined(MANN_ONLY_FLOAT32) // a build for one test
-        STD_TORCH_CHECK(dtype_ == ScalarType::Float, "built for float32 alone");
-#else
-        if (dtype_ == ScalarType::BFloat16) f(Bf16());
+    // The device that the kernels run on; on the CPU, the numbers of an H100.
+    Device on() const {
 #if defined(MANN_CUDA_ON_CPU)
-        if (dtype_ == ScalarType::Double) f(double()); // for gradcheck
+        return {0, 232448, 132, 90};
+#else
+        return device(model_.get_device_index());
 #endif
-#endif
+    }
+    int64_t arith_bytes() const { return arithmetic() == ScalarType::Double ? 8 : 4; }
+
+    // Of the kernels in this file of csrc/cuda, for numbers stored as those of the call.
+    Build build(const char *source) const {
+        Build build(source);
+        build.set("MANN_STORAGE", dtype_ == ScalarType::Float      ? "float"
+                                  : dtype_ == ScalarType::BFloat16 ? "Bf16"
+                                                                   : "double");
+        return build;
+    }
+    // `args` is the struct that the kernel takes, of pointers without a type.
+    template <typename Args> void launch(const Build &build, const char *kernel, const Grid &grid, const Args &args) {
+        static_assert(std::is_trivially_copyable_v<Args> && sizeof(Args) <= 4096);
+        if (grid.blocks > 0 && grid.blocks_y > 0) cuda::launch(on(), build, kernel, grid, stream(), &args);
     }
 
     // torch's current stream on this device.
     Stream stream() const {
 #if defined(MANN_CUDA_ON_CPU)
-        return Stream();
+        return nullptr;
 #else
         // Of the part of torch that is only there where torch has CUDA, so it is looked up, not linked. (The function
         // for it in torch's stable ABI came with 2.13.)
@@ -158,14 +141,13 @@ class Call {
         STD_TORCH_CHECK(current != nullptr, "mann_kernels: this torch has no CUDA");
         void *stream = nullptr;
         STD_TORCH_CHECK(current(model_.get_device_index(), &stream) == 0, "mann_kernels: no CUDA stream");
-        return static_cast<Stream>(stream);
+        return stream;
 #endif
     }
 
   private:
-    template <typename S> void check_tensor(const Tensor &tensor, const char *name, Sizes sizes) const {
-        STD_TORCH_CHECK(tensor.scalar_type() == torch_type(static_cast<const S *>(nullptr)), name,
-                        ": wrong dtype for the CUDA kernel");
+    void check_tensor(const Tensor &tensor, const char *name, Sizes sizes, ScalarType dtype) const {
+        STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype for the CUDA kernel");
         const auto got = tensor.sizes();
         STD_TORCH_CHECK(got.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), got.begin()), name,
                         ": wrong shape for the CUDA kernel");
@@ -181,10 +163,6 @@ class Call {
 #endif
 };
 
-template <typename S> S *out(const Tensor &tensor) {
-    S *data = static_cast<S *>(tensor.mutable_data_ptr());
-    known_memory("out", data, tensor.numel());
-    return data;
-}
+template <typename T = void> T *out(const Tensor &tensor) { return static_cast<T *>(tensor.mutable_data_ptr()); }
 
 } // namespace mann::cuda

@@ -218,9 +218,7 @@ def mann_sequence(
         "write": write, "key_strength": key_strength, "squash": squash,
         "lru": lru, "erase": erase, "decay": decay, "eps": eps,
     }  # fmt: skip
-    shape = {name: sizes[name] for name in ("N", "W", "R", "H")}
-    shape |= {"write_add": write == "add", "key_strength": key_strength}
-    backend = _backend.select("mann_sequence", x, shape)
+    backend = _backend.select("mann_sequence", x)
     if backend == "reference":
         return _autocast.in_float32(reference.mann_sequence)(*inputs, lengths, **options)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)

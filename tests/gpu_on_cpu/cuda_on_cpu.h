@@ -45,48 +45,12 @@ void *static_shared(const void *key, size_t bytes);
 void warp_barrier(unsigned mask, Place place);
 uint64_t shuffle(unsigned mask, uint64_t value, int from, Place place);
 unsigned ballot(unsigned mask, bool predicate, Place place);
-void multiply(float *d, const uint32_t *a, const uint32_t *b, Place place);
+void multiply(bool tf32, float *d, const uint32_t *a, const uint32_t *b, Place place);
+void mailbox_open(void *box, int64_t bytes);
+void mailbox_expect(void *box, int64_t bytes, Place place);
+void mailbox_wait(const void *box, int phase, Place place);
+void send(void *target, int rank, void *box, const void *data, int64_t bytes);
 void launch(const char *name, dim3 grid, dim3 block, int cluster, size_t shared, const std::function<void()> &body);
-
-// A launch that something else runs than the fibers: what it is told. The layout is known to emulated_cuda.py.
-struct Memory {
-    const char *name; // of the operator's argument, "out" or "scratch"
-    const void *data;
-    int64_t bytes, item;
-};
-struct Launch {
-    const void *kernel;
-    unsigned grid[3], block[3];
-    int64_t cluster, shared, arguments, memories;
-    const int64_t *sizes;      // [arguments]
-    const void *const *values; // [arguments]
-    const Memory *memory;      // [memories] that the call may reach
-};
-using Diversion = int (*)(const Launch *); // 0, or an error
-extern Diversion diversion;
-void know_memory(const char *name, const void *data, int64_t bytes, int64_t item);
-void forget_memory();
-void divert(const char *name, Launch what);
-
-template <typename... Wanted, typename... Given>
-void launch_kernel(const char *name, void (*kernel)(Wanted...), dim3 grid, dim3 block, int cluster, size_t shared,
-                   Given... given) {
-    const std::tuple<Wanted...> arguments(given...);
-    if (diversion == nullptr) return launch(name, grid, block, cluster, shared, [&] { std::apply(kernel, arguments); });
-    const int64_t sizes[] = {sizeof(Wanted)...};
-    const auto values =
-        std::apply([](const Wanted &...each) { return std::vector<const void *>{&each...}; }, arguments);
-    divert(name, {reinterpret_cast<const void *>(kernel),
-                  {grid.x, grid.y, grid.z},
-                  {block.x, block.y, block.z},
-                  cluster,
-                  static_cast<int64_t>(shared),
-                  sizeof...(Wanted),
-                  0,
-                  sizes,
-                  values.data(),
-                  nullptr});
-}
 
 template <typename T, size_t N, typename Key>
 T (&static_array(Key))
@@ -197,13 +161,42 @@ using std::min;
 
 #define MANN_DYNAMIC_SHARED(name) char *name = static_cast<char *>(::mann::on_cpu::dynamic_shared())
 #define MANN_SHARED(T, name, N) T(&name)[N] = ::mann::on_cpu::static_array<T, N>([] {})
-#define MANN_LAUNCH(kernel, grid, block, cluster_blocks, shared_bytes, stream, ...)                                    \
-    ((void)(stream),                                                                                                   \
-     ::mann::on_cpu::launch_kernel(#kernel, kernel, grid, block, cluster_blocks, shared_bytes, __VA_ARGS__))
+// A kernel is a function that the harness finds by its name, called once for every thread.
+#define MANN_KERNEL(name, threads, Args)                                                                               \
+    static void name##_thread(const Args &args);                                                                       \
+    extern "C" __attribute__((visibility("default"))) void name(const void *args) {                                   \
+        name##_thread(*static_cast<const Args *>(args));                                                               \
+    }                                                                                                                  \
+    static void name##_thread([[maybe_unused]] const Args &args)
 
 namespace mann::cuda {
 
-using Stream = void *;
+template <typename T> struct Four;
+
+// 16 bytes on a GPU.
+template <typename T> Four<T> load_shared4(const T *shared) {
+    on_cpu::check_aligned(shared, 16, "load of four numbers");
+    return *reinterpret_cast<const Four<T> *>(shared);
+}
+
+// Messages arrive at any time after they were sent: at the latest when nobody can go on without them.
+struct Mailbox {
+    alignas(8) uint64_t barrier;
+};
+inline void mailbox_open(Mailbox *box, int64_t bytes) { on_cpu::mailbox_open(box, bytes); }
+inline void mailbox_expect(Mailbox *box, int64_t bytes, on_cpu::Place place = on_cpu::Place::current()) {
+    on_cpu::mailbox_expect(box, bytes, place);
+}
+inline void mailbox_wait(const Mailbox *box, int phase, on_cpu::Place place = on_cpu::Place::current()) {
+    on_cpu::mailbox_wait(box, phase, place);
+}
+template <typename T> void send(T *target, int rank, Mailbox *box, T x) {
+    on_cpu::send(target, rank, box, &x, sizeof(T));
+}
+template <typename T> void send(T *target, int rank, Mailbox *box, const Four<T> &x) {
+    on_cpu::check_aligned(target, 16, "message of four numbers");
+    on_cpu::send(target, rank, box, &x, sizeof(x));
+}
 
 inline int cluster_rank() { return on_cpu::current->cluster_rank; }
 inline int cluster_size() { return on_cpu::current->cluster_size; }
@@ -219,7 +212,10 @@ template <typename T> T *of_rank(T *shared, int rank) {
 
 // d += a b, by all threads of the warp.
 inline void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, on_cpu::Place place = on_cpu::Place::current()) {
-    on_cpu::multiply(d, a, b, place);
+    on_cpu::multiply(false, d, a, b, place);
+}
+inline void mma_tf32(float *d, const uint32_t *a, const uint32_t *b, on_cpu::Place place = on_cpu::Place::current()) {
+    on_cpu::multiply(true, d, a, b, place);
 }
 
 // A copy takes place when it is waited for, the latest that a GPU may do it.

@@ -3,18 +3,21 @@
     with cuda_on_cpu(seed=3):
         ...  # operators, on CPU tensors
 
-Kernels and host code go through g++ with cuda_on_cpu.h in place of CUDA. Sanitizers must be there before Python is: see
+Entry points go through g++ once; a file of kernels does, with cuda_on_cpu.h in place of CUDA, when it is first launched with some
+sizes. Sanitizers must be there before Python is: see
 sanitized() and run_cuda_on_cpu.py.
 """
 
 import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import torch
@@ -33,39 +36,51 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 #: By the sanitizers: flags of the kernels, flags of the runtime, the shared libraries that must come first.
 KINDS = {
     "plain": ("-O2", "-O2", ()),
-    "float32": ("-O1 -DMANN_ONLY_FLOAT32", "-O2", ()),  # compiles in a third of the time
     "address": (
-        "-O1 -g1 -fsanitize=address,undefined -fno-omit-frame-pointer -DMANN_ONLY_FLOAT32",
+        "-O1 -g1 -fsanitize=address,undefined -fno-omit-frame-pointer",
         "-O2 -DMANN_ASAN",
         ("asan", "ubsan"),
     ),
-    "thread": ("-O1 -g1 -fsanitize=thread -DMANN_ONLY_FLOAT32", "-O2 -DMANN_TSAN", ("tsan",)),
+    "thread": ("-O1 -g1 -fsanitize=thread", "-O2 -DMANN_TSAN", ("tsan",)),
 }
 FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
 #: CUDA compilers do not assume that pointers to different types point to different memory.
-OF_KERNELS = (
-    "-fno-strict-aliasing -fno-math-errno -fno-ipa-icf -DMANN_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020a000000000000ULL"
-    f" -DMANN_LIBRARY={LIBRARY} -DMANN_KEY=CPU -x c++"
-)
+OF_KERNELS = "-fno-strict-aliasing -fno-math-errno -fno-ipa-icf -DMANN_CUDA_ON_CPU -x c++"
+OF_ENTRIES = f"-DMANN_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020a000000000000ULL -DMANN_LIBRARY={LIBRARY} -DMANN_KEY=CPU"
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def kernel_command(kind: str, csrc: Path = CSRC) -> str:
+    """What compiles a file of kernels, up to the folder that it stands in."""
+    return f"{compiler()} -shared {FLAGS} {KINDS[kind][0]} {OF_KERNELS} -I{HERE} {csrc / 'cuda'}"
+
+
+def kernel_folder(folder: Path, csrc: Path) -> Path:
+    """Where compiled kernels lie, a place for each state of the sources."""
+    files = [*sorted((csrc / "cuda").glob("*.[ch]*")), csrc / "cells.h", *sorted(HERE.glob("cuda_on_cpu*.h"))]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return folder / "kernels" / digest
 
 
 def ninja_file(kind: str, sources: list[Path], csrc: Path, library: Path) -> str:
     kernel_flags, runtime_flags, _ = KINDS[kind]
-    compiler = os.environ.get("CXX", "g++")
     includes = " ".join(f"-isystem {path}" for path in cpp.include_paths()) + f" -I{csrc / 'cuda'} -I{HERE}"
     paths = " ".join(f"-L{path} -Wl,-rpath,{path}" for path in cpp.library_paths())
     sanitize = " ".join(flag for flag in kernel_flags.split() if flag.startswith("-fsanitize"))
     lines = [
         "rule compile",
-        f"  command = {compiler} {FLAGS} $flags -MD -MF $out.d -c $in -o $out",
+        f"  command = {compiler()} {FLAGS} $flags -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {compiler} -shared {sanitize} $in {paths} -ltorch_cpu -o $out",
+        f"  command = {compiler()} -shared {sanitize} $in {paths} -ltorch_cpu -ldl -o $out",
     ]
     objects = []
     for source in [*sorted(HERE.glob("cuda_on_cpu_*.cpp")), *sources]:
-        mine = f"{kernel_flags} {OF_KERNELS} {includes}" if source.suffix == ".cu" else runtime_flags
+        mine = f"{runtime_flags} -fvisibility=default" if source.parent == HERE else f"-O1 {OF_ENTRIES} {includes}"
         objects.append(library.parent / f"{source.stem}.o")
         lines += [f"build {objects[-1]}: compile {source}", f"  flags = {mine}"]
     lines.append(f"build {library}: link {' '.join(map(str, objects))}")
@@ -77,7 +92,9 @@ def build(kind: str = "plain", *, sources: list[Path] | None = None, csrc: Path 
     folder = folder / kind
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{LIBRARY}.so"
-    sources = sorted((csrc / "cuda").glob("*.cu")) if sources is None else sources
+    entries = sorted(file for file in (csrc / "cuda").glob("*.cpp") if file.stem != "jit")
+    sources = entries if sources is None else sources
+    kernel_folder(folder, csrc).mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "lock"):
         (folder / "build.ninja").write_text(ninja_file(kind, sources, csrc, library))
         command = [sys.executable, "-m", "ninja", "--quiet", "-C", str(folder)]
@@ -91,7 +108,7 @@ def missing() -> str | None:
     """Why the kernels cannot be compiled for the CPU here; None if they can."""
     if os.uname().machine != "x86_64":
         return "the switch between threads is written for x86-64"
-    return None if shutil.which(os.environ.get("CXX", "g++")) else "no C++ compiler"
+    return None if shutil.which(compiler()) else "no C++ compiler"
 
 
 def sanitized(kind: str) -> dict[str, str]:
@@ -110,11 +127,40 @@ def sanitized(kind: str) -> dict[str, str]:
 
 
 @functools.cache
-def load(library: Path) -> ctypes.CDLL:
+def load(library: Path, csrc: Path = CSRC) -> ctypes.CDLL:
     """Loads the operators as mann_cuda_on_cpu::<name>, with the schemas of mann::<name>; one library to a process."""
     _define()
+    loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # kernels that are compiled later look for it
     torch.ops.load_library(str(library))
-    return ctypes.CDLL(str(library))
+    kind, folder = library.parent.name, kernel_folder(library.parent, csrc)
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded.mann_cuda_on_cpu_compiler(kernel_command(kind, csrc).encode(), str(folder).encode())
+    loaded.mann_cuda_on_cpu_record.restype = ctypes.c_char_p
+    return loaded
+
+
+@contextlib.contextmanager
+def recorded(library: ctypes.CDLL):
+    """Within the block launches are written down instead of run: a list that is filled at its end, a Launch each."""
+    launches: list[Launch] = []
+    library.mann_cuda_on_cpu_record(1)
+    try:
+        yield launches
+    finally:
+        lines = library.mann_cuda_on_cpu_record(0).decode().splitlines()
+        launches += [Launch(*line.split("|")) for line in lines]
+
+
+class Launch(NamedTuple):
+    """A launch that was written down."""
+
+    source: str
+    options: str
+    kernel: str
+    blocks: str
+    threads: str
+    cluster: str
+    shared_bytes: str
 
 
 @functools.cache
@@ -140,9 +186,9 @@ def cuda_on_cpu(seed: int = 0, library: Path | None = None):
     loaded.mann_cuda_on_cpu_seed(seed)
     missing, operators = _backend.missing, _library.operators
 
-    def missing_on_cpu(name, stem, device, dtype, sizes=None):
+    def missing_on_cpu(name, stem, device, dtype):
         if (name, device) != ("cuda", "cpu"):
-            return missing(name, stem, device, dtype, sizes)
+            return missing(name, stem, device, dtype)
         return None if stem in kernels() and dtype in DTYPES else f"no CUDA kernel for {stem} in {dtype}"
 
     _backend.missing = missing_on_cpu

@@ -10,6 +10,7 @@
 
 #include "cuda_on_cpu_sanitizers.h"
 
+#include <map>
 #include <string>
 #include <sys/mman.h>
 
@@ -34,7 +35,7 @@ struct Fiber {
     bool ended = false, arrived = false;
     unsigned generation = 0; // of the cluster barrier that it arrived at
     // What it brings to a collective of its warp, and takes from it.
-    enum Kind { BARRIER, SHUFFLE, BALLOT, PRODUCT } kind = BARRIER;
+    enum Kind { BARRIER, SHUFFLE, BALLOT, PRODUCT, PRODUCT_TF32 } kind = BARRIER;
     unsigned mask = 0;
     int from = 0;
     uint64_t value = 0, result = 0;
@@ -77,6 +78,20 @@ inline char *map(size_t size) {
     return static_cast<char *>(at);
 }
 
+// What a mailbox counts, as an mbarrier does: who has still to say how many bytes come, and bytes still to come.
+struct Box {
+    int64_t pending = 1, bytes = 0;
+    int phase = 0; // messages that are there
+    std::vector<Fiber *> waiting;
+    char synchronised = 0;
+};
+struct Message {
+    void *to, *box;
+    Block *block;
+    int64_t bytes;
+    char data[32];
+};
+
 struct Cluster {
     ~Cluster() {
         for (Fiber &fiber : fibers) sanitized_end(fiber.sanitized);
@@ -91,6 +106,8 @@ struct Cluster {
     unsigned generation = 0;
     Place place;
     char synchronised[2] = {0, 0};
+    std::map<const void *, Box> boxes;
+    std::vector<Message> messages; // that are on their way
 };
 
 extern Fiber *running;   // the host, or a thread
@@ -102,6 +119,8 @@ std::string at(Place place);
 void make_ready(Warp &warp, unsigned lanes);
 void wait(Place place); // others run, until this thread is ready and drawn
 void pause();           // others may run
+
+void deliver(size_t number); // one of the messages
 
 void fill(const Array &array);
 char *array_of(Block &block, const void *key, size_t size); // made where there is none of this name

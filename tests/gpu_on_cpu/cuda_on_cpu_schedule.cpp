@@ -72,8 +72,11 @@ void no_longer_ready(Warp &warp) {
     list.pop_back();
 }
 
-// One of the threads that may run, taken from the list; the host where there is none.
+// One of the threads that may run, taken from the list; the host where there is none. Now and then a message arrives.
 Fiber *choose() {
+    auto &messages = cluster->messages;
+    while (!messages.empty() && ((ready[0].empty() && ready[1].empty()) || draw(8) == 0))
+        deliver(draw(static_cast<unsigned>(messages.size())));
     Warp *warp = running->warp;
     if (warp == nullptr || warp->ready == 0 || draw(patience) == 0) {
         const auto &list = ready[ready[0].empty()];
@@ -158,6 +161,8 @@ void check_end(const Fiber &me) {
 }
 
 void end_block(Block &block) {
+    for (const Message &message : cluster->messages)
+        if (message.block == &block) fail("ends before a message that was sent to it is there");
     for (const Array &array : block.shared) {
         fill(array);
         sanitized_gone(array.data, array.size);
@@ -175,7 +180,11 @@ void run_thread() {
     Warp &warp = *running->warp;
     warp.alive &= ~(1u << running->thread.lane);
     --cluster->alive;
-    if (--warp.block->alive == 0) end_block(*warp.block);
+    try {
+        if (--warp.block->alive == 0 && !error) end_block(*warp.block);
+    } catch (...) {
+        error = std::current_exception();
+    }
     running->ended = true;
     sanitized_release(&ends_of_threads);
     switch_to(error ? &host : choose());
@@ -299,7 +308,7 @@ void launch(const char *name, dim3 grid, dim3 block, int cluster_blocks, size_t 
     const size_t blocks = static_cast<size_t>(grid.x) * grid.y * grid.z;
     if (threads == 0 || threads > 1024) fail("got blocks of " + std::to_string(threads) + " threads, want 1 to 1024");
     if (blocks == 0 || grid.y > 65535 || grid.z > 65535) fail("got a grid without blocks, or one too large");
-    if (cluster_blocks < 1 || cluster_blocks > 8 || grid.x % cluster_blocks != 0)
+    if (cluster_blocks < 1 || cluster_blocks > 16 || grid.x % cluster_blocks != 0)
         fail("got clusters of " + std::to_string(cluster_blocks) + " blocks in a grid of " + std::to_string(grid.x));
     if (shared > MOST_SHARED) fail("got " + std::to_string(shared) + " bytes of shared memory");
     body = &kernel;

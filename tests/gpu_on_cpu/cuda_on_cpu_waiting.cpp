@@ -125,33 +125,102 @@ void *of_rank(void *shared, int rank) {
     fail("of_rank: got a pointer that is not to shared memory of this block");
 }
 
+// Mailboxes
+
+namespace {
+
+void complete(Box &box) {
+    if (box.pending != 0 || box.bytes != 0) return;
+    ++box.phase;
+    box.pending = 1;
+    for (Fiber *fiber : box.waiting) make_ready(*fiber->warp, 1u << fiber->thread.lane);
+    box.waiting.clear();
+}
+
+Box &box_at(const void *address) {
+    const auto found = cluster->boxes.find(address);
+    if (found == cluster->boxes.end()) fail("mailbox: used before it was opened");
+    return found->second;
+}
+
+} // namespace
+
+void mailbox_open(void *box, int64_t bytes) {
+    check_aligned(box, 8, "mailbox");
+    Box &opened = cluster->boxes[box] = Box();
+    opened.pending = 0, opened.bytes = bytes;
+    complete(opened);
+}
+
+void mailbox_expect(void *address, int64_t bytes, Place place) {
+    Box &box = box_at(address);
+    if (box.pending == 0) fail("mailbox: expects a message twice, at " + at(place));
+    box.pending = 0, box.bytes += bytes;
+    complete(box);
+}
+
+void mailbox_wait(const void *address, int phase, Place place) {
+    Box &box = box_at(address);
+    if (box.phase != phase && box.phase != phase + 1)
+        fail("mailbox: waits for message " + std::to_string(phase) + " where " + std::to_string(box.phase) +
+             " are there, at " + at(place));
+    if (box.phase == phase) {
+        box.waiting.push_back(running);
+        wait(place);
+    } else {
+        pause();
+    }
+    sanitized_acquire(&box.synchronised);
+}
+
+void send(void *target, int rank, void *box, const void *data, int64_t bytes) {
+    Message message{of_rank(target, rank), of_rank(box, rank), &cluster->blocks[static_cast<size_t>(rank)], bytes, {}};
+    sanitized_release(&box_at(message.box).synchronised);
+    std::memcpy(message.data, data, static_cast<size_t>(bytes));
+    cluster->messages.push_back(message);
+}
+
+void deliver(size_t number) {
+    auto &messages = cluster->messages;
+    const Message message = messages[number];
+    messages[number] = messages.back();
+    messages.pop_back();
+    std::memcpy(message.to, message.data, static_cast<size_t>(message.bytes));
+    Box &box = box_at(message.box);
+    box.bytes -= message.bytes;
+    complete(box);
+}
+
 // Collectives of a warp
 
 namespace {
 
 float of_bf16(uint32_t pair, int which) { return __uint_as_float(which == 0 ? pair << 16 : pair & 0xFFFF0000u); }
 
+// Of a TF32 number the GPU takes the upper 19 bits.
+float of_tf32(uint32_t bits) { return __uint_as_float(bits & 0xFFFFE000u); }
+
 // Fragments as the PTX manual has them: lane 4 g + t holds, of the 16 rows of a, g and g + 8. Taken exactly, rounded
 // once.
-void multiply_fragments(Fiber *lanes) {
-    constexpr int k = 16;
-    double a[16][k], b[k][8];
+void multiply_fragments(Fiber *lanes, bool tf32) {
+    double a[16][16] = {}, b[16][8] = {};
     for (int lane = 0; lane < WARP; ++lane) {
         const int g = lane / 4, t = lane % 4;
-        for (int i = 0; i < 8; ++i) {
-            const int half = i % 2, at = i / 2;
-            a[g + 8 * (at % 2)][2 * t + half + 8 * (at / 2)] = of_bf16(lanes[lane].a[at], half);
-        }
         for (int i = 0; i < 4; ++i) {
-            const int half = i % 2, at = i / 2;
-            b[2 * t + half + 8 * at][g] = of_bf16(lanes[lane].b[at], half);
+            if (tf32) a[g + 8 * (i % 2)][t + 4 * (i / 2)] = of_tf32(lanes[lane].a[i]);
+            for (int half = 0; !tf32 && half < 2; ++half)
+                a[g + 8 * (i % 2)][2 * t + half + 8 * (i / 2)] = of_bf16(lanes[lane].a[i], half);
+        }
+        for (int i = 0; i < 2; ++i) {
+            if (tf32) b[t + 4 * i][g] = of_tf32(lanes[lane].b[i]);
+            for (int half = 0; !tf32 && half < 2; ++half) b[2 * t + half + 8 * i][g] = of_bf16(lanes[lane].b[i], half);
         }
     }
     for (int lane = 0; lane < WARP; ++lane)
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
             double sum = lanes[lane].d[i];
-            for (int j = 0; j < k; ++j) sum += a[row][j] * b[j][column];
+            for (int j = 0; j < 16; ++j) sum += a[row][j] * b[j][column];
             lanes[lane].d[i] = static_cast<float>(sum);
         }
 }
@@ -159,7 +228,8 @@ void multiply_fragments(Fiber *lanes) {
 // All of `mask` are here: what each takes away.
 void complete(Warp &warp, Fiber::Kind kind, unsigned mask) {
     Fiber *lanes = warp.fibers;
-    if (kind == Fiber::PRODUCT) return multiply_fragments(lanes);
+    if (kind == Fiber::PRODUCT || kind == Fiber::PRODUCT_TF32)
+        return multiply_fragments(lanes, kind == Fiber::PRODUCT_TF32);
     if (kind == Fiber::BARRIER) ++lanes[__builtin_ctz(mask)].barriers;
     uint64_t yes = 0;
     for (int i = 0; i < WARP; ++i)
@@ -219,11 +289,11 @@ unsigned ballot(unsigned mask, bool predicate, Place place) {
     return static_cast<unsigned>(running->result);
 }
 
-void multiply(float *d, const uint32_t *a, const uint32_t *b, Place place) {
+void multiply(bool tf32, float *d, const uint32_t *a, const uint32_t *b, Place place) {
     running->d = d;
     running->a = a;
     running->b = b;
-    wait_for_warp(Fiber::PRODUCT, ~0u, place);
+    wait_for_warp(tf32 ? Fiber::PRODUCT_TF32 : Fiber::PRODUCT, ~0u, place);
 }
 
 } // namespace mann::on_cpu
