@@ -1,5 +1,5 @@
 # make bench   verify every kernel, then time it: build/bench/report.html and its pictures; twelve minutes
-#              (with BENCH="--stem mann_sequence", "sweep --variable N", ...: python -m bench with these)
+#              (with BENCH="--op mann_sequence", "sweep --variable N", ...: python -m bench with these)
 # make test    run the tests                             (TEST="-k name" is passed on)
 # make reproduce DATA=FILE   train MANN and LSTM on Omniglot and print the paper's table beside ours (hours; goes on where it was)
 # make test-wheel TORCH=2.13.0   build the sdist and from it the wheel, and try that beside this torch (minutes; for others downloads)

@@ -27,7 +27,7 @@ def test_every_stem_stands_everywhere():
     stems = set(_backend.STEMS)
     assert names("mann_kernels/ops", "*.py") == stems
     assert names("mann_kernels/reference", "*.py") == stems
-    assert names("bench", "bench_*.py", "bench_") == stems
+    assert stems <= names("bench", "bench_*.py", "bench_")
     assert stems <= names("tests", "test_*.py", "test_")
     assert stems <= names("csrc/cpu", "*.cpp")
 
