@@ -33,9 +33,10 @@ def _only(**arguments) -> None:
 class LSTM(nn.Module):
     """A MANN in the place of an nn.LSTM: the same arguments, shapes and states (Santoro et al. 2016, Hochreiter et al. 1997).
 
+    The arguments input_size, hidden_size, batch_first, proj_size, device and dtype are nn.LSTM's. Of num_layers, bias, dropout
+    and bidirectional only nn.LSTM's defaults can be had.
+
     Args:
-        input_size, hidden_size, batch_first, proj_size, device, dtype: as nn.LSTM.
-        num_layers, bias, dropout, bidirectional: as nn.LSTM; only its defaults can be had.
         options: those of MANN (num_slots, slot_size, num_heads, write, ...).
 
     Shapes:
@@ -109,13 +110,17 @@ class DNC(nn.Module):
     """A MANN under the constructor, call and state of `dnc.DNC` (the PyPI package, 1.1.0 and 2.0): LRUA in the place of the
     DNC's allocation and temporal links (Santoro et al. 2016), and the reads do reach the controller.
 
+    The arguments input_size, hidden_size and batch_first are that class's; output has input_size features. Of rnn_type,
+    num_layers, bias, dropout, bidirectional, nonlinearity, independent_linears and debug only the defaults can be had.
+    share_memory and clip change nothing: there is one layer, and nothing grows without bound.
+
     Args:
-        input_size, hidden_size, batch_first: as there; output has input_size features.
-        nr_cells, read_heads, cell_size: slots, heads and the width of a slot.
         num_hidden_layers: 1 here, where that class has 2.
-        rnn_type, num_layers, bias, dropout, bidirectional, nonlinearity, independent_linears, debug: only the values of the
-            signature can be had. share_memory and clip change nothing: there is one layer, and nothing grows without bound.
-        gpu_id: -1 is the CPU; or `device`.
+        nr_cells: slots of the memory.
+        read_heads: heads.
+        cell_size: the width of a slot.
+        gpu_id: -1 is the CPU.
+        device: in the place of gpu_id.
         options: those of MANN (write, key_strength, ...).
 
     Shapes:

@@ -175,10 +175,11 @@ def _sharded_step(
 class ShardedMANN(MANN):
     """A MANN whose slots are spread over the ranks of a device mesh: the same layer, for memories that one device cannot hold.
 
+    Beside `mesh` the arguments are MANN's: input_size, hidden_size, num_slots, slot_size, num_heads, controller, batch_first,
+    write, key_strength, squash, lru, erase, decay, eps, memory_init, device and dtype.
+
     Args:
         mesh: a one-dimensional DeviceMesh, as `init_device_mesh("cuda", (world_size,))` or one dimension of a larger mesh.
-        input_size, hidden_size, num_slots, slot_size, num_heads, controller, batch_first, write, key_strength, squash, lru,
-            erase, decay, eps, memory_init, device, dtype: as MANN.
 
     Shapes:
         Those of MANN. In the state `memory` [B, N, W], `usage` [B, N] and `read_weights` [B, R, N] are DTensors sharded over

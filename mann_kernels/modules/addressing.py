@@ -14,7 +14,8 @@ class ContentAddressing(nn.Module):
         key_strength: learn one factor per head on the similarities, `softplus(beta)`, 1 at first. Without it the factor
             is 1, as in the paper.
         eps: inside the root of the cosine's denominator.
-        device, dtype: of the parameter.
+        device: of the parameter.
+        dtype: of the parameter.
 
     Shapes: memory [B, N, W], key [B, R, W] -> reads [B, R, W], read_weights [B, R, N].
 

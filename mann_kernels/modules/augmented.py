@@ -46,8 +46,9 @@ class _Augmented:
 class AugmentedLinear(_Augmented, nn.Linear):
     """nn.Linear that takes fast weights beside its own (slow) ones (Munkhdalai & Yu 2017, section 3.3).
 
+    The arguments in_features, out_features, bias, device and dtype are nn.Linear's, and so are the parameters.
+
     Args:
-        in_features, out_features, bias, device, dtype: as nn.Linear, whose parameters it has.
         form: "output": `x W^T + b + x F^T`, no activation, so that without fast weights it is nn.Linear;
             "hidden": `act(x W^T + b) + act(x F^T)`, and `act(x W^T + b)` without fast weights.
         activation: "relu", "gelu", "tanh" or "identity", of the hidden form.
@@ -89,11 +90,13 @@ class AugmentedLinear(_Augmented, nn.Linear):
 class AugmentedConv2d(_Augmented, nn.Conv2d):
     """nn.Conv2d that takes fast weights beside its own (slow) ones (Munkhdalai & Yu 2017, section 3.3).
 
+    The arguments in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device and dtype
+    are nn.Conv2d's, and so are the parameters, for what mann_kernels.augmented_conv2d covers: square kernels, stride 1, equal
+    zero padding on all sides, no dilation, no groups.
+
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
-            nn.Conv2d, whose parameters it has, for what mann_kernels.augmented_conv2d covers: square kernels, stride 1,
-            equal zero padding on all sides, no dilation, no groups.
-        form, activation: as in AugmentedLinear.
+        form: "output" or "hidden", as in AugmentedLinear.
+        activation: as in AugmentedLinear.
         pool: a 2 x 2 max-pool in steps of 2 follows, of the sum; it keeps the odd last row and column (ceil mode).
 
     Shapes: x, fast and mix as in mann_kernels.augmented_conv2d; without fast x is [..., C, height, width].

@@ -210,9 +210,13 @@ class MANN(_MANNBase):
         write: "key" (the paper) or "add", a separate vector.
         key_strength: learn a factor on the similarities, emitted at each step; without it 1, as in the paper.
         squash: "tanh" or "identity", on keys and add vectors.
-        lru, erase, decay, eps: as in mann_kernels.lrua_step.
+        lru: "per_head" (the h-th head writes to the h-th least used slot) or "shared" (every head to all R of them).
+        erase: "least" (the least used slot is set to zero before the write) or "all" (all R of them).
+        decay: of the usage (gamma of eq. 5).
+        eps: inside the root of the cosine's denominator.
         memory_init: what every element of an initial memory is.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shapes:
         x [T, B, I] (or [T, I] without a batch, or a PackedSequence) -> output [T, B, H + R*W], that is (h, reads) of each
@@ -299,9 +303,8 @@ class MANN(_MANNBase):
 class MANNCell(_MANNBase):
     """One step of a MANN, called like nn.LSTMCell (Santoro et al. 2016). A state_dict of MANN fits.
 
-    Args:
-        input_size, hidden_size, num_slots, slot_size, num_heads, controller, write, key_strength, squash, lru, erase, decay,
-            eps, memory_init, device, dtype: as MANN, which has the same parameters.
+    The arguments are MANN's, and so are the parameters: input_size, hidden_size, num_slots, slot_size, num_heads, controller,
+    write, key_strength, squash, lru, erase, decay, eps, memory_init, device and dtype.
 
     Shapes: x [B, I], state (None starts an episode) -> output [B, H + R*W] and the next state, a MANNState.
 

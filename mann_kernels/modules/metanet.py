@@ -40,7 +40,8 @@ class FastWeightGenerator(nn.Module):
     Args:
         hidden_size: D, units of both hidden layers.
         p: of the gradients' preprocessing, see mann_kernels.generate_fast_weights.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shapes: gradients of any shape -> fast weights of the same shape.
 
@@ -78,7 +79,8 @@ class GradientSummarizer(nn.Module):
     Args:
         hidden_size: D, units of the LSTM.
         p: of the gradients' preprocessing, see mann_kernels.summarize_gradients.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shapes: gradients [T, ...] -> fast weights [...]. The order of the T gradients matters.
 
@@ -150,10 +152,12 @@ class MetaNet(nn.Module):
             than one example of a class, T is the number of random pairs.
         shared_generators: one m and one d as in the paper; without it one of each for convolutions and one for linear
             layers, as in the original code.
-        hidden_size, p: of m and d.
+        hidden_size: units of m and d.
+        p: of the gradients' preprocessing in m and d.
         margin: of the contrastive loss.
         eps: inside the root of the cosine's denominator.
-        device, dtype: of the parameters of m and d.
+        device: of the parameters of m and d.
+        dtype: of the parameters of m and d.
 
     Shapes:
         support_x [G, S, ...], support_y int64 [G, S] with labels in 0..ways-1, query_x [G, L, ...] -> logits [G, L, ways],
