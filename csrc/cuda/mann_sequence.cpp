@@ -23,7 +23,7 @@ struct Options {
     bool write_add, key_strength, squash, shared, erase_all;
 };
 static Build build_of(const Call &call, const char *source, const MannSizes &s, const MannPlan &plan, bool held,
-                      const Options &o) {
+                      int64_t shared_bytes, const Options &o) {
     return call.build(source)
         .set("MANN_N", s.N)
         .set("MANN_W", s.W)
@@ -33,6 +33,7 @@ static Build build_of(const Call &call, const char *source, const MannSizes &s, 
         .set("MANN_EXAMPLES", plan.examples)
         .set("MANN_PARTS", plan.parts)
         .set("MANN_HELD", held)
+        .set("MANN_SHARED_BYTES", shared_bytes)
         .set("MANN_WRITE_ADD", o.write_add)
         .set("MANN_KEY_STRENGTH", o.key_strength)
         .set("MANN_SQUASH", o.squash)
@@ -92,7 +93,7 @@ static Forward mann_sequence_cuda(Tensor gates_x, Tensor weight_hh, Tensor weigh
     }
     const MannPlan plan = plan_of(call, s);
     const Options options{write_add, key_strength, squash, shared, erase_all};
-    const Build build = build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, options);
+    const Build build = build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, plan.forward_bytes, options);
     call.launch(build, "mann_sequence_forward", grid_of(s, plan, plan.forward_bytes), a);
     return {output,        h1,           c1,
             reads1,        memory1,      usage1,
@@ -149,7 +150,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     a.dmemory = out(dmemory), a.dread_weights = out(dread_weights);
     const MannPlan plan = plan_of(call, s);
     const Options options{write_add, key_strength, squash, shared, erase_all};
-    const Build build = build_of(call, "mann_sequence_backward.cu", s, plan, plan.held_backward, options);
+    const Build build = build_of(call, "mann_sequence_backward.cu", s, plan, plan.held_backward, plan.backward_bytes, options);
     call.launch(build, "mann_sequence_backward", grid_of(s, plan, plan.backward_bytes), a);
     return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
 }
