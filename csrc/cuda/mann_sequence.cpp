@@ -1,5 +1,6 @@
 // A whole MANN episode: mann_sequence and its backward.
-#include "launch.h"
+#include "launch.h" // first: what the structs of arguments need
+
 #include "mann_plan.h"
 #include "mann_sequence.h"
 
@@ -93,7 +94,8 @@ static Forward mann_sequence_cuda(Tensor gates_x, Tensor weight_hh, Tensor weigh
     }
     const MannPlan plan = plan_of(call, s);
     const Options options{write_add, key_strength, squash, shared, erase_all};
-    const Build build = build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, plan.forward_bytes, options);
+    const Build build =
+        build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, plan.forward_bytes, options);
     call.launch(build, "mann_sequence_forward", grid_of(s, plan, plan.forward_bytes), a);
     return {output,        h1,           c1,
             reads1,        memory1,      usage1,
@@ -150,7 +152,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     a.dmemory = out(dmemory), a.dread_weights = out(dread_weights);
     const MannPlan plan = plan_of(call, s);
     const Options options{write_add, key_strength, squash, shared, erase_all};
-    const Build build = build_of(call, "mann_sequence_backward.cu", s, plan, plan.held_backward, plan.backward_bytes, options);
+    const Build build =
+        build_of(call, "mann_sequence_backward.cu", s, plan, plan.held_backward, plan.backward_bytes, options);
     call.launch(build, "mann_sequence_backward", grid_of(s, plan, plan.backward_bytes), a);
     return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
 }
