@@ -26,7 +26,7 @@ struct BackwardTile {
     MANN_INLINE BackwardTile(const MemoryBackward<S> &args, int example, int of_example)
         : a(args), s(a.sizes), b(example), tile(of_example), first(tile * s.tile_slots),
           last(min(first + s.tile_slots, int(s.N))), at(int64_t(s.step) * s.B + b), ring(s.step % s.ring * s.B + b),
-          last_step(s.step + 1 == (s.lengths ? min(int(s.lengths[b]), s.T) : s.T)) {}
+          last_step(s.step + 1 == length_of(s, b)) {}
 
     MANN_INLINE int slot(int base, int u) const { return base + u * kRows + row_of_warp(); }
     MANN_INLINE int64_t of_slot(int h, int n) const { return (int64_t(b) * kHeads + h) * s.N + n; }
@@ -240,7 +240,7 @@ MANN_KERNEL(memory_backward, kMemoryThreads, MemoryBackwardArgs) {
     MANN_SHARED(T, shared_columns, kSharedColumns);
     const MemorySizes &s = args.sizes;
     const int b = int(blockIdx.x) / s.tiles;
-    if (s.lengths && s.step >= s.lengths[b]) return;
+    if (s.step >= length_of(s, b)) return;
     BackwardTile tile(args, b, int(blockIdx.x) % s.tiles);
     tile.begin();
     const int stride = kMemoryWarps * kRows * kAtOnce;
@@ -286,7 +286,7 @@ MANN_KERNEL(memory_sum, kSumThreads, MemorySumArgs) {
     const int b = int(blockIdx.x) / groups, step = s.step + int(blockIdx.y);
     const int column = int(blockIdx.x) % groups * 32 + lane_of_warp(), h = min(column / kWidth, kHeads - 1);
     const int64_t at = int64_t(step) * s.B + b;
-    const bool real = !s.lengths || step < s.lengths[b], is_key = column < kWords;
+    const bool real = step < length_of(s, b), is_key = column < kWords;
     const T *found = a.found + (step % s.ring * s.B + b) * s.parts * kBackwardPart;
     T sum = 0, factor = 0;
 #pragma unroll 8

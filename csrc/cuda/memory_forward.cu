@@ -200,7 +200,7 @@ MANN_KERNEL(memory_write, kMemoryThreads, MemoryWriteArgs) {
     MANN_SHARED(T, shared_columns, kSharedColumns);
     const MemorySizes &s = args.sizes;
     const int b = int(blockIdx.x) / s.tiles, tile = int(blockIdx.x) % s.tiles;
-    if (args.sizes.lengths && s.step >= args.sizes.lengths[b]) return;
+    if (s.step >= length_of(s, b)) return;
     WriteTile tile_of(args, b, tile);
     const int stride = kMemoryWarps * kRows * kAtOnce;
     int base = tile_of.first + warp_of_block() * kRows * kAtOnce;
@@ -257,6 +257,7 @@ struct UseSlots {
     const MemorySizes &s;
     const int b, step, chunk;
     const int64_t ring;
+    const bool last_step;
 
     MANN_INLINE T weight_of(int h, int n, const T *totals) const {
         const int64_t in_example = int64_t(h) * s.N + n;
@@ -264,6 +265,8 @@ struct UseSlots {
         return exponential(a.logits[ring * kHeads * s.N + in_example] - totals[2 * h]) * totals[2 * h + 1];
     }
     MANN_INLINE void run(const T *totals, T *shared, int32_t *shared_slots) const {
+        const bool weights_out = a.weights && last_step, means_out = a.dweights && last_step;
+        if (!weights_out && !means_out && !a.weights_copy && !a.usage1 && !a.candidate_slots) return;
         Least least;
         T means[kHeads] = {};
         const int first = chunk * a.chooser_slots, last = min(first + a.chooser_slots, int(s.N));
@@ -275,9 +278,9 @@ struct UseSlots {
                 const T weight = weight_of(h, n, totals);
                 const int64_t at = (int64_t(b) * kHeads + h) * s.N + n;
                 read += weight;
-                if (a.weights) a.weights[at] = to_storage<S>(weight);
+                if (weights_out) a.weights[at] = to_storage<S>(weight);
                 if (a.weights_copy) a.weights_copy[at] = weight;
-                if (a.dweights) means[h] += weight * to_arith(a.dweights[at]);
+                if (means_out) means[h] += weight * to_arith(a.dweights[at]);
             }
             if (!a.candidate_slots && !a.usage1) continue;
             T usage = a.usage ? to_arith(a.usage[b * s.N + n]) : a.usage1[b * s.N + n];
@@ -287,7 +290,7 @@ struct UseSlots {
             if (a.candidate_slots) least.see(usage, n);
         }
         if (a.candidate_slots) choose_of_block(least, shared, shared_slots);
-        if (a.dweights) give_means(means, shared);
+        if (means_out) give_means(means, shared);
     }
     MANN_INLINE void choose_of_block(Least &least, T *shared, int32_t *shared_slots) const {
         const int64_t to = (int64_t(b) * a.choosers + chunk) * kHeads;
@@ -356,7 +359,7 @@ MANN_KERNEL(memory_use, kMemoryThreads, MemoryUseArgs) {
     const int blocks = a.choosers + a.readers, b = int(blockIdx.x) / blocks, block = int(blockIdx.x) % blocks;
     const int step = s.step + int(blockIdx.y);
     const int64_t ring = step % s.ring * s.B + b;
-    if (s.lengths && step >= s.lengths[b]) {
+    if (step >= length_of(s, b)) {
         const int column = (block - a.choosers) * 32 + int(threadIdx.x);
         if (block >= a.choosers && threadIdx.x < 32 && column < kWords && a.reads)
             a.reads[(int64_t(step) * s.B + b) * a.reads_row + a.reads_at + column] = to_storage<S>(T(0));
@@ -371,7 +374,7 @@ MANN_KERNEL(memory_use, kMemoryThreads, MemoryUseArgs) {
         if (a.totals && block == 0)
             for (int i = int(threadIdx.x); i < 2 * kHeads; i += kMemoryThreads) a.totals[ring * 2 * kHeads + i] = totals[i];
     }
-    if (block < a.choosers) UseSlots{a, s, b, step, block, ring}.run(totals, shared, shared_slots);
+    if (block < a.choosers) UseSlots{a, s, b, step, block, ring, step + 1 == length_of(s, b)}.run(totals, shared, shared_slots);
     else use_reads(a, b, step, block - a.choosers, totals, shared);
 }
 

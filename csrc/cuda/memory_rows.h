@@ -92,19 +92,22 @@ MANN_INLINE T of_head(const T (&own)[kOwn], int h) {
     else return __shfl_sync(kWholeWarp, own[h / kLanes], h % kLanes, kLanes);
 }
 
+MANN_INLINE int length_of(const MemorySizes &s, int b) {
+    return s.lengths ? int(min(s.lengths[b], int64_t(s.T))) : s.T;
+}
 // The heads at a step of an example: row `at` of [T, B].
 MANN_INLINE T head_key(const MemoryHead<S> &a, int64_t at, int h, int w) {
-    return a.row ? a.row[at * a.head + h * kWidth + w] : to_arith(a.key[at * kWords + h * kWidth + w]);
+    return a.row ? a.row[(at - a.first) * a.head + h * kWidth + w] : to_arith(a.key[at * kWords + h * kWidth + w]);
 }
 MANN_INLINE T head_gate(const MemoryHead<S> &a, int64_t at, int h) {
-    return a.row ? a.row[at * a.head + kWords + h] : sigmoid(to_arith(a.gate[at * kHeads + h]));
+    return a.row ? a.row[(at - a.first) * a.head + kWords + h] : sigmoid(to_arith(a.gate[at * kHeads + h]));
 }
 MANN_INLINE T head_beta(const MemoryHead<S> &a, int64_t at, int h) {
     if constexpr (!kBeta) return T(1);
-    return a.row ? a.row[at * a.head + kWords + kHeads + h] : to_arith(a.beta[at * kHeads + h]);
+    return a.row ? a.row[(at - a.first) * a.head + kWords + kHeads + h] : to_arith(a.beta[at * kHeads + h]);
 }
 MANN_INLINE T head_add(const MemoryHead<S> &a, int64_t at, int h, int w) {
-    return a.row ? a.row[at * a.head + kWords + kHeads * (1 + kBeta) + h * kWidth + w]
+    return a.row ? a.row[(at - a.first) * a.head + kWords + kHeads * (1 + kBeta) + h * kWidth + w]
                  : to_arith(a.add[at * kWords + h * kWidth + w]);
 }
 // What a lane needs of the heads: its columns of every head, and the numbers of its own heads.
@@ -126,6 +129,8 @@ struct HeadColumns {
             }
             squares[h] = sum_over_row(square);
         }
+#pragma unroll
+        for (int k = 0; k < kOwn; ++k) key_square[k] = 0; // of a lane without a head
         take_own(squares, key_square);
 #pragma unroll
         for (int k = 0; k < kOwn; ++k) {

@@ -18,11 +18,12 @@ constexpr int kMemoryThreads = 256, kMemoryWarps = kMemoryThreads / 32, kSumThre
 //     [largest logit: R][sum of exp: R][sum of exp * row: R, W]
 // and memory_backward head + R: the gradients of the numbers of a head, in its order, then for each head what the key's
 // norm takes off.
+
 // What the heads say at step t of example b, row t * B + b of each. Either a row of numbers after their activations, in
 // the order of mann_sequence: key [R, W], gate [R], strength [R] (with MANN_BETA), add [R, W] (with MANN_ADD) ...
 template <typename S> struct MemoryHead {
-    const Arith<S> *row; // [T, B, head] or null
-    int64_t head;        // numbers of a row
+    const Arith<S> *row; // [., head] or null: rows of [T, B, head] from the `first` on
+    int64_t head, first;
     // ... or apart, the gate before its sigmoid; add null unless MANN_ADD, beta null unless MANN_BETA, which must
     // agree.
     const S *key, *gate, *beta, *add; // [T, B, R, W], [T, B, R] twice, [T, B, R, W]
@@ -77,14 +78,14 @@ template <typename S> struct MemoryUse {
     S *usage_out;                // [B, N] out; or null
     Arith<S> *candidate_usage;   // [B, choosers, R] out: the least of each block; or null
     int32_t *candidate_slots;    // [B, choosers, R] out
-    S *weights;                  // [B, R, N] out, or null
+    S *weights;                  // [B, R, N] out, of the last real step of each example; or null
     Arith<S> *weights_copy;      // [B, R, N] out, or null
     S *reads;                    // row t * B + b out, or null
     int64_t reads_row, reads_at; // numbers of a row, and where in it
     Arith<S> *reads_copy;        // [ring, B, R, W] out, or null
     const S *weights_in;         // [B, R, N]: the weights, where there are no logits; or null
     const S *dweights;           // [B, R, N], or null: no means
-    Arith<S> *means;             // [B, choosers, R] out: sums of weight * dweight
+    Arith<S> *means;             // [B, choosers, R] out: sums of weight * dweight after the last real step
 };
 
 template <typename S> struct MemoryBackward {
