@@ -1,4 +1,5 @@
 // A whole MANN episode: mann_sequence and its backward.
+#include "grid_sequence.h"
 #include "launch.h"
 #include "mann_plan.h"
 #include "mann_sequence.h"
@@ -46,9 +47,43 @@ static Grid grid_of(const MannSizes &s, const MannPlan &plan, int64_t shared_byt
 static MannPlan plan_of(const Call &call, MannSizes s) {
     s.number_bytes = call.arith_bytes();
     const Device device = call.on();
-    const MannPlan plan = mann_plan(s, device.capability >= 90 ? device.shared_bytes : 0, device.multiprocessors);
-    STD_TORCH_CHECK(plan.blocks > 0, "mann_sequence: the cluster kernels take no such sizes");
-    return plan;
+    return mann_plan(s, device.capability >= 90 ? device.shared_bytes : 0, device.multiprocessors);
+}
+
+// The same arguments for the form that is not on clusters.
+template <typename Args>
+static GridSizes grid_sizes(const MannSizes &s, const Args &a, const Options &o, double decay) {
+    const MemoryOptions memory{s.W, s.R, s.key_strength, s.write_add, true};
+    return {s.T, s.B, s.N, a.checkpoint_every, memory, o.shared, o.erase_all, decay, a.eps, a.lengths};
+}
+template <typename Args> static GridController grid_controller(const MannSizes &s, const Args &a, const Options &o) {
+    GridController c{};
+    c.H = s.H, c.squash = o.squash, c.weight_hh = a.weight_hh, c.weight_head = a.weight_head;
+    c.bias_head = a.bias_head, c.c = a.c;
+    return c;
+}
+static void on_grid(Call &call, const MannSizes &s, const MannForward<void> &a, const Options &o) {
+    GridController c = grid_controller(s, a, o);
+    c.gates_x = a.gates_x, c.h = a.h, c.reads = a.reads, c.output = a.output, c.h1 = a.h1, c.c1 = a.c1;
+    c.reads1 = a.reads1, c.saved_gates = a.saved_gates, c.saved_c = a.saved_c;
+    GridForward memory{};
+    memory.memory = a.memory, memory.usage = a.usage, memory.read_weights = a.read_weights;
+    memory.memory1 = a.memory1, memory.usage1 = a.usage1, memory.read_weights1 = a.read_weights1;
+    memory.saved_least_used = a.saved_least_used, memory.saved_memory = a.saved_memory;
+    memory.saved_read_weights = a.saved_read_weights;
+    grid_mann_forward(call, grid_sizes(s, a, o, a.decay), memory, c);
+}
+static void on_grid(Call &call, const MannSizes &s, const MannBackward<void> &a, const Options &o) {
+    GridController c = grid_controller(s, a, o);
+    c.doutput = a.doutput, c.output_in = a.output, c.dh1 = a.dh1, c.dc1 = a.dc1, c.dreads1 = a.dreads1;
+    c.saved_gates = const_cast<void *>(a.saved_gates), c.saved_c = const_cast<void *>(a.saved_c); // only read
+    c.dgates = a.dgates, c.dh = a.dh, c.dc = a.dc, c.dreads = a.dreads;
+    GridBackward memory{};
+    memory.memory = a.memory, memory.read_weights = a.read_weights, memory.dmemory1 = a.dmemory1;
+    memory.dread_weights1 = a.dread_weights1, memory.dmemory = a.dmemory, memory.dread_weights = a.dread_weights;
+    memory.saved_least_used = a.saved_least_used, memory.saved_memory = a.saved_memory;
+    memory.saved_read_weights = a.saved_read_weights, memory.dhead = a.dhead;
+    grid_mann_backward(call, grid_sizes(s, a, o, 0), memory, c);
 }
 
 using Forward =
@@ -92,8 +127,12 @@ static Forward mann_sequence_cuda(Tensor gates_x, Tensor weight_hh, Tensor weigh
     }
     const MannPlan plan = plan_of(call, s);
     const Options options{write_add, key_strength, squash, shared, erase_all};
-    const Build build = build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, options);
-    call.launch(build, "mann_sequence_forward", grid_of(s, plan, plan.forward_bytes), a);
+    if (plan.blocks > 0) {
+        const Build build = build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, options);
+        call.launch(build, "mann_sequence_forward", grid_of(s, plan, plan.forward_bytes), a);
+    } else {
+        on_grid(call, s, a, options);
+    }
     return {output,        h1,           c1,
             reads1,        memory1,      usage1,
             read_weights1, saved_gates,  saved_least_used,
@@ -136,19 +175,23 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     a.read_weights = call.in(read_weights, "read_weights", {B, R, N});
     a.lengths = call.in_int64(lengths, "lengths", {B});
     a.output = call.in(output, "output", {T, B, K});
-    const Tensor raw_heads = heads_again(output, weight_head, call.arithmetic(), H);
-    a.heads = call.in_arith(raw_heads, "heads", {T, B, heads});
     a.saved_gates = call.in_arith(saved_gates, "saved_gates", {T, B, 4 * H});
     a.saved_least_used = call.in_int32(saved_least_used, "saved_least_used", {T, B, R});
     a.saved_c = call.in_arith(saved_c, "saved_c", {kept, B, H});
     a.saved_memory = call.in_arith(saved_memory, "saved_memory", {kept, B, N, W});
     a.saved_read_weights = call.in_arith(saved_read_weights, "saved_read_weights", {kept, B, R, N});
-    a.cells = call.scratch(segment * B * H), a.weights = call.scratch(segment * B * N * ((R + 3) / 4 * 4));
-    a.overwritten = call.scratch(segment * B * R * W), a.restarts = call.scratch(segment / kRestartEvery * B * N * W);
     a.dgates = out(dgates), a.dhead = out(dhead), a.dh = out(dh), a.dc = out(dc), a.dreads = out(dreads);
     a.dmemory = out(dmemory), a.dread_weights = out(dread_weights);
     const MannPlan plan = plan_of(call, s);
     const Options options{write_add, key_strength, squash, shared, erase_all};
+    if (plan.blocks == 0) {
+        on_grid(call, s, a, options);
+        return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
+    }
+    const Tensor raw_heads = heads_again(output, weight_head, call.arithmetic(), H);
+    a.heads = call.in_arith(raw_heads, "heads", {T, B, heads});
+    a.cells = call.scratch(segment * B * H), a.weights = call.scratch(segment * B * N * ((R + 3) / 4 * 4));
+    a.overwritten = call.scratch(segment * B * R * W), a.restarts = call.scratch(segment / kRestartEvery * B * N * W);
     const Build build = build_of(call, "mann_sequence_backward.cu", s, plan, plan.held_backward, options);
     call.launch(build, "mann_sequence_backward", grid_of(s, plan, plan.backward_bytes), a);
     return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
