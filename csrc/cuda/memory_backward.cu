@@ -15,6 +15,12 @@ struct BackwardTile {
     const int b, tile, first, last;
     const int64_t at, ring; // the row of the head in [T, B]; of the example in [ring, B]
     const bool last_step;   // no step of the example comes after it
+    const int slots_of_example;
+    // Of the example.
+    const T *const memory_after;
+    T *const memory, *const dmemory, *const dweights;
+    const S *const memory_in, *const dmemory1, *const dweights1;
+    S *const dmemory_out, *const dweights_out;
     HeadColumns head;
     Weights previous, now;
     T dreads[kHeads][kColumns], mean[kOwn];
@@ -23,13 +29,21 @@ struct BackwardTile {
     T dkey[kHeads][kColumns], dadd[kHeads][kColumns];
     T dgate[kOwn], dbeta[kOwn], factor[kOwn], means[kOwn];
 
-    MANN_INLINE BackwardTile(const MemoryBackward<S> &args, int example, int of_example)
-        : a(args), s(a.sizes), b(example), tile(of_example), first(tile * s.tile_slots),
+    MANN_INLINE BackwardTile(const MemoryBackward<S> &args, int example, int tile_of_example)
+        : a(args), s(a.sizes), b(example), tile(tile_of_example), first(tile * s.tile_slots),
           last(min(first + s.tile_slots, int(s.N))), at(int64_t(s.step) * s.B + b), ring(s.step % s.ring * s.B + b),
-          last_step(s.step + 1 == length_of(s, b)) {}
+          last_step(s.step + 1 == length_of(s, b)), slots_of_example(int(s.N)),
+          memory_after(of_example(a.memory_after, kWidth)), memory(of_example(a.memory, kWidth)),
+          dmemory(of_example(a.dmemory, kWidth)), dweights(of_example(a.dweights, kHeads)),
+          memory_in(of_example(a.before.memory, kWidth)), dmemory1(of_example(a.dmemory1, kWidth)),
+          dweights1(of_example(a.dweights1, kHeads)), dmemory_out(of_example(a.dmemory_out, kWidth)),
+          dweights_out(of_example(a.dweights_out, kHeads)) {}
 
+    template <typename X> MANN_INLINE X *of_example(X *all, int numbers) const {
+        return all ? all + b * s.N * numbers : nullptr;
+    }
     MANN_INLINE int slot(int base, int u) const { return base + u * kRows + row_of_warp(); }
-    MANN_INLINE int64_t of_slot(int h, int n) const { return (int64_t(b) * kHeads + h) * s.N + n; }
+    MANN_INLINE int weight_at(int k, int n) const { return own_head(k) * slots_of_example + n; }
 
     // The gradient of read w of head h, of all that comes after the read.
     MANN_INLINE T dread(int h, int w) const {
@@ -60,32 +74,33 @@ struct BackwardTile {
     }
 
     MANN_INLINE void load(int base) {
+        if (memory_after) load_rows(memory_after, base, m);
+        else load_rows(memory_in, base, m);
+        if (!last_step) load_rows(static_cast<const T *>(dmemory), base, dm);
+        else load_rows(dmemory1, base, dm);
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-            const int n = slot(base, u);
-            const bool exists = n < last;
-            const int64_t row = (b * s.N + n) * kWidth;
-            if (a.memory_after) load_row(a.memory_after + row, exists, m[u]);
-            else load_row(a.before.memory + row, exists, m[u]);
-            if (!last_step) load_row(static_cast<const T *>(a.dmemory) + row, exists, dm[u]);
-            else load_row(a.dmemory1 + row, exists && a.dmemory1, dm[u]);
+        for (int u = 0; u < kAtOnce; ++u)
 #pragma unroll
             for (int k = 0; k < kOwn; ++k) {
-                const bool there = exists && own_head(k) < kHeads;
-                const int64_t of_own = of_slot(own_head(k), n);
-                loaded[u][k] = kWrite && there ? previous.load(of_own) : T(0);
-                loaded_now[u][k] = there ? now.load(of_own) : T(0);
+                const int n = slot(base, u), at_own = weight_at(k, n);
+                const bool there = n < last && own_head(k) < kHeads;
+                loaded[u][k] = kWrite && there ? previous.load(at_own) : T(0);
+                loaded_now[u][k] = there ? now.load(at_own) : T(0);
                 dw[u][k] = 0;
-                if (there && !last_step) dw[u][k] = a.dweights[of_own];
-                else if (there && a.dweights1) dw[u][k] = to_arith(a.dweights1[of_own]);
+                if (there && !last_step) dw[u][k] = dweights[at_own];
+                else if (there && dweights1) dw[u][k] = to_arith(dweights1[at_own]);
             }
-        }
+    }
+    template <typename X> MANN_INLINE void load_rows(const X *rows, int base, T (&all)[kAtOnce][kColumns]) const {
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u)
+            load_row(rows + slot(base, u) * kWidth, rows && slot(base, u) < last, all[u]);
     }
 
     // Row u from behind the read to before the write.
-    MANN_INLINE void take_back(int u, int n, const int32_t *slots) {
+    MANN_INLINE void take_back(int u, int n, const int32_t *slots, bool chosen) {
         const bool exists = n < last;
-        const int place = kWrite && exists ? place_of(slots, n) : -1;
+        const int place = kWrite && chosen && exists ? place_of(slots, n) : -1;
         const bool erased = is_erased(place, a.erase_all);
         T before[kOwn], written[kOwn];
 #pragma unroll
@@ -93,7 +108,7 @@ struct BackwardTile {
             before[k] = kWrite && exists && own_head(k) < kHeads ? previous.weight(loaded[u][k], k) : T(0);
             written[k] = head.gate[k] * before[k] + (1 - head.gate[k]) * own_slot(place, own_head(k), a.shared);
         }
-        if (kWrite && !a.memory_after) add_written(written, T(1), erased, m[u]);
+        if (kWrite && !memory_after) add_written(written, T(1), erased, m[u]);
         T weight[kOwn], ddot[kOwn];
         const T shrink = through_softmax(u, exists, weight, ddot);
 #pragma unroll kUnroll
@@ -109,16 +124,17 @@ struct BackwardTile {
             }
         }
         if constexpr (kWrite) before_write(u, n, place, before, written);
-        const int64_t row = (b * s.N + n) * kWidth;
         if (a.undo) {
             add_written(written, T(-1), false, m[u]);
-            if (place >= 0) load_row(a.overwritten + (ring * kHeads + place) * kWidth, true, m[u]); // exactly
-            store_row(a.memory + row, exists, m[u]);
+            if (chosen && place >= 0) load_row(a.overwritten + (ring * kHeads + place) * kWidth, true, m[u]); // exactly
+            store_row(memory + n * kWidth, exists, m[u]);
         }
+        if (chosen && erased) {
 #pragma unroll kUnroll
-        for (int i = 0; i < kColumns; ++i) dm[u][i] = erased ? T(0) : dm[u][i];
-        if (a.dmemory_out) store_row(a.dmemory_out + row, exists, dm[u]);
-        else store_row(a.dmemory + row, exists, dm[u]);
+            for (int i = 0; i < kColumns; ++i) dm[u][i] = 0;
+        }
+        if (dmemory_out) store_row(dmemory_out + n * kWidth, exists, dm[u]);
+        else store_row(dmemory + n * kWidth, exists, dm[u]);
     }
     // row (nothing, if erased) + sign * what is written to it
     MANN_INLINE void add_written(const T (&written)[kOwn], T sign, bool erased, T (&row)[kColumns]) const {
@@ -152,7 +168,8 @@ struct BackwardTile {
             weight[k] = mine ? now.weight(loaded_now[u][k], k) : T(0);
             const T inverse = mine ? inverse_root(head.key_square[k] * square + T(a.eps)) : T(0);
             const T cosine = kDots ? (mine ? dot[k] * inverse : T(0)) : loaded_now[u][k];
-            const T dx = mine ? weight[k] * (dw[u][k] + dread_dot[k] - mean[k]) : T(0);
+            // of one slot the weight is 1 whatever its logit: exactly zero, not what rounding leaves of a difference
+            const T dx = mine && s.N > 1 ? weight[k] * (dw[u][k] + dread_dot[k] - mean[k]) : T(0);
             ddot[k] = head.beta[k] * dx * inverse;
             const T through_norm = ddot[k] * cosine * inverse;
             dbeta[k] += dx * cosine;
@@ -192,8 +209,8 @@ struct BackwardTile {
             dgate[k] += dwrite[k] * (before[k] - own_slot(place, own_head(k), a.shared));
             const T given = head.gate[k] * dwrite[k];
             means[k] += before[k] * given;
-            if (a.dweights_out) a.dweights_out[of_slot(own_head(k), n)] = to_storage<S>(given);
-            else a.dweights[of_slot(own_head(k), n)] = given;
+            if (dweights_out) dweights_out[weight_at(k, n)] = to_storage<S>(given);
+            else dweights[weight_at(k, n)] = given;
         }
     }
 
@@ -207,15 +224,17 @@ struct BackwardTile {
                 dkey[h][i] = 0;
                 if constexpr (kAdd) dadd[h][i] = 0;
             }
-        previous.plain = a.before.weights, previous.plain_t = a.before.weights_t;
-        if (s.step != a.before.start) {
-            const int64_t other = (s.step - 1) % s.ring * s.B * kHeads * s.N;
-            previous.plain = nullptr, previous.plain_t = nullptr, previous.logits = a.logits + other;
-            previous.take_totals(a.totals + ((s.step - 1) % s.ring * s.B + b) * 2 * kHeads);
+        if (s.step == a.before.start) {
+            previous.plain = of_example(a.before.weights, kHeads);
+            previous.plain_t = of_example(a.before.weights_t, kHeads);
+        } else {
+            const int64_t other = (s.step - 1) % s.ring * s.B + b;
+            previous.logits = a.logits + other * kHeads * s.N;
+            previous.take_totals(a.totals + other * 2 * kHeads);
         }
-        now.plain = a.weights_in;
-        if (a.weights_in) return;
-        now.logits = a.logits + s.step % s.ring * s.B * kHeads * s.N;
+        now.plain = of_example(a.weights_in, kHeads);
+        if (now.plain) return;
+        now.logits = a.logits + ring * kHeads * s.N;
         now.take_totals(a.totals + ring * 2 * kHeads);
     }
     MANN_INLINE void give(T *shared, T *shared_own) {
@@ -244,7 +263,7 @@ MANN_KERNEL(memory_backward, kMemoryThreads, MemoryBackwardArgs) {
     BackwardTile tile(args, b, int(blockIdx.x) % s.tiles);
     tile.begin();
     const int stride = kMemoryWarps * kRows * kAtOnce;
-    int base = tile.first + warp_of_block() * kRows * kAtOnce;
+    int base = tile.first + __shfl_sync(kWholeWarp, warp_of_block(), 0) * kRows * kAtOnce;
     if (base < tile.last) tile.load(base);
     tile.head.take(args.head, tile.at);
     if constexpr (kWrite) {
@@ -265,11 +284,14 @@ MANN_KERNEL(memory_backward, kMemoryThreads, MemoryBackwardArgs) {
     }
     tile.take_means(shared_columns, mean);
     __syncthreads();
+    bool chosen = false; // whether the tile has least-used slots at all
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) chosen |= kWrite && slots[h] >= tile.first && slots[h] < tile.last;
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) tile.mean[k] = own_head(k) < kHeads ? mean[own_head(k)] : T(0);
     while (base < tile.last) {
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) tile.take_back(u, tile.slot(base, u), slots);
+        for (int u = 0; u < kAtOnce; ++u) tile.take_back(u, tile.slot(base, u), slots, chosen);
         base += stride;
         if (base < tile.last) tile.load(base);
     }

@@ -10,8 +10,13 @@ constexpr int kSharedColumns = kParts > 1 ? 1 : kMemoryWarps * kWords;
 struct WriteTile {
     const MemoryWrite<S> &a;
     const MemorySizes &s;
-    const int b, first, last; // the example, and the slots of the tile
-    const int64_t at;         // the row of the head, [T, B]
+    const int b, first, last, slots_of_example; // the example, and the slots of the tile
+    const int64_t at;                           // the row of the head, [T, B]
+    // Of the example.
+    const S *const memory_in;
+    const T *const memory_in_t;
+    T *const memory, *const memory_copy, *const logits, *const usage1;
+    S *const memory1;
     HeadColumns head;
     Weights previous;
     T m[kAtOnce][kColumns], loaded[kAtOnce][kOwn], usage[kAtOnce]; // of the rows under way
@@ -20,59 +25,88 @@ struct WriteTile {
 
     MANN_INLINE WriteTile(const MemoryWrite<S> &args, int example, int tile)
         : a(args), s(a.sizes), b(example), first(tile * s.tile_slots), last(min(first + s.tile_slots, int(s.N))),
-          at(int64_t(s.step) * s.B + example) {}
+          slots_of_example(int(s.N)), at(int64_t(s.step) * s.B + example),
+          memory_in(starts() || !kWrite ? of_example(a.before.memory, kWidth) : nullptr),
+          memory_in_t(of_example(starts() ? a.before.memory_t : static_cast<const T *>(a.memory), kWidth)),
+          memory(of_example(a.memory, kWidth)), memory_copy(of_example(a.memory_copy, kWidth)),
+          logits(a.logits + ring(s.step) * kHeads * s.N), usage1(of_example(a.usage1, 1)),
+          memory1(of_example(a.memory1, kWidth)) {
+        if constexpr (!kWrite) return;
+        if (!starts()) previous.logits = a.logits + ring(s.step - 1) * kHeads * s.N;
+        else if (a.before.weights) previous.plain = of_example(a.before.weights, kHeads);
+        else previous.plain_t = of_example(a.before.weights_t, kHeads);
+    }
 
     MANN_INLINE int64_t ring(int step) const { return step % s.ring * s.B + b; }
     MANN_INLINE bool starts() const { return s.step == a.before.start; }
+    template <typename X> MANN_INLINE X *of_example(X *all, int numbers) const {
+        return all ? all + b * s.N * numbers : nullptr;
+    }
     MANN_INLINE int slot(int base, int u) const { return base + u * kRows + row_of_warp(); }
+    MANN_INLINE int weight_at(int k, int n) const { return own_head(k) * slots_of_example + n; }
 
     // Loads that wait for nothing.
     MANN_INLINE void load(int base) {
+        if (memory_in) load_rows(memory_in, base);
+        else load_rows(memory_in_t, base);
+        if constexpr (!kWrite) return;
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u)
+#pragma unroll
+            for (int k = 0; k < kOwn; ++k) {
+                const int n = slot(base, u);
+                loaded[u][k] = n < last && own_head(k) < kHeads ? previous.load(weight_at(k, n)) : T(0);
+            }
+        if (!usage1 || lane_of_row() != 0) return;
+        const S *given = s.step == 0 && a.usage ? a.usage + b * s.N : nullptr;
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
             const int n = slot(base, u);
-            const bool exists = n < last;
-            const int64_t row = (b * s.N + n) * kWidth;
-            if (!kWrite || (starts() && a.before.memory)) load_row(a.before.memory + row, exists, m[u]);
-            else load_row((starts() ? a.before.memory_t : static_cast<const T *>(a.memory)) + row, exists, m[u]);
-            if constexpr (!kWrite) continue;
-#pragma unroll
-            for (int k = 0; k < kOwn; ++k) {
-                const bool there = exists && own_head(k) < kHeads;
-                loaded[u][k] = there ? previous.load((int64_t(b) * kHeads + own_head(k)) * s.N + n) : T(0);
-            }
-            usage[u] = T(0);
-            if (a.usage1 && exists && lane_of_row() == 0)
-                usage[u] = s.step == 0 && a.usage ? to_arith(a.usage[b * s.N + n]) : a.usage1[b * s.N + n];
+            if (n < last) usage[u] = given ? T(to_arith(given[n])) : usage1[n];
         }
     }
-
-    // Eq. 7 and 8 of row u, and what it leaves for backward.
-    MANN_INLINE void write(int u, int n, const int32_t *slots) {
-        const bool exists = n < last;
-        const int64_t row = (b * s.N + n) * kWidth;
-        const int place = exists ? place_of(slots, n) : -1;
-        if (place >= 0 && a.overwritten)
-            store_row(a.overwritten + (ring(s.step) * kHeads + place) * kWidth, true, m[u]);
-        T own[kOwn];
+    template <typename X> MANN_INLINE void load_rows(const X *rows, int base) {
 #pragma unroll
-        for (int k = 0; k < kOwn; ++k)
-            own[k] = head.gate[k] * previous.weight(loaded[u][k], k) +
-                     (1 - head.gate[k]) * own_slot(place, own_head(k), a.shared);
-        const bool erased = is_erased(place, a.erase_all);
-        T written = 0;
+        for (int u = 0; u < kAtOnce; ++u) load_row(rows + slot(base, u) * kWidth, slot(base, u) < last, m[u]);
+    }
+    template <typename X> MANN_INLINE void store_rows(X *rows, int base) const {
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) store_row(rows + slot(base, u) * kWidth, slot(base, u) < last, m[u]);
+    }
+
+    // Eq. 7 and 8 of the rows under way. chosen: whether the tile has least-used slots at all.
+    MANN_INLINE void write(int base, const int32_t *slots, bool chosen) {
+        T written[kAtOnce];
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+            const int n = slot(base, u), place = chosen && n < last ? place_of(slots, n) : -1;
+            if (chosen && place >= 0 && a.overwritten)
+                store_row(a.overwritten + (ring(s.step) * kHeads + place) * kWidth, true, m[u]);
+            T own[kOwn];
+#pragma unroll
+            for (int k = 0; k < kOwn; ++k)
+                own[k] = head.gate[k] * previous.weight(loaded[u][k], k) +
+                         (1 - head.gate[k]) * own_slot(place, own_head(k), a.shared);
+            if (chosen && is_erased(place, a.erase_all)) {
 #pragma unroll kUnroll
-        for (int h = 0; h < kHeads; ++h) {
-            const T weight = of_head(own, h);
-            written += weight;
+                for (int i = 0; i < kColumns; ++i) m[u][i] = 0;
+            }
+            written[u] = 0;
 #pragma unroll kUnroll
-            for (int i = 0; i < kColumns; ++i)
-                m[u][i] = (h == 0 && erased ? T(0) : m[u][i]) + weight * head.added(h, i);
+            for (int h = 0; h < kHeads; ++h) {
+                const T weight = of_head(own, h);
+                written[u] += weight;
+#pragma unroll kUnroll
+                for (int i = 0; i < kColumns; ++i) m[u][i] += weight * head.added(h, i);
+            }
         }
-        if (a.memory) store_row(a.memory + row, exists, m[u]);
-        if (a.memory1) store_row(a.memory1 + row, exists, m[u]);
-        if (a.memory_copy) store_row(a.memory_copy + row, exists, m[u]);
-        if (a.usage1 && exists && lane_of_row() == 0) a.usage1[b * s.N + n] = T(a.decay) * usage[u] + written;
+        if (memory) store_rows(memory, base);
+        if (memory1) store_rows(memory1, base);
+        if (memory_copy) store_rows(memory_copy, base);
+        if (!usage1 || lane_of_row() != 0) return;
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u)
+            if (slot(base, u) < last) usage1[slot(base, u)] = T(a.decay) * usage[u] + written[u];
     }
 
     // Eq. 2 of row u.
@@ -94,7 +128,7 @@ struct WriteTile {
             logit[u][k] = kLowest;
             if (n >= last || own_head(k) >= kHeads) continue;
             logit[u][k] = head.beta[k] * (own[k] * inverse_root(head.key_square[k] * square + T(a.eps)));
-            a.logits[(ring(s.step) * kHeads + own_head(k)) * s.N + n] = logit[u][k];
+            logits[weight_at(k, n)] = logit[u][k];
         }
     }
 
@@ -203,11 +237,8 @@ MANN_KERNEL(memory_write, kMemoryThreads, MemoryWriteArgs) {
     if (s.step >= length_of(s, b)) return;
     WriteTile tile_of(args, b, tile);
     const int stride = kMemoryWarps * kRows * kAtOnce;
-    int base = tile_of.first + warp_of_block() * kRows * kAtOnce;
-    if constexpr (kWrite) {
-        if (tile_of.starts()) tile_of.previous.plain = args.before.weights, tile_of.previous.plain_t = args.before.weights_t;
-        else tile_of.previous.logits = args.logits + tile_of.ring(s.step - 1) * kHeads * s.N - int64_t(b) * kHeads * s.N;
-    }
+    int base = tile_of.first + __shfl_sync(kWholeWarp, warp_of_block(), 0) * kRows * kAtOnce;
+    bool chosen = false;
     if (base < tile_of.last) tile_of.load(base);
     tile_of.head.take(args.head, tile_of.at);
     if constexpr (kWrite) {
@@ -226,6 +257,8 @@ MANN_KERNEL(memory_write, kMemoryThreads, MemoryWriteArgs) {
             }
         }
         __syncthreads();
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) chosen |= slots[h] >= tile_of.first && slots[h] < tile_of.last;
         if (!tile_of.starts()) tile_of.previous.take_totals(totals);
         if (tile == 0 && args.candidate_slots && args.least_used)
             for (int h = int(threadIdx.x); h < kHeads; h += kMemoryThreads)
@@ -238,12 +271,9 @@ MANN_KERNEL(memory_write, kMemoryThreads, MemoryWriteArgs) {
 #pragma unroll kUnroll
         for (int i = 0; i < kColumns; ++i) tile_of.reads[h][i] = 0;
     while (base < tile_of.last) {
+        if constexpr (kWrite) tile_of.write(base, slots, chosen);
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-            const int n = tile_of.slot(base, u);
-            if constexpr (kWrite) tile_of.write(u, n, slots);
-            tile_of.match(u, n);
-        }
+        for (int u = 0; u < kAtOnce; ++u) tile_of.match(u, tile_of.slot(base, u));
         tile_of.add_up(base);
         base += stride;
         if (base < tile_of.last) tile_of.load(base);

@@ -141,7 +141,7 @@ struct HeadColumns {
     }
 };
 
-// Read weights that may be logits.
+// Read weights of an example, [R, N], that may be logits.
 struct Weights {
     const S *plain = nullptr;
     const T *plain_t = nullptr, *logits = nullptr;
@@ -154,8 +154,8 @@ struct Weights {
             largest[k] = mine ? totals[2 * own_head(k)] : T(0), inverse[k] = mine ? totals[2 * own_head(k) + 1] : T(0);
         }
     }
-    // As they stand; `at` is a place in [B, R, N].
-    MANN_INLINE T load(int64_t at) const {
+    // As they stand; `at` is a place in [R, N].
+    MANN_INLINE T load(int at) const {
         return plain ? to_arith(plain[at]) : (plain_t ? plain_t[at] : logits[at]);
     }
     MANN_INLINE T weight(T loaded, int k) const {
