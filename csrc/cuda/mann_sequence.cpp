@@ -1,6 +1,6 @@
 // A whole MANN episode: mann_sequence and its backward.
-#include "grid_sequence.h"
 #include "launch.h"
+#include "mann_on_grid.h"
 #include "mann_plan.h"
 #include "mann_sequence.h"
 
@@ -20,11 +20,9 @@ static MannSizes mann_sizes(const Tensor &weight_hh, const Tensor &c, const Tens
 }
 static int64_t copies(int64_t T, int64_t checkpoint_every) { return T > 0 ? (T - 1) / checkpoint_every : 0; }
 
-struct Options {
-    bool write_add, key_strength, squash, shared, erase_all;
-};
+using Options = MannOptions;
 static Build build_of(const Call &call, const char *source, const MannSizes &s, const MannPlan &plan, bool held,
-                      const Options &o) {
+                      int64_t shared_bytes, const Options &o) {
     return call.build(source)
         .set("MANN_N", s.N)
         .set("MANN_W", s.W)
@@ -34,6 +32,7 @@ static Build build_of(const Call &call, const char *source, const MannSizes &s, 
         .set("MANN_EXAMPLES", plan.examples)
         .set("MANN_PARTS", plan.parts)
         .set("MANN_HELD", held)
+        .set("MANN_SHARED_BYTES", shared_bytes)
         .set("MANN_WRITE_ADD", o.write_add)
         .set("MANN_KEY_STRENGTH", o.key_strength)
         .set("MANN_SQUASH", o.squash)
@@ -48,42 +47,6 @@ static MannPlan plan_of(const Call &call, MannSizes s) {
     s.number_bytes = call.arith_bytes();
     const Device device = call.on();
     return mann_plan(s, device.capability >= 90 ? device.shared_bytes : 0, device.multiprocessors);
-}
-
-// The same arguments for the form that is not on clusters.
-template <typename Args>
-static GridSizes grid_sizes(const MannSizes &s, const Args &a, const Options &o, double decay) {
-    const MemoryOptions memory{s.W, s.R, s.key_strength, s.write_add, true};
-    return {s.T, s.B, s.N, a.checkpoint_every, memory, o.shared, o.erase_all, decay, a.eps, a.lengths};
-}
-template <typename Args> static GridController grid_controller(const MannSizes &s, const Args &a, const Options &o) {
-    GridController c{};
-    c.H = s.H, c.squash = o.squash, c.weight_hh = a.weight_hh, c.weight_head = a.weight_head;
-    c.bias_head = a.bias_head, c.c = a.c;
-    return c;
-}
-static void on_grid(Call &call, const MannSizes &s, const MannForward<void> &a, const Options &o) {
-    GridController c = grid_controller(s, a, o);
-    c.gates_x = a.gates_x, c.h = a.h, c.reads = a.reads, c.output = a.output, c.h1 = a.h1, c.c1 = a.c1;
-    c.reads1 = a.reads1, c.saved_gates = a.saved_gates, c.saved_c = a.saved_c;
-    GridForward memory{};
-    memory.memory = a.memory, memory.usage = a.usage, memory.read_weights = a.read_weights;
-    memory.memory1 = a.memory1, memory.usage1 = a.usage1, memory.read_weights1 = a.read_weights1;
-    memory.saved_least_used = a.saved_least_used, memory.saved_memory = a.saved_memory;
-    memory.saved_read_weights = a.saved_read_weights;
-    grid_mann_forward(call, grid_sizes(s, a, o, a.decay), memory, c);
-}
-static void on_grid(Call &call, const MannSizes &s, const MannBackward<void> &a, const Options &o) {
-    GridController c = grid_controller(s, a, o);
-    c.doutput = a.doutput, c.output_in = a.output, c.dh1 = a.dh1, c.dc1 = a.dc1, c.dreads1 = a.dreads1;
-    c.saved_gates = const_cast<void *>(a.saved_gates), c.saved_c = const_cast<void *>(a.saved_c); // only read
-    c.dgates = a.dgates, c.dh = a.dh, c.dc = a.dc, c.dreads = a.dreads;
-    GridBackward memory{};
-    memory.memory = a.memory, memory.read_weights = a.read_weights, memory.dmemory1 = a.dmemory1;
-    memory.dread_weights1 = a.dread_weights1, memory.dmemory = a.dmemory, memory.dread_weights = a.dread_weights;
-    memory.saved_least_used = a.saved_least_used, memory.saved_memory = a.saved_memory;
-    memory.saved_read_weights = a.saved_read_weights, memory.dhead = a.dhead;
-    grid_mann_backward(call, grid_sizes(s, a, o, 0), memory, c);
 }
 
 using Forward =
@@ -128,10 +91,10 @@ static Forward mann_sequence_cuda(Tensor gates_x, Tensor weight_hh, Tensor weigh
     const MannPlan plan = plan_of(call, s);
     const Options options{write_add, key_strength, squash, shared, erase_all};
     if (plan.blocks > 0) {
-        const Build build = build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, options);
+        const Build build = build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, plan.forward_bytes, options);
         call.launch(build, "mann_sequence_forward", grid_of(s, plan, plan.forward_bytes), a);
     } else {
-        on_grid(call, s, a, options);
+        mann_on_grid(call, s, a, options);
     }
     return {output,        h1,           c1,
             reads1,        memory1,      usage1,
@@ -185,14 +148,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     const MannPlan plan = plan_of(call, s);
     const Options options{write_add, key_strength, squash, shared, erase_all};
     if (plan.blocks == 0) {
-        on_grid(call, s, a, options);
+        mann_on_grid(call, s, a, options);
         return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
     }
     const Tensor raw_heads = heads_again(output, weight_head, call.arithmetic(), H);
     a.heads = call.in_arith(raw_heads, "heads", {T, B, heads});
     a.cells = call.scratch(segment * B * H), a.weights = call.scratch(segment * B * N * ((R + 3) / 4 * 4));
     a.overwritten = call.scratch(segment * B * R * W), a.restarts = call.scratch(segment / kRestartEvery * B * N * W);
-    const Build build = build_of(call, "mann_sequence_backward.cu", s, plan, plan.held_backward, options);
+    const Build build = build_of(call, "mann_sequence_backward.cu", s, plan, plan.held_backward, plan.backward_bytes, options);
     call.launch(build, "mann_sequence_backward", grid_of(s, plan, plan.backward_bytes), a);
     return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
 }

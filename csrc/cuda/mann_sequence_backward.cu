@@ -516,6 +516,7 @@ struct Backward {
 
 MANN_KERNEL(mann_sequence_backward, kThreads, MannBackward<S>) {
     MANN_DYNAMIC_SHARED(memory);
+    static_assert(sizeof(BackwardShared) <= MANN_SHARED_BYTES);
     Backward(args, *reinterpret_cast<BackwardShared *>(memory)).run();
 }
 

@@ -418,6 +418,7 @@ struct Forward {
 
 MANN_KERNEL(mann_sequence_forward, kThreads, MannForward<S>) {
     MANN_DYNAMIC_SHARED(memory);
+    static_assert(sizeof(ForwardShared) <= MANN_SHARED_BYTES);
     Forward(args, *reinterpret_cast<ForwardShared *>(memory)).run();
 }
 
