@@ -1,5 +1,5 @@
-// The LSTM controller of mann_sequence step by step: see grid_controller.h. Products are sums over the lanes of a warp, in
-// one order.
+// The LSTM controller of mann_sequence step by step: see grid_controller.h. Products are sums over the lanes of a warp,
+// in one order.
 #include "device.h"
 
 #include "grid_controller.h"
@@ -68,7 +68,8 @@ MANN_KERNEL(lstm_step, kControllerThreads, LstmStepArgs) {
     T made[4];
 #pragma unroll
     for (int g = 0; g < 4; ++g)
-        made[g] = gates[(of_block * 4 + g) * kExamples + e] + to_arith(a.gates_x[row * 4 * kHidden + g * kHidden + mine]);
+        made[g] =
+            gates[(of_block * 4 + g) * kExamples + e] + to_arith(a.gates_x[row * 4 * kHidden + g * kHidden + mine]);
     const int64_t at = b * kHidden + mine;
     const auto cell = lstm_cell(made[0], made[1], made[2], made[3], s.step == 0 ? T(to_arith(a.c0[at])) : a.c[at]);
     a.c[at] = cell.c;
@@ -164,8 +165,7 @@ MANN_KERNEL(lstm_backward, kControllerThreads, LstmBackwardArgs) {
         dc = a.dc[at];
     }
 #pragma unroll
-    for (int warp = 0; warp < kControllerWarps; ++warp)
-        dh += sums[e * kControllerThreads + warp * 32 + lane_of_warp()];
+    for (int warp = 0; warp < kControllerWarps; ++warp) dh += sums[e * kControllerThreads + warp * 32 + lane_of_warp()];
     const T *gates = a.saved_gates + row * 4 * kHidden + unit;
     const T gate_in = gates[0], gate_forget = gates[kHidden], cell = gates[2 * kHidden], gate_out = gates[3 * kHidden];
     const T c = a.cells[(s.step - a.start) * s.B * kHidden + at];

@@ -69,9 +69,9 @@ template <typename S> struct StateBackward {
 // others a sum of parts in arithmetic type, or a piece of the row of its last step.
 constexpr int kFinishItems = 6;
 template <typename S> struct FinishItem {
-    S *target;        // [B, numbers] out
+    S *target; // [B, numbers] out
     int64_t numbers;
-    const S *initial; // [B, numbers], or null: zero
+    const S *initial;      // [B, numbers], or null: zero
     const Arith<S> *parts; // [count, B, row] from `at` on, or null
     int64_t count;
     const S *rows; // [T, B, row] from `at` on, or null

@@ -14,7 +14,8 @@ MANN_KERNEL(finish, kControllerThreads, FinishArgs) {
     const FinishItem<S> &item = args.items[blockIdx.y];
     const int64_t b = int64_t(blockIdx.x) / args.blocks, block = int64_t(blockIdx.x) % args.blocks;
     const int64_t length = s.lengths ? min(s.lengths[b], int64_t(s.T)) : int64_t(s.T);
-    for (int64_t i = block * kControllerThreads + threadIdx.x; i < item.numbers; i += args.blocks * kControllerThreads) {
+    for (int64_t i = block * kControllerThreads + threadIdx.x; i < item.numbers;
+         i += args.blocks * kControllerThreads) {
         S *target = item.target + b * item.numbers + i;
         if (length <= 0) {
             *target = item.initial ? item.initial[b * item.numbers + i] : to_storage<S>(T(0));

@@ -17,9 +17,7 @@ const void *offset(const void *data, int64_t numbers, int64_t bytes) {
     return data ? static_cast<const char *>(data) + numbers * bytes : nullptr;
 }
 
-ControllerSizes controller_sizes(const GridSizes &s, int64_t step = 0) {
-    return {s.B, int(s.T), int(step), s.lengths};
-}
+ControllerSizes controller_sizes(const GridSizes &s, int64_t step = 0) { return {s.B, int(s.T), int(step), s.lengths}; }
 
 // What examples have at the end and is not there yet.
 class Finisher {
@@ -31,7 +29,9 @@ class Finisher {
         all_.sizes = controller_sizes(s);
         const int64_t enough = divide_up(8 * call.on().multiprocessors, std::max<int64_t>(s.B, 1));
         all_.blocks = int(std::max<int64_t>(std::min(divide_up(most_, kControllerThreads), enough), 1));
-        if (count_ > 0) call.launch(call.build("grid_finish.cu"), "finish", {s.B * all_.blocks, kControllerThreads, 1, 0, count_}, all_);
+        if (count_ > 0)
+            call.launch(call.build("grid_finish.cu"), "finish", {s.B * all_.blocks, kControllerThreads, 1, 0, count_},
+                        all_);
     }
 
   private:
@@ -83,8 +83,10 @@ class Forward {
         const bool some_rest = s_.lengths || s_.T == 0;
         const int64_t numbers[] = {s_.N * o_.W, s_.N};
         if (narrow_ || some_rest) {
-            finisher.add({a_.memory1, numbers[0], a_.memory, narrow_ ? write_.memory : nullptr, 1, nullptr, numbers[0], 0});
-            finisher.add({a_.usage1, numbers[1], a_.usage, narrow_ ? write_.usage1 : nullptr, 1, nullptr, numbers[1], 0});
+            finisher.add(
+                {a_.memory1, numbers[0], a_.memory, narrow_ ? write_.memory : nullptr, 1, nullptr, numbers[0], 0});
+            finisher.add(
+                {a_.usage1, numbers[1], a_.usage, narrow_ ? write_.usage1 : nullptr, 1, nullptr, numbers[1], 0});
         }
         if (some_rest) finisher.add({a_.read_weights1, o_.R * s_.N, a_.read_weights, nullptr, 0, nullptr, 0, 0});
     }
@@ -276,7 +278,8 @@ void grid_mann_forward(Call &call, const GridSizes &s, GridForward a, const Grid
         const bool copied = c.saved_c && (t + 1) % s.checkpoint_every == 0 && t + 1 < s.T;
         lstm.sizes = controller_sizes(s, t);
         lstm.saved_c = copied ? offset(c.saved_c, t / s.checkpoint_every * B * H, bytes) : nullptr;
-        call.launch(build, "lstm_step", {divide_up(H, kUnits), kControllerThreads, 1, 0, divide_up(B, kExamples)}, lstm);
+        call.launch(build, "lstm_step", {divide_up(H, kUnits), kControllerThreads, 1, 0, divide_up(B, kExamples)},
+                    lstm);
         heads.first = a.head.first = t * B;
         launch_heads(call, build, s, heads);
         forward.set_head(a.head);

@@ -12,8 +12,7 @@ struct MannOptions {
     bool write_add, key_strength, squash, shared, erase_all;
 };
 
-template <typename Args>
-GridSizes grid_sizes(const MannSizes &s, const Args &a, const MannOptions &o, double decay) {
+template <typename Args> GridSizes grid_sizes(const MannSizes &s, const Args &a, const MannOptions &o, double decay) {
     const MemoryOptions memory{s.W, s.R, s.key_strength, s.write_add, true};
     return {s.T, s.B, s.N, a.checkpoint_every, memory, o.shared, o.erase_all, decay, a.eps, a.lengths};
 }

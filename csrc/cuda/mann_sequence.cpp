@@ -1,5 +1,6 @@
 // A whole MANN episode: mann_sequence and its backward.
-#include "launch.h"
+#include "launch.h" // first: what the structs of arguments need
+
 #include "mann_on_grid.h"
 #include "mann_plan.h"
 #include "mann_sequence.h"
@@ -91,7 +92,8 @@ static Forward mann_sequence_cuda(Tensor gates_x, Tensor weight_hh, Tensor weigh
     const MannPlan plan = plan_of(call, s);
     const Options options{write_add, key_strength, squash, shared, erase_all};
     if (plan.blocks > 0) {
-        const Build build = build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, plan.forward_bytes, options);
+        const Build build =
+            build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, plan.forward_bytes, options);
         call.launch(build, "mann_sequence_forward", grid_of(s, plan, plan.forward_bytes), a);
     } else {
         mann_on_grid(call, s, a, options);
@@ -155,7 +157,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     a.heads = call.in_arith(raw_heads, "heads", {T, B, heads});
     a.cells = call.scratch(segment * B * H), a.weights = call.scratch(segment * B * N * ((R + 3) / 4 * 4));
     a.overwritten = call.scratch(segment * B * R * W), a.restarts = call.scratch(segment / kRestartEvery * B * N * W);
-    const Build build = build_of(call, "mann_sequence_backward.cu", s, plan, plan.held_backward, plan.backward_bytes, options);
+    const Build build =
+        build_of(call, "mann_sequence_backward.cu", s, plan, plan.held_backward, plan.backward_bytes, options);
     call.launch(build, "mann_sequence_backward", grid_of(s, plan, plan.backward_bytes), a);
     return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
 }

@@ -1,10 +1,11 @@
 // mann_sequence, backward, on clusters: two exchanges a step, no barrier of the cluster between them.
 //
-// A segment of steps at a time, the last one first: the blocks that have a memory take its steps again, then the cluster
-// undoes them. Who has slots of an example makes its share of the gradient of the head and sends it to all blocks. A
-// block makes the gradient of its units' h and gates, and from these its part of the gradient of (h, reads) before the
-// step, for all examples: h's to the block of the unit, the reads' to the blocks that have the example's memory. While a
-// block waits for heads, it fetches what the step before needs; while it waits for the rest, it makes that step's head.
+// A segment of steps at a time, the last one first: the blocks that have a memory take its steps again, then the
+// cluster undoes them. Who has slots of an example makes its share of the gradient of the head and sends it to all
+// blocks. A block makes the gradient of its units' h and gates, and from these its part of the gradient of (h, reads)
+// before the step, for all examples: h's to the block of the unit, the reads' to the blocks that have the example's
+// memory. While a block waits for heads, it fetches what the step before needs; while it waits for the rest, it makes
+// that step's head.
 //
 // Why nothing is overwritten too early: heads of step t - 1 are sent by a block that has the parts of step t from all,
 // and each of these has used the heads of step t by then. Parts of the reads' gradient are used before the next heads
@@ -46,8 +47,8 @@ struct Backward {
     BackwardShared &s;
     const Share share;
     RowsBackward rows;
-    T dh[kUnitsOfWarp], dc[kUnitsOfWarp];                                      // of the lane's example
-    T gate[kUnitsOfWarp], previous_c[kUnitsOfWarp], doutput[kUnitsOfWarp];     // of the step to be undone
+    T dh[kUnitsOfWarp], dc[kUnitsOfWarp];                                  // of the lane's example
+    T gate[kUnitsOfWarp], previous_c[kUnitsOfWarp], doutput[kUnitsOfWarp]; // of the step to be undone
     T held[MANN_HELD ? kColumnsOfThread : 1][MANN_HELD ? kUnits : 1][4];
     int64_t length, owned_length, last; // real steps of the lane's example, of the block's, of the longest
     int exchanges = 0, undone = 0;      // of sums; steps so far
@@ -146,8 +147,8 @@ struct Backward {
                 T in[kAhead], forget[kAhead], cell[kAhead];
 #pragma unroll
                 for (int i = 0; i < kAhead; ++i) {
-                    const T *gates = a.saved_gates + row(min(t + i, end - 1), lane_example()) * 4 * H +
-                                     share.first_unit() + unit(k);
+                    const T *gates =
+                        a.saved_gates + row(min(t + i, end - 1), lane_example()) * 4 * H + share.first_unit() + unit(k);
                     in[i] = gates[0], forget[i] = gates[H], cell[i] = gates[2 * H];
                 }
 #pragma unroll
@@ -231,7 +232,8 @@ struct Backward {
             for (int h = 0; h < R; ++h) {
                 scale[h] = 1 / s.total[h];
                 if (kKeyStrength)
-                    scale[h] *= warp_of_block() < kRowWarps ? exponential(s.warp_tops[warp_of_block()][h] - s.top[h]) : T(0);
+                    scale[h] *=
+                        warp_of_block() < kRowWarps ? exponential(s.warp_tops[warp_of_block()][h] - s.top[h]) : T(0);
             }
             rows.normalise(scale, T(0));
             rows.give_record(a.weights + record * N * kHeads);
@@ -307,7 +309,8 @@ struct Backward {
         __syncthreads();
         for (int i = threadIdx.x; i < kSent / 4 * kBlocks; i += kThreads) {
             const int p = i % (kSent / 4), to = i / (kSent / 4);
-            send(&s.dhead_parts[share.rank][4 * p], to, &s.dhead_box, reinterpret_cast<const Four<T> *>(s.own_dhead)[p]);
+            send(&s.dhead_parts[share.rank][4 * p], to, &s.dhead_box,
+                 reinterpret_cast<const Four<T> *>(s.own_dhead)[p]);
         }
     }
     MANN_INLINE T scalar(int which, int h) const {

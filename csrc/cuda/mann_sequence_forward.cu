@@ -2,8 +2,8 @@
 //
 // A block makes the gates and h of its units for all examples. It sends h to all blocks, and its units' part of every
 // example's head to the blocks that have the example's memory. These sum the parts, write, match, and send their share
-// of the reads to all blocks. While a block waits for heads, it chooses the slots of the step; while it waits for reads,
-// it makes h's part of the next gates.
+// of the reads to all blocks. While a block waits for heads, it chooses the slots of the step; while it waits for
+// reads, it makes h's part of the next gates.
 //
 // Why nothing is overwritten too early: reads of step t are sent by a block that has the head of step t from every
 // block, and each of these has used the reads of step t - 1 by then. A head of step t + 1 is sent after the reads of
@@ -74,8 +74,8 @@ struct Forward {
                 for (int i = 0; i < kLanesOfH + kLanesOfReads; ++i)
 #pragma unroll
                     for (int g = 0; g < 4; ++g) {
-                        const int at = i < kLanesOfH ? i * kWarp + lane_of_warp()
-                                                     : H + (i - kLanesOfH) * kWarp + lane_of_warp();
+                        const int at =
+                            i < kLanesOfH ? i * kWarp + lane_of_warp() : H + (i - kLanesOfH) * kWarp + lane_of_warp();
                         const bool there = has_unit(k) && at < (i < kLanesOfH ? H : kRecurrent);
                         held[k][i][g] = there ? weight_hh(unit(k), at, g) : T(0);
                     }
@@ -128,7 +128,8 @@ struct Forward {
         // What is sent again as long as the example has no real step.
         for (int p = threadIdx.x; p < kPart; p += kThreads) {
             const bool first = real && share.part() == 0;
-            s.own_part[p] = p < kWords ? (first ? to_arith(a.reads[b * kWords + p]) : T(0)) : T(p < kTopAt && share.part() == 0);
+            s.own_part[p] =
+                p < kWords ? (first ? to_arith(a.reads[b * kWords + p]) : T(0)) : T(p < kTopAt && share.part() == 0);
         }
         if (share.owns()) rows.give_usage(s.usage);
     }
@@ -156,7 +157,8 @@ struct Forward {
 #pragma unroll
                     for (int g = 0; g < 4; ++g) weights[g] = held[n][held_at + i][g];
                 } else {
-                    const Four<T> four = *reinterpret_cast<const Four<T> *>(s.weight_hh[least(unit(n), kUnits - 1)][start + k]);
+                    const Four<T> four =
+                        *reinterpret_cast<const Four<T> *>(s.weight_hh[least(unit(n), kUnits - 1)][start + k]);
 #pragma unroll
                     for (int g = 0; g < 4; ++g) weights[g] = four[g];
                 }
@@ -186,8 +188,7 @@ struct Forward {
             gate = GateLane::gate() == 2 ? hyperbolic_tangent(gate) : sigmoid(gate);
             T gates[4];
 #pragma unroll
-            for (int g = 0; g < 4; ++g)
-                gates[g] = __shfl_sync(kWholeWarp, gate, GateLane::of(g, GateLane::example()));
+            for (int g = 0; g < 4; ++g) gates[g] = __shfl_sync(kWholeWarp, gate, GateLane::of(g, GateLane::example()));
             if (t < length) {
                 c[n] = gates[1] * c[n] + gates[0] * gates[2];
                 h[n] = rounded_to<S>(gates[3] * hyperbolic_tangent(c[n]));
@@ -228,8 +229,7 @@ struct Forward {
                 for (int j = 0; j < 4; ++j) sum[j] += x * weights[j];
             }
 #pragma unroll
-            for (int k = 0; k < kParts; ++k)
-                send(&s.head_parts[share.rank][4 * p], e * kParts + k, &s.head_box, sum);
+            for (int k = 0; k < kParts; ++k) send(&s.head_parts[share.rank][4 * p], e * kParts + k, &s.head_box, sum);
         }
     }
 
@@ -304,8 +304,7 @@ struct Forward {
             const Total total = total_of(e, h);
             T sum = 0;
 #pragma unroll
-            for (int part = 0; part < kParts; ++part)
-                sum += s.read_parts[e * kParts + part][k] * total.factor[part];
+            for (int part = 0; part < kParts; ++part) sum += s.read_parts[e * kParts + part][k] * total.factor[part];
             s.reads[k][e] = rounded_to<S>(sum);
         }
         if (share.owns() && t < owned_length) {

@@ -24,7 +24,7 @@ struct BackwardTile {
     HeadColumns head;
     Weights previous, now;
     T dreads[kHeads][kColumns], mean[kOwn];
-    T m[kAtOnce][kColumns], dm[kAtOnce][kColumns];                       // of the rows under way,
+    T m[kAtOnce][kColumns], dm[kAtOnce][kColumns];                         // of the rows under way,
     T loaded[kAtOnce][kOwn], loaded_now[kAtOnce][kOwn], dw[kAtOnce][kOwn]; // of the lane's own heads
     T dkey[kHeads][kColumns], dadd[kHeads][kColumns];
     T dgate[kOwn], dbeta[kOwn], factor[kOwn], means[kOwn];
@@ -93,8 +93,7 @@ struct BackwardTile {
     }
     template <typename X> MANN_INLINE void load_rows(const X *rows, int base, T (&all)[kAtOnce][kColumns]) const {
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u)
-            load_row(rows + slot(base, u) * kWidth, rows && slot(base, u) < last, all[u]);
+        for (int u = 0; u < kAtOnce; ++u) load_row(rows + slot(base, u) * kWidth, rows && slot(base, u) < last, all[u]);
     }
 
     // Row u from behind the read to before the write.
@@ -142,8 +141,7 @@ struct BackwardTile {
         for (int h = 0; h < kHeads; ++h) {
             const T weight = sign * of_head(written, h);
 #pragma unroll kUnroll
-            for (int i = 0; i < kColumns; ++i)
-                row[i] = (h == 0 && erased ? T(0) : row[i]) + weight * head.added(h, i);
+            for (int i = 0; i < kColumns; ++i) row[i] = (h == 0 && erased ? T(0) : row[i]) + weight * head.added(h, i);
         }
     }
     // Eq. 2 to 4 backward, for the owners of the heads: the weights and the gradients of the dot products. Returns what
@@ -178,7 +176,8 @@ struct BackwardTile {
         }
         return sum_over_row(shrink);
     }
-    template <typename Vectors> MANN_INLINE void dots_with(const Vectors &vectors, const T (&row)[kColumns], T (&all)[kHeads]) const {
+    template <typename Vectors>
+    MANN_INLINE void dots_with(const Vectors &vectors, const T (&row)[kColumns], T (&all)[kHeads]) const {
 #pragma unroll kUnroll
         for (int h = 0; h < kHeads; ++h) {
             T sum = 0;
@@ -279,7 +278,8 @@ MANN_KERNEL(memory_backward, kMemoryThreads, MemoryBackwardArgs) {
 #pragma unroll kUnroll
             for (int i = 0; i < kColumns; ++i) {
                 const int w = column_of(i);
-                tile.dreads[h][i] = !has_column(i) ? T(0) : (kParts > 1 ? tile.dread(h, w) : shared_columns[h * kWidth + w]);
+                tile.dreads[h][i] =
+                    !has_column(i) ? T(0) : (kParts > 1 ? tile.dread(h, w) : shared_columns[h * kWidth + w]);
             }
     }
     tile.take_means(shared_columns, mean);

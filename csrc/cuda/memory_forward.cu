@@ -252,7 +252,8 @@ MANN_KERNEL(memory_write, kMemoryThreads, MemoryWriteArgs) {
             T *known = args.totals + tile_of.ring(s.step - 1) * kHeads * 2;
             const T *found = args.found + tile_of.ring(s.step - 1) * s.parts * kForwardPart;
             for (int h = warp_of_block(); h < kHeads; h += kMemoryWarps) {
-                const Totals sums = args.sum_parts ? sum_totals(found, s.parts, h) : Totals{known[2 * h], known[2 * h + 1]};
+                const Totals sums =
+                    args.sum_parts ? sum_totals(found, s.parts, h) : Totals{known[2 * h], known[2 * h + 1]};
                 if (lane_of_warp() == 0) totals[2 * h] = sums.largest, totals[2 * h + 1] = sums.inverse;
             }
         }
@@ -402,9 +403,11 @@ MANN_KERNEL(memory_use, kMemoryThreads, MemoryUseArgs) {
         }
         __syncthreads();
         if (a.totals && block == 0)
-            for (int i = int(threadIdx.x); i < 2 * kHeads; i += kMemoryThreads) a.totals[ring * 2 * kHeads + i] = totals[i];
+            for (int i = int(threadIdx.x); i < 2 * kHeads; i += kMemoryThreads)
+                a.totals[ring * 2 * kHeads + i] = totals[i];
     }
-    if (block < a.choosers) UseSlots{a, s, b, step, block, ring, step + 1 == length_of(s, b)}.run(totals, shared, shared_slots);
+    if (block < a.choosers)
+        UseSlots{a, s, b, step, block, ring, step + 1 == length_of(s, b)}.run(totals, shared, shared_slots);
     else use_reads(a, b, step, block - a.choosers, totals, shared);
 }
 

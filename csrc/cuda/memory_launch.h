@@ -9,18 +9,18 @@ namespace mann::cuda {
 
 // How the rows of an example are shared out.
 struct MemoryPlan {
-    int vector, lanes;            // numbers of a load, lanes of a row
-    int warps_apart;              // parts of a tile: 1, or one for each warp where a block has no room for their sums
-    int tiles, tile_slots;        // of an example
-    int choosers, chooser_slots;  // blocks of memory_use, and the slots of each
-    int readers;                  // and those that make the reads
+    int vector, lanes;           // numbers of a load, lanes of a row
+    int warps_apart;             // parts of a tile: 1, or one for each warp where a block has no room for their sums
+    int tiles, tile_slots;       // of an example
+    int choosers, chooser_slots; // blocks of memory_use, and the slots of each
+    int readers;                 // and those that make the reads
     int parts() const { return tiles * warps_apart; }
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rough instructions of a row in a warp's lanes, by the numbers of a load and the lanes of a row; `most`: numbers that a
-// lane can keep of a head's vector, times heads.
+// Rough instructions of a row in a warp's lanes, by the numbers of a load and the lanes of a row; `most`: numbers that
+// a lane can keep of a head's vector, times heads.
 inline int64_t row_cost(int64_t W, int64_t R, int64_t vector, int64_t lanes, int64_t most) {
     const int64_t columns = divide_up(W, vector * lanes) * vector;
     int64_t steps = 0;
@@ -38,7 +38,9 @@ inline MemoryPlan memory_plan(const Call &call, int64_t B, int64_t N, int64_t W,
     const int64_t bytes = call.dtype() == ScalarType::BFloat16 ? 2 : call.arith_bytes();
     int64_t best = 0;
     for (const int vector : {4, 2, 1}) {
-        const auto aligned = [&](const void *data) { return reinterpret_cast<uintptr_t>(data) % (vector * bytes) == 0; };
+        const auto aligned = [&](const void *data) {
+            return reinterpret_cast<uintptr_t>(data) % (vector * bytes) == 0;
+        };
         if (W % vector != 0 || !std::all_of(rows.begin(), rows.end(), aligned)) continue;
         for (int lanes = 1; lanes <= 32; lanes *= 2) {
             const int64_t cost = row_cost(W, R, vector, lanes, most);

@@ -17,7 +17,7 @@ constexpr bool kBeta = MANN_BETA, kAdd = MANN_ADD, kWrite = MANN_WRITE;
 constexpr int kWords = kHeads * kWidth, kRows = 32 / kLanes;
 constexpr int kColumns = (kWidth + kLanes * kVector - 1) / (kLanes * kVector) * kVector; // of a lane
 constexpr int kOwn = (kHeads + kLanes - 1) / kLanes;                                     // heads of a lane
-constexpr int kHead = kWords + kHeads * (1 + kBeta) + kWords * kAdd; // numbers of a head
+constexpr int kHead = kWords + kHeads * (1 + kBeta) + kWords * kAdd;                     // numbers of a head
 constexpr int kForwardPart = 2 * kHeads + kWords, kBackwardPart = kHead + kHeads;
 // Beyond that code would be larger than any cache for it: loops, and arrays in local memory.
 constexpr int kUnroll = kHeads * kColumns <= 256 ? 4096 : 1;
@@ -155,9 +155,7 @@ struct Weights {
         }
     }
     // As they stand; `at` is a place in [R, N].
-    MANN_INLINE T load(int at) const {
-        return plain ? to_arith(plain[at]) : (plain_t ? plain_t[at] : logits[at]);
-    }
+    MANN_INLINE T load(int at) const { return plain ? to_arith(plain[at]) : (plain_t ? plain_t[at] : logits[at]); }
     MANN_INLINE T weight(T loaded, int k) const {
         return plain || plain_t ? loaded : exponential(loaded - largest[k]) * inverse[k];
     }

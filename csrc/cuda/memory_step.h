@@ -32,7 +32,7 @@ template <typename S> struct MemoryHead {
 // The memory and the read weights before step `start`, which those of the other steps are made from.
 template <typename S> struct MemoryStart {
     int start;
-    const S *memory, *weights;           // [B, N, W], [B, R, N], or null where ...
+    const S *memory, *weights;            // [B, N, W], [B, R, N], or null where ...
     const Arith<S> *memory_t, *weights_t; // ... they stand in arithmetic type
 };
 
@@ -97,38 +97,38 @@ template <typename S> struct MemoryBackward {
     // The memory after the step in arithmetic type; with undo, the one before it out. Null: made from before.memory, or
     // without MANN_WRITE that.
     const Arith<S> *memory_after;
-    Arith<S> *memory;              // [B, N, W]
-    const S *dmemory1;             // [B, N, W], of the last real step; or null
-    Arith<S> *dmemory;             // [B, N, W] in after the last real step, out; or null ...
-    S *dmemory_out;                // ... and out here
-    const Arith<S> *logits;        // [ring, B, R, N]
-    const Arith<S> *totals;        // [ring, B, R, 2]
-    const S *weights_in;           // [B, R, N]: the weights of the step, where there are no logits
-    const S *dweights1;            // [B, R, N], of the last real step; or null
-    Arith<S> *dweights;            // [B, R, N] in after the last real step, out; or null ...
-    S *dweights_out;               // ... and out here
-    const S *dreads;               // row t * B + b, of dreads_row numbers from dreads_at on
+    Arith<S> *memory;       // [B, N, W]
+    const S *dmemory1;      // [B, N, W], of the last real step; or null
+    Arith<S> *dmemory;      // [B, N, W] in after the last real step, out; or null ...
+    S *dmemory_out;         // ... and out here
+    const Arith<S> *logits; // [ring, B, R, N]
+    const Arith<S> *totals; // [ring, B, R, 2]
+    const S *weights_in;    // [B, R, N]: the weights of the step, where there are no logits
+    const S *dweights1;     // [B, R, N], of the last real step; or null
+    Arith<S> *dweights;     // [B, R, N] in after the last real step, out; or null ...
+    S *dweights_out;        // ... and out here
+    const S *dreads;        // row t * B + b, of dreads_row numbers from dreads_at on
     int64_t dreads_row, dreads_at;
-    const S *dreads1;              // [B, R, W] of the last real step, or null
-    const Arith<S> *carried;       // [carried_parts, B, carried_row] from carried_at on: of the step after; or null
+    const S *dreads1;        // [B, R, W] of the last real step, or null
+    const Arith<S> *carried; // [carried_parts, B, carried_row] from carried_at on: of the step after; or null
     int64_t carried_row, carried_at;
     int carried_parts;
-    const Arith<S> *reads;         // [ring, B, R, W] of memory_use
-    const Arith<S> *first_means;   // [B, choosers, R] of memory_use, of the last real step; null: zero
+    const Arith<S> *reads;       // [ring, B, R, W] of memory_use
+    const Arith<S> *first_means; // [B, choosers, R] of memory_use, of the last real step; null: zero
     int choosers;
-    Arith<S> *means;               // [2, B, parts, R]: sums of weight * dweight of the step before, t % 2
-    Arith<S> *found;               // [ring, B, parts, head + R] out
-    const int32_t *least_used;     // [T, B, R]
-    const Arith<S> *overwritten;   // [ring, B, R, W], with undo
+    Arith<S> *means;             // [2, B, parts, R]: sums of weight * dweight of the step before, t % 2
+    Arith<S> *found;             // [ring, B, parts, head + R] out
+    const int32_t *least_used;   // [T, B, R]
+    const Arith<S> *overwritten; // [ring, B, R, W], with undo
 };
 
 template <typename S> struct MemorySum {
     MemorySizes sizes;
     MemoryHead<S> head;
-    const Arith<S> *found;           // [ring, B, parts, head + R]
-    int squash;                      // key and add are tanh of what the gradient is wanted of
-    S *dhead;                        // [T, B, head] out, before the activations; or ...
-    S *dkey, *dgate, *dbeta, *dadd;  // ... apart: [T, B, R, W], [T, B, R] twice, [T, B, R, W]; null where there is none
+    const Arith<S> *found;          // [ring, B, parts, head + R]
+    int squash;                     // key and add are tanh of what the gradient is wanted of
+    S *dhead;                       // [T, B, head] out, before the activations; or ...
+    S *dkey, *dgate, *dbeta, *dadd; // ... apart: [T, B, R, W], [T, B, R] twice, [T, B, R, W]; null where there is none
 };
 
 } // namespace mann::cuda

@@ -1,8 +1,8 @@
 // The memory of one example, or a part of its slots, in the registers of a block: the step of time that every operator
 // with a sequence shares, forward. Sizes are constants of the build.
 //
-// kLanes neighbouring threads share a row; a thread has kColumns of its numbers (w = lane, lane + kLanes, ...) in each of
-// kRows rows. Numbers per head come in groups of four heads, so that a thread has those of a column with one load.
+// kLanes neighbouring threads share a row; a thread has kColumns of its numbers (w = lane, lane + kLanes, ...) in each
+// of kRows rows. Numbers per head come in groups of four heads, so that a thread has those of a column with one load.
 #pragma once
 
 #include "device.h"
@@ -36,7 +36,8 @@ constexpr int kHeads = round_up(R, 4), kHeadGroups = kHeads / 4;
 constexpr int kWords = R * W;
 constexpr int kBetaAt = kWords + R, kAddAt = kBetaAt + (kKeyStrength ? R : 0);
 constexpr int kHead = kAddAt + (kWriteAdd ? kWords : 0), kHeadPadded = round_up(kHead, 4);
-// What a part says of a step: its share of the reads, of the sums of the softmax, and what its exponents are relative to.
+// What a part says of a step: its share of the reads, of the sums of the softmax, and what its exponents are relative
+// to.
 constexpr int kSumAt = kWords, kTopAt = kSumAt + R, kPart = round_up(kTopAt + (kKeyStrength ? R : 0), 4);
 
 MANN_INLINE int lane_of_warp() { return int(threadIdx.x) % kWarp; }
@@ -168,8 +169,7 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < kRows; ++i)
 #pragma unroll
-            for (int h = 0; h < R; ++h)
-                weights[i][h] = source && exists(i) ? to_arith(source[h * N + slot(i)]) : T(0);
+            for (int h = 0; h < R; ++h) weights[i][h] = source && exists(i) ? to_arith(source[h * N + slot(i)]) : T(0);
     }
     template <typename V> MANN_INLINE void give_weights(V *target) const {
 #pragma unroll
@@ -196,8 +196,8 @@ struct Rows {
         return step.gate[h] * weights[i][h] + (is_own(step, i, h) ? 1 - step.gate[h] : T(0));
     }
 
-    // Erase, write (eq. 8), and the cosine of every row with every key (eq. 2), of which `exps` become the powers: where
-    // there are key strengths relative to the largest of the warp, which goes to tops [kWarps, R].
+    // Erase, write (eq. 8), and the cosine of every row with every key (eq. 2), of which `exps` become the powers:
+    // where there are key strengths relative to the largest of the warp, which goes to tops [kWarps, R].
     MANN_INLINE void write_and_match(const Step &step, T eps, T *tops) {
         T write[kRows][R], squares[kRows], dots[kRows][R];
 #pragma unroll
@@ -312,7 +312,8 @@ struct Rows {
     }
 
     // Eq. 6, after usages [kSlots] of the part were written and a barrier: the R least used of the part, ascending, to
-    // chosen [R]. Where the part has fewer slots, the rest have no number: usage NaN, slot N. Barrier needed afterwards.
+    // chosen [R]. Where the part has fewer slots, the rest have no number: usage NaN, slot N. Barrier needed
+    // afterwards.
     MANN_INLINE void give_usage(T *usages) const {
 #pragma unroll
         for (int i = 0; i < kRows; ++i)

@@ -88,8 +88,8 @@ struct RowsBackward : Rows {
 
     // Undoes a step. dreads [W, kHeads] and means [R]: the sum over all slots of read weight times its gradient. The
     // warp's sums over its rows: of the gradient of key and add to dkey, dadd [kWarps, R, W] (where the key is written,
-    // both to dkey), and to scalars [kWarps, 4, R] what takes the key's own part off that, the gradients of strength and
-    // gate, and the means of the step before.
+    // both to dkey), and to scalars [kWarps, 4, R] what takes the key's own part off that, the gradients of strength
+    // and gate, and the means of the step before.
     MANN_INLINE void undo(const Step &step, const T (*dreads)[kHeads], const T *means, const T *overwritten, T eps,
                           T *dkey, T *dadd, T *scalars) {
         T read[kRows][R], write[kRows][R], squares[kRows], dots[kRows][R], through[kRows][R], shrink[kRows];
@@ -120,7 +120,8 @@ struct RowsBackward : Rows {
             squares[i] = sum_lanes(squares[i], 1, kLanes);
 #pragma unroll
             for (int h = 0; h < R; ++h) {
-                const T dot = sum_lanes(dots[i][h], 1, kLanes), dweight = dweights[i][h] + sum_lanes(through[i][h], 1, kLanes);
+                const T dot = sum_lanes(dots[i][h], 1, kLanes),
+                        dweight = dweights[i][h] + sum_lanes(through[i][h], 1, kLanes);
                 const T dx = read[i][h] * (dweight - means[h]);
                 const auto similarity = cosine(dot, squares[i], step.square[h], eps);
                 const T ddot = step.beta[h] * dx * similarity.inverse_norm;
@@ -181,7 +182,8 @@ struct RowsBackward : Rows {
         for (int i = 0; i < 4 * R; ++i)
             if (i < s.length && s.mine && lane() == 0) scalars[warp_of_block() * 4 * R + s.first + i] = sums[i];
     }
-    // Of a row that was written to as least used: exactly what stood there; and no gradient comes from before an erasure.
+    // Of a row that was written to as least used: exactly what stood there; and no gradient comes from before an
+    // erasure.
     MANN_INLINE void restore(const Step &step, const T *overwritten, int i) {
         if (!exists(i)) return;
         const bool erased = is_erased(step, i);
