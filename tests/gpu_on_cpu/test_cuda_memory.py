@@ -133,30 +133,46 @@ class Fault(NamedTuple):
     wrong: str
 
 
+CHOSEN = "#pragma unroll\n        for (int h = 0; h < kHeads; ++h) chosen"
+ONE_PART_EACH = "    if constexpr (kParts > 1) return;\n"
 FAULTS = {
     "ties to the highest index": Fault("lrua_step", 11, "memory_rows.h", "(a == b && i < j)", "(a == b && i > j)"),
     "slots before they are chosen": Fault(
-        "lrua_step", 13, "memory_forward.cu", "        __syncthreads();\n#pragma unroll\n        for (int h = 0; h < kHeads; ++h) chosen", "#pragma unroll\n        for (int h = 0; h < kHeads; ++h) chosen"
+        "lrua_step", 13, "memory_forward.cu", f"        __syncthreads();\n{CHOSEN}", CHOSEN
     ),
     "a part of the reads is missing": Fault(
-        "lrua_step", 14, "memory_forward.cu", "part < s.parts; part += kMemoryWarps) {\n        const T *row", "part < s.parts - 1; part += kMemoryWarps) {\n        const T *row"
+        "lrua_step",
+        14,
+        "memory_forward.cu",
+        "part < s.parts; part += kMemoryWarps",
+        "part < s.parts - 1; part += kMemoryWarps",
     ),
     "means of the wrong step": Fault(
         "lrua_sequence", 17, "memory_backward.cu", "a.means + ((s.step + 1) % 2 * s.B", "a.means + (s.step % 2 * s.B"
     ),
     "overwritten rows not restored": Fault(
-        "lrua_sequence", 18, "memory_backward.cu", "if (chosen && place >= 0) load_row(a.overwritten", "if (false) load_row(a.overwritten"
+        "lrua_sequence", 18, "memory_backward.cu", "if (chosen && place >= 0)", "if (false)"
     ),
-    "no gradient through the norm": Fault("content_address", 19, "memory_backward.cu", "dm[u][i] -= shrink * m[u][i];", ";"),
+    "no gradient through the norm": Fault(
+        "content_address", 19, "memory_backward.cu", "dm[u][i] -= shrink * m[u][i];", ";"
+    ),
     "sums taken before they are there": Fault(
-        "content_address", 21, "memory_rows.h", "    if constexpr (kParts > 1) return;\n    __syncthreads();\n    for (int at =", "    if constexpr (kParts > 1) return;\n    for (int at ="
+        "content_address",
+        21,
+        "memory_rows.h",
+        f"{ONE_PART_EACH}    __syncthreads();\n    for (int at =",
+        f"{ONE_PART_EACH}    for (int at =",
     ),
-    "one buffer of read weights": Fault("lrua_sequence", 22, "memory_forward.cu", "step % s.ring * s.B + b; }", "step * 0 * s.B + b; }"),
-    "h of the wrong step": Fault("mann_sequence", 23, "grid_controller.cu", "((s.step - 1) * s.B + b0) * kRecurrent", "(s.step * s.B + b0) * kRecurrent"),
+    "one buffer of read weights": Fault(
+        "lrua_sequence", 22, "memory_forward.cu", "step % s.ring * s.B + b; }", "step * 0 * s.B + b; }"
+    ),
+    "h of the wrong step": Fault(
+        "mann_sequence", 23, "grid_controller.cu", "((s.step - 1) * s.B + b0)", "(s.step * s.B + b0)"
+    ),
     "a part of the carried gradient is missing": Fault(
-        "mann_sequence", 25, "grid_controller.cu", "for (int part = 0; part < a.parts; ++part)", "for (int part = 1; part < a.parts; ++part)"
+        "mann_sequence", 25, "grid_controller.cu", "int part = 0; part < a.parts", "int part = 1; part < a.parts"
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
