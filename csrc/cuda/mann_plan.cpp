@@ -84,7 +84,7 @@ MannPlan mann_plan(const MannSizes &s, int64_t shared_limit, int multiprocessors
         p.forward_bytes = shared_bytes(s, p, false), p.backward_bytes = shared_bytes(s, p, true);
         return p;
     };
-    if (is_forced) return filled(forced);
+    if (is_forced) return forced.blocks > 0 ? filled(forced) : forced;
     MannPlan best;
     double least = 0;
     for (int blocks = 1; blocks <= 16; blocks *= 2)
@@ -108,12 +108,13 @@ MannPlan mann_plan(const MannSizes &s, int64_t shared_limit, int multiprocessors
 
 } // namespace mann::cuda
 
-// From now on the form that mann_sequence runs in, for tests and for measuring; blocks 0: chosen again.
+// From now on the form that mann_sequence runs in, for tests and for measuring; blocks 0: chosen again, -1: not on
+// clusters.
 extern "C" __attribute__((visibility("default"))) void mann_cuda_plan(int blocks, int examples, int parts,
                                                                       int held_forward, int held_backward) {
     using namespace mann::cuda;
-    is_forced = blocks > 0;
-    forced = {blocks, examples, parts, held_forward != 0, held_backward != 0, 0, 0};
+    is_forced = blocks != 0;
+    forced = {std::max(blocks, 0), examples, parts, held_forward != 0, held_backward != 0, 0, 0};
 }
 // The form for these sizes, to plan [7]: blocks (0: no cluster), examples, parts, held forward and backward, bytes.
 extern "C" __attribute__((visibility("default"))) void mann_cuda_planned(const int64_t *sizes, int64_t shared_limit,

@@ -1,6 +1,7 @@
 // A whole MANN episode: mann_sequence and its backward.
 #include "launch.h" // first: what the structs of arguments need
 
+#include "mann_on_grid.h"
 #include "mann_plan.h"
 #include "mann_sequence.h"
 
@@ -22,9 +23,7 @@ static MannSizes mann_sizes(const Tensor &weight_hh, const Tensor &c, const Tens
 }
 static int64_t copies(int64_t T, int64_t checkpoint_every) { return T > 0 ? (T - 1) / checkpoint_every : 0; }
 
-struct Options {
-    bool write_add, key_strength, squash, shared, erase_all;
-};
+using Options = MannOptions;
 static Build build_of(const Call &call, const char *source, const MannSizes &s, const MannPlan &plan, bool held,
                       int64_t shared_bytes, const Options &o) {
     return call.build(source)
@@ -50,9 +49,7 @@ static Grid grid_of(const MannSizes &s, const MannPlan &plan, int64_t shared_byt
 static MannPlan plan_of(const Call &call, MannSizes s) {
     s.number_bytes = call.arith_bytes();
     const Device device = call.on();
-    const MannPlan plan = mann_plan(s, device.capability >= 90 ? device.shared_bytes : 0, device.multiprocessors);
-    STD_TORCH_CHECK(plan.blocks > 0, "mann_sequence: the cluster kernels take no such sizes");
-    return plan;
+    return mann_plan(s, device.capability >= 90 ? device.shared_bytes : 0, device.multiprocessors);
 }
 
 using Forward =
@@ -97,9 +94,13 @@ static Forward mann_sequence_cuda(Tensor gates_x, Tensor weight_hh, Tensor weigh
     }
     const MannPlan plan = plan_of(call, s);
     const Options options{write_add, key_strength, squash, shared, erase_all};
-    const Build build =
-        build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, plan.forward_bytes, options);
-    call.launch(build, "mann_sequence_forward", grid_of(s, plan, plan.forward_bytes), a);
+    if (plan.blocks > 0) {
+        const Build build =
+            build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, plan.forward_bytes, options);
+        call.launch(build, "mann_sequence_forward", grid_of(s, plan, plan.forward_bytes), a);
+    } else {
+        mann_on_grid(call, s, a, options);
+    }
     return {output,        h1,           c1,
             reads1,        memory1,      usage1,
             read_weights1, saved_gates,  saved_least_used,
@@ -142,19 +143,23 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     a.read_weights = call.in(read_weights, "read_weights", {B, R, N});
     a.lengths = call.in_int64(lengths, "lengths", {B});
     a.output = call.in(output, "output", {T, B, K});
-    const Tensor raw_heads = heads_again(output, weight_head, call.arithmetic(), H);
-    a.heads = call.in_arith(raw_heads, "heads", {T, B, heads});
     a.saved_gates = call.in_arith(saved_gates, "saved_gates", {T, B, 4 * H});
     a.saved_least_used = call.in_int32(saved_least_used, "saved_least_used", {T, B, R});
     a.saved_c = call.in_arith(saved_c, "saved_c", {kept, B, H});
     a.saved_memory = call.in_arith(saved_memory, "saved_memory", {kept, B, N, W});
     a.saved_read_weights = call.in_arith(saved_read_weights, "saved_read_weights", {kept, B, R, N});
-    a.cells = call.scratch(segment * B * H), a.weights = call.scratch(segment * B * N * ((R + 3) / 4 * 4));
-    a.overwritten = call.scratch(segment * B * R * W), a.restarts = call.scratch(segment / kRestartEvery * B * N * W);
     a.dgates = out(dgates), a.dhead = out(dhead), a.dh = out(dh), a.dc = out(dc), a.dreads = out(dreads);
     a.dmemory = out(dmemory), a.dread_weights = out(dread_weights);
     const MannPlan plan = plan_of(call, s);
     const Options options{write_add, key_strength, squash, shared, erase_all};
+    if (plan.blocks == 0) {
+        mann_on_grid(call, s, a, options);
+        return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
+    }
+    const Tensor raw_heads = heads_again(output, weight_head, call.arithmetic(), H);
+    a.heads = call.in_arith(raw_heads, "heads", {T, B, heads});
+    a.cells = call.scratch(segment * B * H), a.weights = call.scratch(segment * B * N * ((R + 3) / 4 * 4));
+    a.overwritten = call.scratch(segment * B * R * W), a.restarts = call.scratch(segment / kRestartEvery * B * N * W);
     const Build build =
         build_of(call, "mann_sequence_backward.cu", s, plan, plan.held_backward, plan.backward_bytes, options);
     call.launch(build, "mann_sequence_backward", grid_of(s, plan, plan.backward_bytes), a);
