@@ -106,9 +106,9 @@ MANN_INLINE Right load_operand(const T *operands, int i, int lane) {
 
 // The two coordinates of a lane: where they are, and whether they are there.
 struct Coordinates {
-    int64_t at[2];
+    int at[2];
     bool there[2];
-    MANN_INLINE Coordinates(int64_t tile, const Lane &lane, int64_t count) {
+    MANN_INLINE Coordinates(int tile, const Lane &lane, int count) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) at[r] = tile * kTile + lane.row + 8 * r, there[r] = at[r] < count;
     }

@@ -39,6 +39,8 @@ static int64_t hidden_of(const Tensor &grads, const Tensor &weight_hh) {
     STD_TORCH_CHECK(grads.dim() == 2 && grads.size(0) > 0 && weight_hh.dim() == 2,
                     "summarize_gradients: wrong number of dimensions");
     const int64_t D = weight_hh.size(1);
+    STD_TORCH_CHECK(grads.size(0) < int64_t(1) << 31 && grads.size(1) < int64_t(1) << 30,
+                    "the CUDA kernels take at most 2^30 coordinates");
     STD_TORCH_CHECK(D > 0 && D <= 64, "the CUDA kernels take at most 64 hidden units (D), got ", D);
     return D;
 }
@@ -55,7 +57,7 @@ static Tensor summarize_gradients(Tensor grads, Tensor weight_ih, Tensor weight_
     Call call(grads);
     const int64_t D = hidden_of(grads, weight_hh), steps = grads.size(0), count = grads.size(1);
     SummarizeForward<void> args{};
-    args.steps = steps, args.count = count, args.p = p, args.scale = std::exp(p);
+    args.steps = int(steps), args.count = int(count), args.p = p, args.scale = std::exp(p);
     args.grads = call.in(grads, "grads", {steps, count});
     args.weights = weights_of(call, D, weight_ih, weight_hh, bias, weight_out, bias_out);
     Tensor fast = call.empty({count});
@@ -79,7 +81,7 @@ summarize_gradients_backward(Tensor dfast, Tensor grads, Tensor weight_ih, Tenso
     Tensor dweight_hh = call.empty({4 * D, D}), dbias = call.empty({4 * D}), dweight_out = call.empty({1, D});
     Tensor dbias_out = call.empty({1});
     SummarizeBackward<void> args{};
-    args.steps = steps, args.count = count, args.p = p, args.scale = std::exp(p);
+    args.steps = int(steps), args.count = int(count), args.p = p, args.scale = std::exp(p);
     args.dfast = call.in(dfast, "dfast", {count}), args.grads = call.in(grads, "grads", {steps, count});
     args.weights = weights_of(call, D, weight_ih, weight_hh, bias, weight_out, bias_out);
     args.dgrads = out(dgrads), args.sums = call.scratch(parts * plan.sizes.sums);

@@ -120,9 +120,8 @@ MANN_KERNEL(summarize_gradients_forward, kSizes.forward_threads, SummarizeForwar
     const Lane lane;
     const Preprocessing preprocessing(args.p, args.scale);
     __syncthreads();
-    const int64_t groups = (args.count + kTile * kTiles - 1) / (kTile * kTiles), warps = blockDim.x / 32;
-    for (int64_t group = threadIdx.x / 32 * int64_t(gridDim.x) + blockIdx.x; group < groups;
-         group += warps * gridDim.x) {
+    const int groups = (args.count + kTile * kTiles - 1) / (kTile * kTiles), warps = blockDim.x / 32;
+    for (int group = threadIdx.x / 32 * gridDim.x + blockIdx.x; group < groups; group += warps * gridDim.x) {
         State state[kTiles];
         T next[kTiles][2];
         const auto load = [&](const S *grads) {
@@ -136,13 +135,13 @@ MANN_KERNEL(summarize_gradients_forward, kSizes.forward_threads, SummarizeForwar
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) state[tile].clear();
 #pragma unroll 1
-        for (int64_t t = 0; t < args.steps; ++t) {
+        for (int t = 0; t < args.steps; ++t) {
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
                 for (int r = 0; r < 2; ++r)
                     state[tile].input(r, kUnits) = preprocessing.beside(next[tile][r], lane.part);
-            if (t + 1 < args.steps) load(args.grads + (t + 1) * args.count);
+            if (t + 1 < args.steps) load(args.grads + int64_t(t + 1) * args.count);
             step(operands, lane.lane, state);
         }
         T weight_out[kUnits];
@@ -364,20 +363,20 @@ MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBack
     const Preprocessing preprocessing(args.p, args.scale);
     Sums sums(args.sums + of_grid * kSizes.sums + lane.lane);
     __syncthreads();
-    for (int64_t tile = warp * int64_t(gridDim.x) + blockIdx.x; tile * kTile < args.count;
-         tile += int64_t(warps) * gridDim.x) {
+    const int tiles = (args.count + kTile - 1) / kTile;
+    for (int tile = warp * gridDim.x + blockIdx.x; tile < tiles; tile += warps * gridDim.x) {
         const Coordinates here(tile, lane, args.count);
-        const auto gradient = [&](int64_t t, int r) { return here.load(args.grads + t * args.count, r); };
+        const auto gradient = [&](int t, int r) { return here.load(args.grads + int64_t(t) * args.count, r); };
         Back back;
         {
             State state[1];
             state[0].clear();
             T next[2] = {gradient(0, 0), gradient(0, 1)};
 #pragma unroll 1
-            for (int64_t t = 0;; ++t) {
+            for (int t = 0;; ++t) {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) state[0].input(r, kUnits) = preprocessing.beside(next[r], lane.part);
-                store(states + t * kSizes.state, lane, state[0]);
+                store(states + int64_t(t) * kSizes.state, lane, state[0]);
                 if (t + 1 == args.steps) break;
                 next[0] = gradient(t + 1, 0), next[1] = gradient(t + 1, 1);
                 step(forward, lane.lane, state);
@@ -396,9 +395,9 @@ MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBack
         }
         __syncwarp(); // the states are there, for other lanes too
 #pragma unroll 1
-        for (int64_t t = args.steps - 1; t >= 0; --t) {
+        for (int t = args.steps - 1; t >= 0; --t) {
             const T g[2] = {gradient(t, 0), gradient(t, 1)};
-            const T *before = states + t * kSizes.state;
+            const T *before = states + int64_t(t) * kSizes.state;
             State state;
             load(before, lane, state);
             step_back(forward, backward, stage, lane, state, back, sums.weight_out);
@@ -406,7 +405,7 @@ MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBack
             add_weight_gradients(stage, lane, before, sums);
             __syncwarp(); // nobody reads it any more
             const T dbeside[2] = {back.dh[0][kUnits], back.dh[1][kUnits]};
-            store_dgrads(args.dgrads + t * args.count, here, lane, preprocessing, g, dbeside);
+            store_dgrads(args.dgrads + int64_t(t) * args.count, here, lane, preprocessing, g, dbeside);
             back.dfast[0] = back.dfast[1] = 0;
             sums.first = false;
         }

@@ -9,7 +9,7 @@ template <typename S> struct SummarizeWeights {
 };
 
 template <typename S> struct SummarizeForward {
-    int64_t steps, count;
+    int steps, count;
     double p, scale; // scale: e^p
     const S *grads;  // [steps, count]
     SummarizeWeights<S> weights;
@@ -17,7 +17,7 @@ template <typename S> struct SummarizeForward {
 };
 
 template <typename S> struct SummarizeBackward {
-    int64_t steps, count;
+    int steps, count;
     double p, scale;
     const S *dfast; // [count]
     const S *grads; // [steps, count]
