@@ -104,6 +104,66 @@ MANN_INLINE Right load_operand(const T *operands, int i, int lane) {
     return b;
 }
 
+MANN_INLINE void take_apart(const T (&x)[kPairs][4], Left (&left)[kPairs]) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) left[p].set(i, x[p][i]);
+}
+
+// Inputs of a tile in memory: four numbers of each lane for each pair, apart for the banks.
+MANN_INLINE int inputs_at(int row, int part) { return 4 * (4 * row + (part ^ (row & 2))); }
+MANN_INLINE void store_inputs(T *to, const Lane &lane, const T (&x)[kPairs][4]) {
+    T *at = to + inputs_at(lane.row, lane.part);
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p)
+        *reinterpret_cast<Four<T> *>(at + 128 * p) = {{x[p][0], x[p][1], x[p][2], x[p][3]}};
+}
+MANN_INLINE void load_inputs(const T *from, const Lane &lane, Left (&left)[kPairs]) {
+    const T *at = from + inputs_at(lane.row, lane.part);
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+        const Four<T> four = *reinterpret_cast<const Four<T> *>(at + 128 * p);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) left[p].set(i, four[i]);
+    }
+}
+
+// Where coordinates are the inner index, a product takes, for e = 0 and 1, coordinate 4 * e + part and, as the second
+// of the pair, that one + 8.
+
+// The same inputs as right operands. Columns: inputs 2p, 2p + 1 of the four parts.
+MANN_INLINE void load_columns(const T *from, const Lane &lane, Right (&columns)[kPairs][2]) {
+    const T *at = from + inputs_at(lane.part, lane.row / 2) + lane.row % 2 * 2;
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
+            const Two<T> two = *reinterpret_cast<const Two<T> *>(at + 64 * e + 128 * p);
+            columns[p][e].set(0, two.at[0]), columns[p][e].set(1, two.at[1]);
+        }
+}
+
+// Two results of products, four numbers of a lane each, that turn to left operands with 16 rows: those of result s, the
+// two columns of part row / 2, where s = row % 2.
+MANN_INLINE int results_at(int s, int row, int part) {
+    return 4 * (32 * s + 4 * row + (part ^ (row >> 1 & 1) ^ 2 * s));
+}
+MANN_INLINE void stage_results(T *stage, const Lane &lane, const T (&result)[2][4]) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+        *reinterpret_cast<Four<T> *>(stage + results_at(s, lane.row, lane.part)) = {
+            {result[s][0], result[s][1], result[s][2], result[s][3]}};
+}
+MANN_INLINE void load_rows(const T *stage, const Lane &lane, Left (&rows)[2]) {
+    const T *at = stage + results_at(lane.row % 2, lane.part, lane.row / 2);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const Four<T> four = *reinterpret_cast<const Four<T> *>(at + 64 * e);
+        rows[e].set(0, four[0]), rows[e].set(1, four[1]), rows[e].set(2, four[2]), rows[e].set(3, four[3]);
+    }
+}
+
 // The two coordinates of a lane: where they are, and whether they are there.
 struct Coordinates {
     int at[2];
@@ -118,6 +178,11 @@ struct Coordinates {
 MANN_INLINE float absolute(float x) { return fabsf(x); }
 MANN_INLINE double absolute(double x) { return fabs(x); }
 
+// What the networks see of a gradient, or gradients of it.
+struct Features {
+    T magnitude, sign;
+};
+
 // The gradient preprocessing; eps is that of float32 in every type.
 struct Preprocessing {
     T per_log2, inverse, scale; // ln 2 / p, 1 / p, e^p
@@ -125,34 +190,90 @@ struct Preprocessing {
         : per_log2(T(0.6931471805599453 / p)), inverse(T(1 / p)), scale(T(scale)) {}
 
     MANN_INLINE static T size(T g) { return absolute(g) + T(1.1920928955078125e-07); }
-    // What a part has beside its units: 1, max(log(|g| + eps) / p, -1), clip(g e^p, -1, 1), nothing. NaN passes;
-    // infinity becomes so much that it is the same behind any gate.
-    MANN_INLINE T beside(T g, int part) const {
-        const T magnitude = minimum(maximum(fast_logarithm2(size(g)) * per_log2, T(-1)), T(1e30));
-        const T sign = minimum(maximum(g * scale, T(-1)), T(1));
-        return part == 0 ? T(1) : part == 1 ? magnitude : part == 2 ? sign : T(0);
+    // max(log(|g| + eps) / p, -1), clip(g e^p, -1, 1). NaN passes; infinity becomes so much that it is the same behind
+    // any gate.
+    MANN_INLINE Features features(T g) const {
+        return {minimum(maximum(fast_logarithm2(size(g)) * per_log2, T(-1)), T(1e30)),
+                minimum(maximum(g * scale, T(-1)), T(1))};
     }
     // What gradients of the two features are to g.
-    MANN_INLINE T backward(T g, T dmagnitude, T dsign) const {
-        const T slope = dmagnitude * fast_reciprocal(size(g)) * inverse;
-        const T through_log = fast_logarithm2(size(g)) * per_log2 >= T(-1) ? (g > 0   ? slope
-                                                                              : g < 0 ? -slope
-                                                                                      : T(0))
-                                                                           : T(0);
-        return through_log + (absolute(g) * scale <= T(1) ? dsign * scale : T(0));
+    MANN_INLINE T backward(T g, Features d) const {
+        const T slope = d.magnitude * fast_reciprocal(size(g)) * inverse;
+        const T signed_slope = g > 0 ? slope : g < 0 ? -slope : T(0);
+        return (fast_logarithm2(size(g)) * per_log2 >= T(-1) ? signed_slope : T(0)) +
+               (absolute(g) * scale <= T(1) ? d.sign * scale : T(0));
     }
 };
 
-// What came back to the inputs beside the units, parts 1 and 2 of the lanes of a row: each of the two parts stores one
-// coordinate's gradient.
+// Stores the gradients of a tile, from what each part of a lane's row has of those of the features of the two
+// coordinates: part r has the sum of coordinate r.
 MANN_INLINE void store_dgrads(S *dgrads, const Coordinates &here, const Lane &lane, const Preprocessing &preprocessing,
-                              const T g[2], const T dbeside[2]) {
-    const bool first = lane.part == 1; // has the magnitude's of both, the other the sign's
-    const T other = __shfl_xor_sync(~0u, first ? dbeside[1] : dbeside[0], 3);
-    const T dmagnitude = first ? dbeside[0] : other, dsign = first ? other : dbeside[1];
-    if ((first && here.there[0]) || (lane.part == 2 && here.there[1]))
-        dgrads[first ? here.at[0] : here.at[1]] =
-            to_storage<S>(preprocessing.backward(first ? g[0] : g[1], dmagnitude, dsign));
+                              const T (&g)[2], const Features (&d)[2]) {
+    const bool odd = lane.part & 1; // keeps the second coordinate, gives the first away
+    Features mine = odd ? d[1] : d[0];
+    mine.magnitude += __shfl_xor_sync(~0u, odd ? d[0].magnitude : d[1].magnitude, 1);
+    mine.sign += __shfl_xor_sync(~0u, odd ? d[0].sign : d[1].sign, 1);
+    mine.magnitude += __shfl_xor_sync(~0u, mine.magnitude, 2);
+    mine.sign += __shfl_xor_sync(~0u, mine.sign, 2);
+    if (lane.part < 2 && (odd ? here.there[1] : here.there[0]))
+        dgrads[odd ? here.at[1] : here.at[0]] = to_storage<S>(preprocessing.backward(odd ? g[1] : g[0], mine));
+}
+
+// Sums over coordinates that a warp makes: `groups` of 16 rows of weight gradients, for all inputs, and `others` of
+// which every lane has its own, to be added up over the rows of lanes. The former are too many for registers where
+// `in_memory` says so.
+template <int groups, int others, bool in_memory> struct Sums {
+    static constexpr bool kInMemory = in_memory;
+    static constexpr int kOfGroups = groups * kPairs * 4, kNumbers = 32 * (kOfGroups + others);
+    T kept[in_memory ? 1 : groups][kPairs][4] = {}, beside[others] = {};
+    T *memory; // of the warp, in memory
+    bool first = true;
+
+    MANN_INLINE Sums(T *sums, const Lane &lane)
+        : memory(sums + (int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32) * kNumbers + lane.lane) {}
+    MANN_INLINE void add(int group, int p, const T (&more)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (in_memory) {
+                T &at = memory[((group * kPairs + p) * 4 + i) * 32];
+                at = first ? more[i] : at + more[i];
+            } else {
+                kept[group][p][i] += more[i];
+            }
+        }
+    }
+    // What is not in memory yet, to a lane's place for it: there it is added, or is the first.
+    MANN_INLINE void finish(T *to, bool add) {
+        const auto put = [&](int i, T x) { to[i * 32] = add ? to[i * 32] + x : x; };
+        if constexpr (in_memory) {
+            for (int i = 0; first && i < kOfGroups; ++i) put(i, 0);
+        } else
+#pragma unroll
+            for (int i = 0; i < kOfGroups; ++i) put(i, kept[i / 4 / kPairs][i / 4 % kPairs][i % 4]);
+#pragma unroll
+        for (int i = 0; i < others; ++i) {
+#pragma unroll
+            for (int by = 4; by < 32; by *= 2) beside[i] += __shfl_xor_sync(~0u, beside[i], by);
+            put(kOfGroups + i, beside[i]);
+        }
+    }
+};
+
+// The sums of a block, its warps one after the other, to its part of `parts` [parts, numbers]; or of each of its warps,
+// where they are in memory. `shared` has room for one part and is free.
+template <typename Sums> MANN_INLINE void finish_sums(Sums &sums, const Lane &lane, T *shared, T *parts) {
+    if constexpr (Sums::kInMemory) {
+        sums.finish(sums.memory, false);
+    } else {
+        const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
+        for (int w = 0; w < warps; ++w) {
+            __syncthreads();
+            if (warp == w) sums.finish(shared + lane.lane, w > 0);
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < Sums::kNumbers; i += blockDim.x)
+            parts[int64_t(blockIdx.x) * Sums::kNumbers + i] = shared[i];
+    }
 }
 
 // Entry i of the sum of `parts` rows of `length` numbers, for blocks of kSumThreads threads that make 32 sums each; of

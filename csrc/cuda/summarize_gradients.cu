@@ -10,6 +10,12 @@ constexpr int kStateX = 64 * kInputs;             // of a state, the inputs; the
 // A warp of the forward pass takes so many tiles at once: they share the loads of weights.
 constexpr int kTiles = D <= 24 ? 2 : 1;
 
+// What a part has beside its units: 1, the features, nothing.
+MANN_INLINE T beside(const Features &features, int part) {
+    return part == 0 ? T(1) : part == 1 ? features.magnitude : part == 2 ? features.sign : T(0);
+}
+MANN_INLINE Features features_of(T beside, int part) { return {part == 1 ? beside : T(0), part == 2 ? beside : T(0)}; }
+
 // The weight of an input (number i of `part`) in a gate of a unit. Units beyond D have none: their state stays zero.
 MANN_INLINE T weight_of(const SummarizeWeights<S> &weights, int gate, int unit, int part, int i) {
     const int row = gate * D + unit, from = part + 4 * i;
@@ -75,19 +81,13 @@ struct State {
 #pragma unroll
         for (int i = 0; i < 2 * kUnits; ++i) c[i % 2][i / 2] = 0;
     }
-    MANN_INLINE void take_apart(Left (&left)[kPairs]) const {
-#pragma unroll
-        for (int p = 0; p < kPairs; ++p)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) left[p].set(i, x[p][i]);
-    }
 };
 
 // A step of the LSTM: from the inputs x and c to h, in their place, and c.
 template <int tiles> MANN_INLINE void step(const T *operands, int lane, State (&state)[tiles]) {
     Left x[tiles][kPairs];
 #pragma unroll
-    for (int tile = 0; tile < tiles; ++tile) state[tile].take_apart(x[tile]);
+    for (int tile = 0; tile < tiles; ++tile) take_apart(state[tile].x, x[tile]);
 #pragma unroll(kUnroll)
     for (int j = 0; j < kUnits; ++j) {
         T gate[tiles][2][4];
@@ -140,7 +140,7 @@ MANN_KERNEL(summarize_gradients_forward, kSizes.forward_threads, SummarizeForwar
             for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
                 for (int r = 0; r < 2; ++r)
-                    state[tile].input(r, kUnits) = preprocessing.beside(next[tile][r], lane.part);
+                    state[tile].input(r, kUnits) = beside(preprocessing.features(next[tile][r]), lane.part);
             if (t + 1 < args.steps) load(args.grads + int64_t(t + 1) * args.count);
             step(operands, lane.lane, state);
         }
@@ -163,111 +163,20 @@ MANN_KERNEL(summarize_gradients_forward, kSizes.forward_threads, SummarizeForwar
     }
 }
 
-// A state in shared or global memory: four numbers of each lane for each pair of inputs, apart for the banks; then c.
-MANN_INLINE int state_at(int row, int part) { return 4 * (4 * row + (part ^ (row & 2))); }
+// A state in shared or global memory: the inputs, then c.
 MANN_INLINE void store(T *to, const Lane &lane, const State &state) {
-    T *x = to + state_at(lane.row, lane.part), *c = to + kStateX + lane.lane * 2 * kUnits;
-#pragma unroll
-    for (int p = 0; p < kPairs; ++p)
-        *reinterpret_cast<Four<T> *>(x + 128 * p) = {{state.x[p][0], state.x[p][1], state.x[p][2], state.x[p][3]}};
+    store_inputs(to, lane, state.x);
+    T *c = to + kStateX + lane.lane * 2 * kUnits;
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) *reinterpret_cast<Two<T> *>(c + 2 * i) = {{state.c[0][i], state.c[1][i]}};
 }
-MANN_INLINE void load(const T *from, const Lane &lane, State &state) {
-    const T *x = from + state_at(lane.row, lane.part), *c = from + kStateX + lane.lane * 2 * kUnits;
-#pragma unroll
-    for (int p = 0; p < kPairs; ++p) {
-        const Four<T> four = *reinterpret_cast<const Four<T> *>(x + 128 * p);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) state.x[p][i] = four[i];
-    }
-#pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-        const Two<T> two = *reinterpret_cast<const Two<T> *>(c + 2 * i);
-        state.c[0][i] = two.at[0], state.c[1][i] = two.at[1];
-    }
+MANN_INLINE Two<T> load_c(const T *from, const Lane &lane, int j) {
+    return *reinterpret_cast<const Two<T> *>(from + kStateX + (lane.lane * kUnits + j) * 2);
 }
 
-// Where coordinates are the inner index, a product takes, for e = 0 and 1, coordinate 4 * e + part and, as the second
-// of the pair, that one + 8.
-
-// The step's inputs once more, as right operands. Columns: inputs 2p, 2p + 1 of the four parts.
-MANN_INLINE void load_columns(const T *from, const Lane &lane, Right (&columns)[kPairs][2]) {
-    const T *at = from + state_at(lane.part, lane.row / 2) + lane.row % 2 * 2;
-#pragma unroll
-    for (int e = 0; e < 2; ++e)
-#pragma unroll
-        for (int p = 0; p < kPairs; ++p) {
-            const Two<T> two = *reinterpret_cast<const Two<T> *>(at + 64 * e + 128 * p);
-            columns[p][e].set(0, two.at[0]), columns[p][e].set(1, two.at[1]);
-        }
-}
-
-// The gradients of a unit's gates in each part, in the order of a product's result: they turn from results to left
-// operands. Rows: gates 2s and 2s + 1 of part row / 2, s = row % 2.
-MANN_INLINE int gates_at(int s, int row, int part) { return 4 * (32 * s + 4 * row + (part ^ (row >> 1 & 1) ^ 2 * s)); }
-MANN_INLINE void stage_gates(T *stage, const Lane &lane, const T (&dgate)[2][4]) {
-#pragma unroll
-    for (int s = 0; s < 2; ++s)
-        *reinterpret_cast<Four<T> *>(stage + gates_at(s, lane.row, lane.part)) = {
-            {dgate[s][0], dgate[s][1], dgate[s][2], dgate[s][3]}};
-}
-MANN_INLINE void load_gates(const T *stage, const Lane &lane, Left (&gates)[2]) {
-    const T *at = stage + gates_at(lane.row % 2, lane.part, lane.row / 2);
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-        const Four<T> four = *reinterpret_cast<const Four<T> *>(at + 64 * e);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) gates[e].set(i, four[i]);
-    }
-}
-
-// Sums of the gates' weight gradients that a lane keeps: of the four gates of unit j in each part, for inputs 2p, 2p +
-// 1. In registers, or, where they are too many, in memory.
-struct Sums {
-    static constexpr bool kInMemory = kSizes.sums_of_warps;
-    T kept[kInMemory ? 1 : kUnits][kPairs][4];
-    T weight_out[kUnits], bias_out;
-    T *memory; // of the lane, in memory
-    bool first;
-
-    MANN_INLINE explicit Sums(T *memory) : bias_out(0), memory(memory), first(true) {
-#pragma unroll
-        for (int j = 0; j < kUnits; ++j) {
-            weight_out[j] = 0;
-            if constexpr (!kInMemory)
-#pragma unroll
-                for (int i = 0; i < 4 * kPairs; ++i) kept[j][i / 4][i % 4] = 0;
-        }
-    }
-    MANN_INLINE void add(int j, int p, const T (&more)[4]) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (kInMemory) {
-                T &at = memory[((j * kPairs + p) * 4 + i) * 32];
-                at = first ? more[i] : at + more[i];
-            } else {
-                kept[j][p][i] += more[i];
-            }
-        }
-    }
-    // The rest, to where the block (the warp) keeps its sums; what is there already is added to.
-    MANN_INLINE void finish(T *to, const Lane &lane, bool add) {
-        const auto put = [&](int i, T x) { to[i * 32 + lane.lane] = add ? to[i * 32 + lane.lane] + x : x; };
-        if constexpr (kInMemory) {
-            for (int i = 0; first && i < 4 * kPairs * kUnits; ++i) put(i, 0);
-        } else
-#pragma unroll
-            for (int i = 0; i < 4 * kPairs * kUnits; ++i) put(i, kept[i / 4 / kPairs][i / 4 % kPairs][i % 4]);
-#pragma unroll
-        for (int j = 0; j <= kUnits; ++j) {
-            T sum = j < kUnits ? weight_out[j < kUnits ? j : 0] : bias_out;
-#pragma unroll
-            for (int by = 4; by < 32; by *= 2) sum += __shfl_xor_sync(~0u, sum, by);
-            put(4 * kPairs * kUnits + j, sum);
-        }
-    }
-};
+// Of the gates' weights, the four gates of unit j in each part at a time; of weight_out and of bias_out.
+using GradientSums = Sums<kUnits, kUnits + 1, kSizes.sums_of_warps>;
+static_assert(GradientSums::kNumbers == kSizes.sums);
 
 // What a step back needs of a tile.
 struct Back {
@@ -276,7 +185,7 @@ struct Back {
 };
 
 // One unit of each part, a step back: gates and c again, their gradients, and dc of before the step.
-MANN_INLINE void unit_back(const T (&gate)[2][4], const T (&c)[2][kUnits], int j, Back &back, T &dweight_out,
+MANN_INLINE void unit_back(const T (&gate)[2][4], const Two<T> &c, int j, Back &back, T &dweight_out,
                            T (&dgate)[2][4]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -287,12 +196,12 @@ MANN_INLINE void unit_back(const T (&gate)[2][4], const T (&c)[2][kUnits], int j
         const auto cell = hyperbolic_tangent_fraction(gate[1][2 * r]);
         const T in_and_cell = fast_reciprocal(in * cell.below);
         const T gate_in = cell.below * in_and_cell, candidate = cell.above * (in * in_and_cell);
-        const auto squashed = hyperbolic_tangent_fraction(forget * c[r][j] + gate_in * candidate);
+        const auto squashed = hyperbolic_tangent_fraction(forget * c.at[r] + gate_in * candidate);
         const T out_and_squashed = fast_reciprocal(out * squashed.below);
         const T gate_out = squashed.below * out_and_squashed, bounded = squashed.above * (out * out_and_squashed);
         dweight_out += back.dfast[r] * (gate_out * bounded);
         const auto grad =
-            lstm_cell_backward(gate_in, forget, candidate, gate_out, c[r][j], bounded, back.dh[r][j], back.dc[r][j]);
+            lstm_cell_backward(gate_in, forget, candidate, gate_out, c.at[r], bounded, back.dh[r][j], back.dc[r][j]);
         dgate[0][2 * r] = grad.gate_in, dgate[0][2 * r + 1] = grad.gate_forget;
         dgate[1][2 * r] = grad.cell, dgate[1][2 * r + 1] = grad.gate_out;
         back.dc[r][j] = grad.c;
@@ -300,17 +209,17 @@ MANN_INLINE void unit_back(const T (&gate)[2][4], const T (&c)[2][kUnits], int j
 }
 
 // A step back of a tile, from its state before the step: dh and dc, and the gates' gradients to `stage`.
-MANN_INLINE void step_back(const T *forward, const T *backward, T *stage, const Lane &lane, const State &before,
-                           Back &back, T (&dweight_out)[kUnits]) {
+MANN_INLINE void step_back(const T *forward, const T *backward, T *stage, const Lane &lane, const T *before, Back &back,
+                           T (&dweight_out)[kUnits + 1]) {
     Left x[1][kPairs];
-    before.take_apart(x[0]);
+    load_inputs(before, lane, x[0]);
     T dx[kPairs][4] = {};
 #pragma unroll(kUnroll)
     for (int j = 0; j < kUnits; ++j) {
         T gate[1][2][4], dgate[2][4];
         gates_of(forward, j, lane.lane, x, gate);
-        unit_back(gate[0], before.c, j, back, dweight_out[j], dgate);
-        stage_gates(stage + j * 256, lane, dgate);
+        unit_back(gate[0], load_c(before, lane, j), j, back, dweight_out[j], dgate);
+        stage_results(stage + j * 256, lane, dgate);
         Left left[2];
 #pragma unroll
         for (int s = 0; s < 2; ++s)
@@ -333,13 +242,13 @@ MANN_INLINE void step_back(const T *forward, const T *backward, T *stage, const 
 }
 
 // The gradients of the gates' weights, products over the coordinates of the tile.
-MANN_INLINE void add_weight_gradients(const T *stage, const Lane &lane, const T *before, Sums &sums) {
+MANN_INLINE void add_weight_gradients(const T *stage, const Lane &lane, const T *before, GradientSums &sums) {
     Right columns[kPairs][2];
     load_columns(before, lane, columns);
 #pragma unroll(kUnroll)
     for (int j = 0; j < kUnits; ++j) {
         Left gates[2];
-        load_gates(stage + j * 256, lane, gates);
+        load_rows(stage + j * 256, lane, gates);
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
             T more[4] = {};
@@ -357,11 +266,11 @@ MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBack
     fill_backward(backward, args.weights);
     const Lane lane;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int64_t of_grid = int64_t(blockIdx.x) * warps + warp, of_states = args.steps * kSizes.state;
+    const int64_t of_grid = int64_t(blockIdx.x) * warps + warp, of_states = int64_t(args.steps) * kSizes.state;
     T *stage = stages + warp * kSizes.stage;
     T *states = kInShared ? stages + warps * kSizes.stage + warp * of_states : args.states + of_grid * of_states;
     const Preprocessing preprocessing(args.p, args.scale);
-    Sums sums(args.sums + of_grid * kSizes.sums + lane.lane);
+    GradientSums sums(args.sums, lane);
     __syncthreads();
     const int tiles = (args.count + kTile - 1) / kTile;
     for (int tile = warp * gridDim.x + blockIdx.x; tile < tiles; tile += warps * gridDim.x) {
@@ -375,7 +284,8 @@ MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBack
 #pragma unroll 1
             for (int t = 0;; ++t) {
 #pragma unroll
-                for (int r = 0; r < 2; ++r) state[0].input(r, kUnits) = preprocessing.beside(next[r], lane.part);
+                for (int r = 0; r < 2; ++r)
+                    state[0].input(r, kUnits) = beside(preprocessing.features(next[r]), lane.part);
                 store(states + int64_t(t) * kSizes.state, lane, state[0]);
                 if (t + 1 == args.steps) break;
                 next[0] = gradient(t + 1, 0), next[1] = gradient(t + 1, 1);
@@ -385,7 +295,7 @@ MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBack
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             back.dfast[r] = here.load(args.dfast, r);
-            sums.bias_out += back.dfast[r];
+            sums.beside[kUnits] += back.dfast[r];
 #pragma unroll
             for (int i = 0; i < kUnits; ++i) {
                 back.dh[r][i] =
@@ -398,30 +308,18 @@ MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBack
         for (int t = args.steps - 1; t >= 0; --t) {
             const T g[2] = {gradient(t, 0), gradient(t, 1)};
             const T *before = states + int64_t(t) * kSizes.state;
-            State state;
-            load(before, lane, state);
-            step_back(forward, backward, stage, lane, state, back, sums.weight_out);
+            step_back(forward, backward, stage, lane, before, back, sums.beside);
             __syncwarp(); // what is staged is there
             add_weight_gradients(stage, lane, before, sums);
             __syncwarp(); // nobody reads it any more
-            const T dbeside[2] = {back.dh[0][kUnits], back.dh[1][kUnits]};
-            store_dgrads(args.dgrads + int64_t(t) * args.count, here, lane, preprocessing, g, dbeside);
+            const Features d[2] = {features_of(back.dh[0][kUnits], lane.part),
+                                   features_of(back.dh[1][kUnits], lane.part)};
+            store_dgrads(args.dgrads + int64_t(t) * args.count, here, lane, preprocessing, g, d);
             back.dfast[0] = back.dfast[1] = 0;
             sums.first = false;
         }
     }
-    if constexpr (Sums::kInMemory) {
-        sums.finish(args.sums + of_grid * kSizes.sums, lane, false);
-    } else {
-        // One warp after the other, where the operands were.
-        for (int w = 0; w < warps; ++w) {
-            __syncthreads();
-            if (warp == w) sums.finish(forward, lane, w > 0);
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < kSizes.sums; i += blockDim.x)
-            args.sums[int64_t(blockIdx.x) * kSizes.sums + i] = forward[i];
-    }
+    finish_sums(sums, lane, forward, args.sums);
 }
 
 // The parts added up, and each sum put where it belongs.
