@@ -190,11 +190,9 @@ struct Preprocessing {
         : per_log2(T(0.6931471805599453 / p)), inverse(T(1 / p)), scale(T(scale)) {}
 
     MANN_INLINE static T size(T g) { return absolute(g) + T(1.1920928955078125e-07); }
-    // max(log(|g| + eps) / p, -1), clip(g e^p, -1, 1). NaN passes; infinity becomes so much that it is the same behind
-    // any gate.
+    // max(log(|g| + eps) / p, -1), clip(g e^p, -1, 1); NaN passes.
     MANN_INLINE Features features(T g) const {
-        return {minimum(maximum(fast_logarithm2(size(g)) * per_log2, T(-1)), T(1e30)),
-                minimum(maximum(g * scale, T(-1)), T(1))};
+        return {maximum(fast_logarithm2(size(g)) * per_log2, T(-1)), minimum(maximum(g * scale, T(-1)), T(1))};
     }
     // What gradients of the two features are to g.
     MANN_INLINE T backward(T g, Features d) const {

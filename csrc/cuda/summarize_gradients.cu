@@ -10,9 +10,10 @@ constexpr int kStateX = 64 * kInputs;             // of a state, the inputs; the
 // A warp of the forward pass takes so many tiles at once: they share the loads of weights.
 constexpr int kTiles = D <= 24 ? 2 : 1;
 
-// What a part has beside its units: 1, the features, nothing.
+// What a part has beside its units: 1, the features, nothing. Infinity becomes so much that it is the same behind a
+// gate.
 MANN_INLINE T beside(const Features &features, int part) {
-    return part == 0 ? T(1) : part == 1 ? features.magnitude : part == 2 ? features.sign : T(0);
+    return part == 0 ? T(1) : part == 1 ? minimum(features.magnitude, T(1e30)) : part == 2 ? features.sign : T(0);
 }
 MANN_INLINE Features features_of(T beside, int part) { return {part == 1 ? beside : T(0), part == 2 ? beside : T(0)}; }
 
