@@ -194,12 +194,14 @@ struct Preprocessing {
     MANN_INLINE Features features(T g) const {
         return {maximum(fast_logarithm2(size(g)) * per_log2, T(-1)), minimum(maximum(g * scale, T(-1)), T(1))};
     }
+    // Whether a gradient passes to g: not where the feature is cut off.
+    MANN_INLINE bool magnitude_passes(T g) const { return fast_logarithm2(size(g)) * per_log2 >= T(-1); }
+    MANN_INLINE bool sign_passes(T g) const { return absolute(g) * scale <= T(1); }
     // What gradients of the two features are to g.
     MANN_INLINE T backward(T g, Features d) const {
         const T slope = d.magnitude * fast_reciprocal(size(g)) * inverse;
         const T signed_slope = g > 0 ? slope : g < 0 ? -slope : T(0);
-        return (fast_logarithm2(size(g)) * per_log2 >= T(-1) ? signed_slope : T(0)) +
-               (absolute(g) * scale <= T(1) ? d.sign * scale : T(0));
+        return (magnitude_passes(g) ? signed_slope : T(0)) + (sign_passes(g) ? d.sign * scale : T(0));
     }
 };
 

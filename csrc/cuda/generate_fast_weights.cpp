@@ -49,6 +49,26 @@ Tensor generate_fast_weights(Tensor grads, Tensor weight1, Tensor bias1, Tensor 
     return fast;
 }
 
+Tensor generate_fast_weights_sides(Tensor grads, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, double p) {
+    Call call(grads);
+    STD_TORCH_CHECK(grads.dim() == 1 && bias1.dim() == 1, "generate_fast_weights: wrong number of dimensions");
+    const int64_t hidden = bias1.size(0), D = hidden > 0 ? hidden_of(grads, bias1) : 1, count = grads.size(0);
+    GenerateSides<void> args{};
+    args.count = int(count), args.hidden = int(hidden), args.p = p, args.scale = std::exp(p);
+    args.grads = call.in(grads, "grads", {count});
+    args.weights.weight1 = call.in(weight1, "weight1", {hidden, 2});
+    args.weights.bias1 = call.in(bias1, "bias1", {hidden});
+    args.weights.weight2 = call.in(weight2, "weight2", {hidden, hidden});
+    args.weights.bias2 = call.in(bias2, "bias2", {hidden});
+    Tensor sides = call.empty({2 + 2 * hidden, count}, ScalarType::Byte);
+    args.sides = out<uint8_t>(sides);
+    const GenerateSizes sizes{int(D)};
+    call.launch(
+        build_of(call, D), "generate_fast_weights_sides",
+        {blocks_of(call, count), sizes.forward_threads, 1, (sizes.fragments + sizes.first) * call.arith_bytes()}, args);
+    return sides;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 generate_fast_weights_backward(Tensor dfast, Tensor grads, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,
                                Tensor weight3, Tensor bias3, double p) {
@@ -86,5 +106,6 @@ generate_fast_weights_backward(Tensor dfast, Tensor grads, Tensor weight1, Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(MANN_LIBRARY, MANN_KEY, m) {
     m.impl("generate_fast_weights", TORCH_BOX(&mann::cuda::generate_fast_weights));
+    m.impl("generate_fast_weights_sides", TORCH_BOX(&mann::cuda::generate_fast_weights_sides));
     m.impl("generate_fast_weights_backward", TORCH_BOX(&mann::cuda::generate_fast_weights_backward));
 }

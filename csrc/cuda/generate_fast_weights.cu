@@ -14,7 +14,7 @@ MANN_INLINE void fill_first(T *first, const GenerateWeights<S> &weights) {
         first[4 * u] = there ? to_arith(weights.weight1[2 * u]) : T(0);
         first[4 * u + 1] = there ? to_arith(weights.weight1[2 * u + 1]) : T(0);
         first[4 * u + 2] = there ? to_arith(weights.bias1[u]) : T(0);
-        first[4 * u + 3] = there ? to_arith(weights.weight3[u]) : T(0);
+        first[4 * u + 3] = there && weights.weight3 ? to_arith(weights.weight3[u]) : T(0);
     }
 }
 
@@ -124,6 +124,42 @@ MANN_KERNEL(generate_fast_weights_forward, kSizes.forward_threads, GenerateForwa
                 if (lane.part == 0 && here.there[r]) args.fast[here.at[r]] = to_storage<S>(sum[r] + bias3);
             }
         }
+    }
+}
+
+MANN_KERNEL(generate_fast_weights_sides, kSizes.forward_threads, GenerateSides<S>) {
+    MANN_DYNAMIC_SHARED(shared);
+    T *operands = reinterpret_cast<T *>(shared), *first = operands + kSizes.fragments;
+    if (args.hidden > 0) fill_forward(operands, args.weights), fill_first(first, args.weights);
+    const Lane lane;
+    const Preprocessing preprocessing(args.p, args.scale);
+    __syncthreads();
+    const int tiles = (args.count + kTile - 1) / kTile, warps = blockDim.x / 32;
+    for (int tile = threadIdx.x / 32 * gridDim.x + blockIdx.x; tile < tiles; tile += warps * gridDim.x) {
+        const Coordinates here(tile, lane, args.count);
+        const T g[2] = {here.load(args.grads, 0), here.load(args.grads, 1)};
+        const auto put = [&](int row, int r, bool passes) {
+            if (here.there[r]) args.sides[int64_t(row) * args.count + here.at[r]] = passes;
+        };
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+            if (lane.part == 0)
+                put(0, r, preprocessing.magnitude_passes(g[r])), put(1, r, preprocessing.sign_passes(g[r]));
+        if (args.hidden == 0) continue;
+        const Features features[2] = {preprocessing.features(g[0]), preprocessing.features(g[1])};
+        T hidden[kPairs][4], second[1][kPairs][4];
+        first_layer(first, lane, features, hidden);
+        Left left[1][kPairs];
+        take_apart(hidden, left[0]);
+        multiply_all(operands, lane.lane, left, second);
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+                if (lane.unit(i) < D) {
+                    put(2 + lane.unit(i), r, !(hidden[i / 2][r + i % 2 * 2] <= 0));
+                    put(2 + D + lane.unit(i), r, !(second[0][i / 2][2 * r + i % 2] <= 0));
+                }
     }
 }
 

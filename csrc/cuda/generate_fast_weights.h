@@ -17,6 +17,15 @@ template <typename S> struct GenerateForward {
     S *fast; // [count] out
 };
 
+// Where backward lets a gradient through, 1 or 0: at the two features, the first hidden layer and the second.
+template <typename S> struct GenerateSides {
+    int count, hidden; // hidden: D, or 0 for the features alone
+    double p, scale;
+    const S *grads;             // [count]
+    GenerateWeights<S> weights; // but for the last two, which are null
+    uint8_t *sides;             // [2 + 2 hidden, count] out
+};
+
 template <typename S> struct GenerateBackward {
     int count;
     double p, scale;
