@@ -119,6 +119,43 @@ MANN_INLINE Four<float> load_shared4(const float *shared) {
     return v;
 }
 
+// One number, likewise.
+MANN_INLINE float load_shared(const float *shared) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(shared_address(shared)));
+    return x;
+}
+
+// NaN passes.
+MANN_INLINE float maximum(float a, float b) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+}
+MANN_INLINE float minimum(float a, float b) {
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(a), "f"(b));
+    return least;
+}
+
+// Of the unit for such functions: 2^x and 1 / x to two units in the last place, the logarithm to 2^-22 (of 1, of the
+// result where that is more). What is below the normal numbers counts as zero.
+MANN_INLINE float fast_exponential2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+MANN_INLINE float fast_logarithm2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+MANN_INLINE float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Clusters exist from sm_90 on; before, a block is alone.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 MANN_INLINE int cluster_rank() { return 0; }
