@@ -31,10 +31,13 @@ MANN_INLINE Outcome pooled(const T (&slow)[4], const T (&fast)[4], bool has_righ
     }
     return best;
 }
-MANN_INLINE void keep(const ConvForward<S> &a, int64_t example, int o, int pixel, const Outcome &result) {
+// A code is stored where `word` is null, else put into it as byte `o` of four.
+MANN_INLINE void keep(const ConvForward<S> &a, int64_t example, int o, int pixel, const Outcome &result,
+                      uint32_t *word = nullptr) {
     a.y[(example * kShape.O + o) * kPooled + pixel] = to_storage<S>(result.value);
     const int64_t at = (example * kPooled + pixel) * kShape.O + o;
-    if (a.codes) a.codes[at] = uint8_t(result.code);
+    if (word) *word |= uint32_t(result.code) << o % 4 * 8;
+    else if (a.codes) a.codes[at] = uint8_t(result.code);
     if (a.slopes) a.slopes[at] = result.slow_slope, a.slopes[a.side + at] = result.fast_slope;
 }
 
@@ -64,6 +67,8 @@ MANN_INLINE void convolve_example(const ConvForward<S> &a, T *shared) {
                 inside ? to_arith(x[((first + c) * kShape.H + y) * kShape.W + z]) : T(0);
         });
     });
+    constexpr bool kWords = D::kSlices == 1 && kShape.O % 4 == 0 && kShape.pool; // a thread has four outputs in turn
+    uint32_t word = 0;
     for_sums<D>(sum, shared, [&](int window, int group, int q, T(&numbers)[2][4]) {
         const int o = o0 + 4 * group + q, h = h0 + window / D::kTileWidth, w = w0 + window % D::kTileWidth;
         const bool has_right = 2 * w + 1 < kWidth, has_below = 2 * h + 1 < kHeight;
@@ -72,7 +77,10 @@ MANN_INLINE void convolve_example(const ConvForward<S> &a, T *shared) {
 #pragma unroll
         for (int pixel = 0; pixel < 4; ++pixel) numbers[0][pixel] += bias;
         if constexpr (kShape.pool) {
-            keep(a, example, o, h * kPooledWidth + w, pooled(numbers[0], numbers[1], has_right, has_below));
+            const int pixel = h * kPooledWidth + w;
+            keep(a, example, o, pixel, pooled(numbers[0], numbers[1], has_right, has_below), kWords ? &word : nullptr);
+            if (kWords && q == 3 && a.codes)
+                *reinterpret_cast<uint32_t *>(a.codes + (example * kPooled + pixel) * kShape.O + o - 3) = word;
         } else {
 #pragma unroll
             for (int pixel = 0; pixel < 4; ++pixel)

@@ -115,7 +115,7 @@ struct ConvGradTiling {
         together_o = int(at_most(at_most(kThreads / together_c, s.O), at_least(kEntries / entries, 1)));
         phases = int(at_most(at_least(kThreads / (together_c * together_o), 1), entries));
     }
-    static constexpr int kThreads = 256, kEntries = 3136; // in shared memory
+    static constexpr int kThreads = 512, kEntries = 3136; // in shared memory
     constexpr int threads() const { return int(round_up(together_c * together_o * phases, 32)); }
     constexpr int stride() const { return together_c | 1; }
     constexpr int tiles_c(const ConvShape &s) const { return int(ceil_div(s.C, together_c)); }
