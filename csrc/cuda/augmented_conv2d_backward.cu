@@ -87,14 +87,14 @@ MANN_INLINE void load_tile(const ConvBackwardW<S> &a, int64_t example, int tile,
     using W = OfWeights;
     const int h0 = tile / W::kTilesWide * W::kTileHeight, w0 = tile % W::kTilesWide * W::kTileWidth;
     const S *x = a.x + (example * kShape.C + c0) * (kShape.H * kShape.W);
-    for_each<W::kInputs * W::kRows * W::kColumns, W::kThreads>([&](int i) {
+    for_each<W::kInputs * W::kRows * W::kColumns, W::kThreads, 4>([&](int i) {
         const int column = i % W::kColumns, row = i / W::kColumns % W::kRows, c = i / W::kColumns / W::kRows;
         const int y = 2 * h0 + row - kShape.padding, z = 2 * w0 + column - kShape.padding;
         const bool inside = c0 + c < kShape.C && y >= 0 && y < kShape.H && z >= 0 && z < kShape.W;
         image[(row * W::kColumns + column) * W::kStride + c] =
             inside ? to_arith(x[(c * kShape.H + y) * kShape.W + z]) : T(0);
     });
-    for_each<W::kOutputs * W::kEntries, W::kThreads>([&](int i) {
+    for_each<W::kOutputs * W::kEntries, W::kThreads, 2>([&](int i) {
         const int o = i / W::kEntries, at = i % W::kEntries; // a window of the tile, or a pixel
         constexpr int kWide = kShape.pool ? W::kTileWidth : 2 * W::kTileWidth, kStep = kShape.pool ? 2 : 1;
         int y = at / kWide * kStep, z = at % kWide * kStep;
@@ -295,7 +295,8 @@ MANN_KERNEL(augmented_conv2d_backward_x, Backward::kThreads, ConvBackwardX<S>) {
     convolve_gradient(args, reinterpret_cast<T *>(shared));
 }
 
-MANN_KERNEL(augmented_conv2d_backward_w, OfWeights::kThreads, ConvBackwardW<S>) {
+#define MANN_BOUNDS OfWeights::kThreads, 2
+MANN_KERNEL(augmented_conv2d_backward_w, MANN_BOUNDS, ConvBackwardW<S>) {
     MANN_DYNAMIC_SHARED(shared);
     gradient_of_weights(args, reinterpret_cast<T *>(shared));
 }

@@ -16,9 +16,9 @@ constexpr int kSide = kShape.k, kTaps = kShape.taps(), kK = kShape.K();
 constexpr int kHeight = kShape.height(), kWidth = kShape.width();
 constexpr int kPooledWidth = kShape.pooled_width(), kPooled = kShape.pooled();
 
-// f(i) for every i < count of the block; the compiler may take several at once.
-template <int count, int threads, typename F> MANN_INLINE void for_each(F &&f) {
-#pragma unroll 4
+// f(i) for every i < count of the block, several at once.
+template <int count, int threads, int at_once = 4, typename F> MANN_INLINE void for_each(F &&f) {
+#pragma unroll at_once
     for (int i = int(threadIdx.x); i < count; i += threads) f(i);
 }
 
