@@ -29,6 +29,7 @@ using uint64_t = unsigned long long;
 // The namespace of everything that runs on the GPU.
 #define MANN_ISA cuda
 #define MANN_INLINE __device__ __forceinline__
+#define MANN_CONSTEXPR __host__ __device__ constexpr
 
 namespace mann::cuda {
 
@@ -70,6 +71,13 @@ MANN_INLINE float exponential_minus_one(float x) { return expm1f(x > 88.0f ? 88.
 MANN_INLINE double exponential_minus_one(double x) { return expm1(x > 709.0 ? 709.0 : x); }
 MANN_INLINE float square_root(float x) { return sqrtf(x); }
 MANN_INLINE double square_root(double x) { return sqrt(x); }
+MANN_INLINE float log_one_plus(float x) { return log1pf(x); }
+MANN_INLINE double log_one_plus(double x) { return log1p(x); }
+// ln(1 + e^x)
+template <typename T> MANN_INLINE T softplus(T x) { return x > 20 ? x : log_one_plus(exponential(x)); }
+
+MANN_INLINE float infinity() { return __uint_as_float(0x7f800000u); }
+MANN_INLINE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
 // Four numbers that are loaded and stored together.
 template <typename T> struct alignas(16) Four {
