@@ -23,12 +23,9 @@ MANN_INLINE void multiply_examples(const LinearForward<S> &a, T *shared) {
                     return l0 + l < layer.L && i0 + k < kI ? to_arith(layer.x[(g * layer.L + l0 + l) * kI + i0 + k])
                                                            : T(0);
                 });
-            for (int s = 0; s < count; ++s) {
-                const S *weight = weight_of(layer, g, s0 + s);
-                fill<true, Tile::kColumns, Tile::kColumnStride>(columns + s * Tile::kB, [&](int k, int o) {
-                    return o0 + o < kO && i0 + k < kI ? to_arith(weight[int64_t(o0 + o) * kI + i0 + k]) : T(0);
-                });
-            }
+            fill_weights<true>(layer, g, s0, count, columns, [&](const S *weight, int k, int o) {
+                return o0 + o < kO && i0 + k < kI ? to_arith(weight[int64_t(o0 + o) * kI + i0 + k]) : T(0);
+            });
             load_shares(layer, g, l0, s0, count, shares);
             __syncthreads();
             for (int s = 0; s < count; ++s) {

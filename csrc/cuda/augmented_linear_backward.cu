@@ -48,12 +48,9 @@ MANN_INLINE void gradient_of_x(const LinearBackward<S> &a, T *shared) {
                     return l0 + l < layer.L && o0 + k < kO ? gradient_of(a, (g * layer.L + l0 + l) * kO + o0 + k, side)
                                                            : T(0);
                 });
-            for (int s = 0; s < count; ++s) {
-                const S *weight = weight_of(layer, g, s0 + s);
-                fill<false, Tile::kColumns, Tile::kColumnStride>(columns + s * Tile::kB, [&](int k, int i) {
-                    return o0 + k < kO && i0 + i < kI ? to_arith(weight[int64_t(o0 + k) * kI + i0 + i]) : T(0);
-                });
-            }
+            fill_weights<false>(layer, g, s0, count, columns, [&](const S *weight, int k, int i) {
+                return o0 + k < kO && i0 + i < kI ? to_arith(weight[int64_t(o0 + k) * kI + i0 + i]) : T(0);
+            });
             load_shares(layer, g, l0, s0, count, shares);
             __syncthreads();
             for (int s = 0; s < count; ++s) {

@@ -87,6 +87,19 @@ MANN_INLINE T share_of(const AugmentedLayer<S> &layer, int64_t example, int64_t 
     return s > 0 && layer.mix ? to_arith(layer.mix[example * layer.rows + s - 1]) : T(1);
 }
 
+// Numbers f(weight, k, i) of `count` weights from s0 on, as fill() has those of one.
+template <bool deep, typename F>
+MANN_INLINE void fill_weights(const AugmentedLayer<S> &layer, int64_t g, int64_t s0, int count, T *shared, F &&f) {
+    constexpr int kNumbers = Tile::kColumns * kLinearDepth;
+#pragma unroll 8
+    for (int at = int(threadIdx.x); at < count * kNumbers; at += kLinearThreads) {
+        const int s = at / kNumbers, in = at % kNumbers;
+        const int k = deep ? in % kLinearDepth : in / Tile::kColumns,
+                  i = deep ? in / kLinearDepth : in % Tile::kColumns;
+        shared[s * Tile::kB + k * Tile::kColumnStride + i] = f(weight_of(layer, g, s0 + s), k, i);
+    }
+}
+
 // The shares of `count` weights from s0 on, of the tile's examples: [weight][row].
 MANN_INLINE void load_shares(const AugmentedLayer<S> &layer, int64_t g, int64_t l0, int64_t s0, int count, T *shares) {
     for (int at = int(threadIdx.x); at < count * Tile::kRows; at += kLinearThreads) {
