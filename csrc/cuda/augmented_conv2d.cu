@@ -59,7 +59,7 @@ MANN_INLINE void convolve_example(const ConvForward<S> &a, T *shared) {
             copy_four(weights + row / kTaps * D::kWeights + (row % kTaps * 2 + v) * 4 * D::kTogether + 4 * group,
                       (v ? fast : slow) + (first * kTaps + row) * D::kPadded + 4 * group);
         });
-        for_each<D::kChunk * D::kRows * D::kColumns, D::kThreads>([&](int i) {
+        for_each<D::kChunk * D::kRows * D::kColumns, D::kThreads, 3>([&](int i) {
             const int column = i % D::kColumns, row = i / D::kColumns % D::kRows, c = i / D::kColumns / D::kRows;
             const int y = 2 * h0 + row - kShape.padding, z = 2 * w0 + column - kShape.padding;
             const bool inside = c < count && y >= 0 && y < kShape.H && z >= 0 && z < kShape.W;

@@ -87,7 +87,7 @@ MANN_INLINE void load_tile(const ConvBackwardW<S> &a, int64_t example, int tile,
     using W = OfWeights;
     const int h0 = tile / W::kTilesWide * W::kTileHeight, w0 = tile % W::kTilesWide * W::kTileWidth;
     const S *x = a.x + (example * kShape.C + c0) * (kShape.H * kShape.W);
-    for_each<W::kInputs * W::kRows * W::kColumns, W::kThreads, 4>([&](int i) {
+    for_each<W::kInputs * W::kRows * W::kColumns, W::kThreads, 3>([&](int i) {
         const int column = i % W::kColumns, row = i / W::kColumns % W::kRows, c = i / W::kColumns / W::kRows;
         const int y = 2 * h0 + row - kShape.padding, z = 2 * w0 + column - kShape.padding;
         const bool inside = c0 + c < kShape.C && y >= 0 && y < kShape.H && z >= 0 && z < kShape.W;

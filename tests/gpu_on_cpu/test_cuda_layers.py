@@ -40,9 +40,13 @@ def linear(seed, L, I, O, S, **options):  # noqa: E741
 
 
 @pytest.mark.parametrize("pool", [True, False])
-@pytest.mark.parametrize(("size", "kernel", "padding"), [((38, 21), 3, 1), ((19, 34), 2, 3), ((3, 33), 1, 0), ((17, 18), 5, 0)])
+@pytest.mark.parametrize(
+    ("size", "kernel", "padding"), [((38, 21), 3, 1), ((19, 34), 2, 3), ((3, 33), 1, 0), ((17, 18), 5, 0)]
+)
 def test_tiles_of_an_image(size, kernel, padding, pool):
-    matches("augmented_conv2d", conv(1, 2, 3, 9, 2, size=size, kernel=kernel, padding=padding, pool=pool), torch.float32)
+    matches(
+        "augmented_conv2d", conv(1, 2, 3, 9, 2, size=size, kernel=kernel, padding=padding, pool=pool), torch.float32
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 7, 14])
@@ -131,7 +135,10 @@ def test_nothing_spills(cuda, name, tmp_path):
     for source, options in sorted({launch[:2] for launch in launches_of(cuda, name)}):
         for dtype in ("float", "Bf16"):
             command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "made"]
-            command += [*options.replace("STORAGE=float", f"STORAGE={dtype}").split(), cuda_on_cpu.CSRC / "cuda" / source]
+            command += [
+                *options.replace("STORAGE=float", f"STORAGE={dtype}").split(),
+                cuda_on_cpu.CSRC / "cuda" / source,
+            ]
             said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             assert re.findall(r"(\d+) bytes spill", said), said
             assert all(int(spilled) == 0 for spilled in re.findall(r"(\d+) bytes spill", said)), said
