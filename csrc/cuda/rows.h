@@ -1,0 +1,353 @@
+// The memory of one example, or a part of its slots, in the registers of a block: the step of time that every operator
+// with a sequence shares, forward. Sizes are constants of the build.
+//
+// kLanes neighbouring threads share a row; a thread has kColumns of its numbers (w = lane, lane + kLanes, ...) in each
+// of kRows rows. Numbers per head come in groups of four heads, so that a thread has those of a column with one load.
+#pragma once
+
+#include "device.h"
+
+namespace mann::cuda {
+
+using S = MANN_STORAGE;
+using T = Arith<S>;
+
+constexpr int N = MANN_N, W = MANN_W, R = MANN_R;
+constexpr bool kWriteAdd = MANN_WRITE_ADD, kKeyStrength = MANN_KEY_STRENGTH, kSquash = MANN_SQUASH;
+constexpr bool kSoftplus = MANN_SOFTPLUS; // of key strengths, which are logits then
+constexpr bool kShared = MANN_SHARED_LRU, kEraseAll = MANN_ERASE_ALL;
+constexpr int kParts = MANN_PARTS; // blocks that share the slots of an example
+
+#if !defined(MANN_THREADS)
+#define MANN_THREADS 512
+#endif
+constexpr int kThreads = MANN_THREADS, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+MANN_CONSTEXPR int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+MANN_CONSTEXPR int least(int a, int b) { return a < b ? a : b; }
+
+constexpr int kSlots = (N + kParts - 1) / kParts; // of a part
+MANN_CONSTEXPR int lanes_of_row() {
+    int lanes = 1;
+    while (2 * lanes <= kWarp && 2 * lanes <= W && (2 * lanes * kSlots <= kThreads || 2 * lanes <= 4)) lanes *= 2;
+    return lanes;
+}
+constexpr int kLanes = lanes_of_row(), kGroups = kThreads / kLanes;
+constexpr int kRows = (kSlots + kGroups - 1) / kGroups, kColumns = (W + kLanes - 1) / kLanes;
+// Columns of a thread that are summed over rows at once: the sums of all heads take registers.
+constexpr int kChunk = least(R < 16 ? 16 / R : 1, kColumns);
+constexpr int kRowWarps = least(kWarps, (kSlots * kLanes + kWarp - 1) / kWarp); // that have rows at all
+
+constexpr int kHeads = round_up(R, 4), kHeadGroups = kHeads / 4;
+constexpr int kWords = R * W;
+constexpr int kBetaAt = kWords + R, kAddAt = kBetaAt + (kKeyStrength ? R : 0);
+constexpr int kHead = kAddAt + (kWriteAdd ? kWords : 0), kHeadPadded = round_up(kHead, 4);
+// What a part says of a step: its share of the reads, of the sums of the softmax, and what its exponents are relative
+// to.
+constexpr int kSumAt = kWords, kTopAt = kSumAt + R, kPart = round_up(kTopAt + (kKeyStrength ? R : 0), 4);
+
+MANN_INLINE int lane_of_warp() { return thread_again() % kWarp; }
+MANN_INLINE int warp_of_block() { return thread_again() / kWarp; }
+
+template <typename V> MANN_INLINE V sum_lanes(V x, int from, int to) {
+#pragma unroll
+    for (int distance = from; distance < to; distance *= 2) x += __shfl_xor_sync(kWholeWarp, x, distance);
+    return x;
+}
+MANN_INLINE T largest_lane(T x) {
+#pragma unroll
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+        const T other = __shfl_xor_sync(kWholeWarp, x, distance);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+// Sums `count` values over the lanes of a warp that differ in the bits from `from` on: afterwards v[0 ... length) of a
+// lane are the sums of the values from `first` on, and it is the one to hand them on if `mine`.
+template <int count> struct Scattered {
+    int first, length;
+    bool mine;
+};
+template <int count> MANN_INLINE Scattered<count> scatter_sums(T (&v)[count], int from) {
+    Scattered<count> s{0, count, true};
+    const int lane = lane_of_warp();
+#pragma unroll
+    for (int distance = kWarp / 2; distance >= 1; distance /= 2) {
+        if (distance < from) break;
+        if (s.length % 2 == 0) {
+            const bool upper = lane & distance;
+            s.length /= 2;
+#pragma unroll
+            for (int i = 0; i < count / 2; ++i) {
+                if (i >= s.length) break;
+                const T give = upper ? v[i] : v[s.length + i], keep = upper ? v[s.length + i] : v[i];
+                v[i] = keep + __shfl_xor_sync(kWholeWarp, give, distance);
+            }
+            s.first += upper ? s.length : 0;
+        } else {
+#pragma unroll
+            for (int i = 0; i < count; ++i) {
+                if (i >= s.length) break;
+                v[i] += __shfl_xor_sync(kWholeWarp, v[i], distance);
+            }
+            s.mine &= !(lane & distance);
+        }
+    }
+    return s;
+}
+
+// Whether usage a of slot i comes before b of slot j: ties to the lowest index, NaN last.
+MANN_INLINE bool less_used(T a, int i, T b, int j) {
+    const bool nan_a = a != a, nan_b = b != b;
+    if (nan_a || nan_b) return nan_a && nan_b ? i < j : nan_b;
+    return a < b || (a == b && i < j);
+}
+
+// The head of an example and the slots to write to, in shared memory.
+struct Step {
+    T key[W][kHeads], add[kWriteAdd ? W : 1][kHeads]; // the heads that do not exist are zero
+    T gate[kHeads], beta[kHeads], square[kHeads];     // gate after its sigmoid; square sums of the keys
+    int32_t slots[R];                                 // the least used, ascending
+};
+
+// What one of several parts finds to be its least used slots.
+struct alignas(16) Candidate {
+    T usage, slot;
+    T unused[2];
+};
+
+// A head before its activations, raw(p), to a step: by all threads, a head to a warp. Barrier needed afterwards.
+template <typename Raw> MANN_INLINE void make_head(Step &step, Raw &&raw) {
+    for (int h = warp_of_block(); h < kHeads; h += kWarps) {
+        T square = 0;
+        for (int w = lane_of_warp(); w < W; w += kWarp) {
+            T key = h < R ? raw(h * W + w) : T(0), add = kWriteAdd && h < R ? raw(kAddAt + h * W + w) : T(0);
+            if (kSquash) key = hyperbolic_tangent(key), add = hyperbolic_tangent(add);
+            step.key[w][h] = key;
+            if (kWriteAdd) step.add[w][h] = add;
+            square += key * key;
+        }
+        square = sum_lanes(square, 1, kWarp);
+        if (lane_of_warp() == 0) {
+            step.square[h] = square;
+            step.gate[h] = h < R ? sigmoid(raw(kWords + h)) : T(0);
+            const T x = kKeyStrength && h < R ? raw(kBetaAt + h) : T(0);
+            step.beta[h] = !kKeyStrength ? T(1) : kSoftplus ? softplus(x) : x;
+        }
+    }
+}
+
+struct Rows {
+    int part; // of the example
+    T m[kRows][kColumns];
+    T weights[kRows][R]; // read weights
+    T usage[kRows];
+    // Of a step, before its sums are known.
+    T exps[kRows][R], write_sum[kRows];
+
+    MANN_INLINE static int lane() { return int(threadIdx.x) % kLanes; }
+    MANN_INLINE static int column(int j) { return lane() + kLanes * j; }
+    MANN_INLINE static bool has_column(int j) { return (j + 1) * kLanes <= W || column(j) < W; }
+    MANN_INLINE static int local(int i) { return int(threadIdx.x) / kLanes + i * kGroups; }
+    MANN_INLINE int slot(int i) const { return part * kSlots + local(i); }
+    MANN_INLINE bool exists(int i) const { return local(i) < kSlots && slot(i) < N; }
+
+    template <typename F> MANN_INLINE void for_memory(F &&f) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j)
+                if (exists(i) && has_column(j)) f(m[i][j], slot(i) * W + column(j));
+    }
+    // Memory [N, W] of the example; null is zero.
+    template <typename V> MANN_INLINE void take_memory(const V *source) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j)
+                m[i][j] = source && exists(i) && has_column(j) ? to_arith(source[slot(i) * W + column(j)]) : T(0);
+    }
+    template <typename V> MANN_INLINE void give_memory(V *target) {
+        for_memory([&](T x, int at) { target[at] = to_storage<V>(x); });
+    }
+    // Read weights [R, N].
+    template <typename V> MANN_INLINE void take_weights(const V *source) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+#pragma unroll
+            for (int h = 0; h < R; ++h) weights[i][h] = source && exists(i) ? to_arith(source[h * N + slot(i)]) : T(0);
+    }
+    template <typename V> MANN_INLINE void give_weights(V *target) const {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+#pragma unroll
+            for (int h = 0; h < R; ++h)
+                if (exists(i) && lane() == h % kLanes) target[h * N + slot(i)] = to_storage<V>(weights[i][h]);
+    }
+
+    MANN_INLINE bool is_own(const Step &step, int i, int h) const {
+        bool own = false;
+#pragma unroll
+        for (int k = 0; k < R; ++k) own |= (kShared || k == h) && step.slots[k] == slot(i);
+        return own;
+    }
+    MANN_INLINE bool is_erased(const Step &step, int i) const {
+        bool erased = step.slots[0] == slot(i);
+#pragma unroll
+        for (int k = 1; k < R; ++k) erased |= kEraseAll && step.slots[k] == slot(i);
+        return erased;
+    }
+    // Eq. 7: head h's write weight.
+    MANN_INLINE T write_weight(const Step &step, int i, int h) const {
+        return step.gate[h] * weights[i][h] + (is_own(step, i, h) ? 1 - step.gate[h] : T(0));
+    }
+
+    // Erase, write (eq. 8), and the cosine of every row with every key (eq. 2), of which `exps` become the powers:
+    // where there are key strengths relative to the largest of the warp, which goes to tops [kWarps, R].
+    MANN_INLINE void write_and_match(const Step &step, T eps, T *tops) {
+        T write[kRows][R], squares[kRows], dots[kRows][R];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            write_sum[i] = squares[i] = 0;
+            const bool erased = is_erased(step, i);
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) m[i][j] = erased ? T(0) : m[i][j];
+#pragma unroll
+            for (int h = 0; h < R; ++h) {
+                dots[i][h] = 0;
+                write[i][h] = exists(i) ? write_weight(step, i, h) : T(0);
+                write_sum[i] += write[i][h];
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+            if (!has_column(j)) continue;
+            T key[kHeads], add[kHeads];
+            take_four_heads(step.key[column(j)], key);
+            if (kWriteAdd) take_four_heads(step.add[column(j)], add);
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+                T x = m[i][j];
+#pragma unroll
+                for (int h = 0; h < R; ++h) x += write[i][h] * (kWriteAdd ? add[h] : key[h]);
+                m[i][j] = x;
+                squares[i] += x * x;
+#pragma unroll
+                for (int h = 0; h < R; ++h) dots[i][h] += x * key[h];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            squares[i] = sum_lanes(squares[i], 1, kLanes);
+#pragma unroll
+            for (int h = 0; h < R; ++h) {
+                const T dot = sum_lanes(dots[i][h], 1, kLanes);
+                exps[i][h] = cosine(dot, squares[i], step.square[h], eps).value * step.beta[h];
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < R; ++h) {
+            T top = 0;
+            if (kKeyStrength) {
+                top = -T(infinity());
+#pragma unroll
+                for (int i = 0; i < kRows; ++i) top = exists(i) && exps[i][h] > top ? exps[i][h] : top;
+                top = largest_lane(top);
+                if (lane_of_warp() == 0) tops[warp_of_block() * R + h] = top;
+            }
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) exps[i][h] = exists(i) ? exponential(exps[i][h] - top) : T(0);
+        }
+    }
+    MANN_INLINE static void take_four_heads(const T *source, T (&heads)[kHeads]) {
+#pragma unroll
+        for (int g = 0; g < kHeadGroups; ++g) {
+            const Four<T> four = reinterpret_cast<const Four<T> *>(source)[g];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) heads[4 * g + j] = four[j];
+        }
+    }
+
+    // The warp's sums of the powers, to sums [kWarps, R].
+    MANN_INLINE void sum_exps(T *sums) const {
+#pragma unroll
+        for (int h = 0; h < R; ++h) {
+            T sum = 0;
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) sum += exps[i][h];
+            sum = sum_lanes(sum, kLanes, kWarp);
+            if (lane_of_warp() == 0) sums[warp_of_block() * R + h] = sum;
+        }
+    }
+    // And of the rows weighted by them, to reads [kWarps, words].
+    MANN_INLINE void sum_rows(T *reads) const {
+#pragma unroll
+        for (int first = 0; first < kColumns; first += kChunk) {
+            T v[R * kChunk] = {};
+#pragma unroll
+            for (int j = first; j < least(first + kChunk, kColumns); ++j)
+#pragma unroll
+                for (int h = 0; h < R; ++h)
+#pragma unroll
+                    for (int i = 0; i < kRows; ++i) v[h * kChunk + j - first] += exps[i][h] * m[i][j];
+            give_sums(v, first, reads + warp_of_block() * kWords);
+        }
+    }
+    // Values [R, kChunk] of each lane, of its columns from `first` on, summed over the rows of the warp, to a target
+    // [R, W].
+    MANN_INLINE static void give_sums(T (&v)[R * kChunk], int first, T *target) {
+        const auto s = scatter_sums(v, kLanes);
+#pragma unroll
+        for (int i = 0; i < R * kChunk; ++i) {
+            const int at = s.first + i, h = at / kChunk, w = column(first + at % kChunk);
+            if (i < s.length && s.mine && w < W) target[h * W + w] = v[i];
+        }
+    }
+
+    // What comes after the exchange of sums: scale[h] makes read weights of the powers. Eq. 5.
+    MANN_INLINE void normalise(const T *scale, T decay) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            T sum = 0;
+#pragma unroll
+            for (int h = 0; h < R; ++h) {
+                weights[i][h] = exps[i][h] * scale[h];
+                sum += weights[i][h];
+            }
+            usage[i] = decay * usage[i] + sum + write_sum[i];
+        }
+    }
+
+    // Eq. 6, after usages [kSlots] of the part were written and a barrier: the R least used of the part, ascending, to
+    // chosen [R]. Where the part has fewer slots, the rest have no number: usage NaN, slot N. Barrier needed
+    // afterwards.
+    MANN_INLINE void give_usage(T *usages) const {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+            if (local(i) < kSlots && lane() == 0) usages[local(i)] = usage[i];
+    }
+    MANN_INLINE void choose(const T *usages, Candidate *chosen) const {
+        const int count = least(kSlots, N - part * kSlots);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            int rank = 0;
+            for (int other = lane(); other < count; other += kLanes)
+                rank += less_used(usages[other], other, usage[i], local(i));
+            rank = sum_lanes(rank, 1, kLanes);
+            if (exists(i) && lane() == 0 && rank < R) chosen[rank] = {usage[i], T(slot(i)), {}};
+        }
+        for (int h = count + int(threadIdx.x); h < R; h += kThreads) chosen[h] = {T(not_a_number()), T(N + h), {}};
+    }
+};
+
+// Of the candidates [kParts, R] of all parts, the R least used, to a step. By the first threads; barrier needed.
+MANN_INLINE void merge_candidates(const Candidate *all, Step &step) {
+    const int i = int(threadIdx.x);
+    if (i >= kParts * R) return;
+    int rank = 0;
+    for (int j = 0; j < kParts * R; ++j)
+        rank += less_used(all[j].usage, int(all[j].slot), all[i].usage, int(all[i].slot));
+    if (rank < R) step.slots[rank] = int(all[i].slot);
+}
+
+} // namespace mann::cuda
