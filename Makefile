@@ -18,7 +18,7 @@ SANITIZED := build/sanitize
 OTHER_TRITON := 3.9.0
 OTHER_PATH := build/triton-$(OTHER_TRITON)
 INTERPRETED := tests/gpu_on_cpu/test_interpreter.py tests/gpu_on_cpu/test_guard.py
-COMPILED := tests/gpu_on_cpu/test_compile.py
+COMPILED := tests/gpu_on_cpu/test_triton_compile.py
 CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/cpu/*.cpp csrc/cuda/*.cu $(addprefix tests/gpu_on_cpu/*.,h cpp cu))
 # The tests that drive the C++ kernels; those that start compilers or other processes would only slow the sanitizers down.
 SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles and not gpu"
