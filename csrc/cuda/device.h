@@ -9,9 +9,11 @@
 #if defined(MANN_CUDA_ON_CPU)
 #include "cuda_on_cpu.h"
 #else
-// The one parameter of a kernel is a struct, by value. With CUDA on the CPU it is a function that the harness can find.
-#define MANN_KERNEL(name, threads, Args)                                                                               \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+// The one parameter of a kernel is a struct, by value; `bounds` is the number of threads, or that and how many blocks a
+// multiprocessor has room for. With CUDA on the CPU it is a function that the harness can find.
+#define MANN_BOUNDS(threads, blocks) threads, blocks
+#define MANN_KERNEL(name, bounds, Args)                                                                                \
+    extern "C" __global__ void __launch_bounds__(bounds) name(const __grid_constant__ Args args)
 #if defined(__CUDACC_RTC__)
 using int8_t = signed char;
 using uint8_t = unsigned char;
@@ -98,6 +100,13 @@ template <typename T> struct alignas(16) Four {
 #define MANN_SHARED(T, name, N) __shared__ T name[N]
 
 namespace mann::cuda {
+
+// threadIdx.x, read anew: what is made of it is not kept in registers from one use to the next.
+MANN_INLINE int thread_again() {
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return int(thread);
+}
 
 MANN_INLINE uint32_t shared_address(const void *shared) { return uint32_t(__cvta_generic_to_shared(shared)); }
 
@@ -210,7 +219,7 @@ MANN_INLINE void mailbox_wait(const Mailbox *box, int phase) {
 // The address of a shared variable in another block, as send() takes it.
 MANN_INLINE uint32_t address_of_rank(const void *shared, int rank) {
     uint32_t there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(shared)), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(shared)), "r"(rank));
     return there;
 }
 MANN_INLINE void send(float *target, int rank, Mailbox *box, float x) {

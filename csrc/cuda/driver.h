@@ -10,9 +10,9 @@
 
 namespace mann::cuda {
 
-constexpr int kMaxDynamicShared = 8, kNonPortableCluster = 14;                                 // CUfunction_attribute
+constexpr int kMaxDynamicShared = 8, kNonPortableCluster = 14; // CUfunction_attribute
 constexpr int kMultiprocessors = 16, kCapabilityMajor = 75, kCapabilityMinor = 76, kSharedOptin = 97; // of a device
-constexpr int kClusterDimension = 4;                                                           // CUlaunchAttributeID
+constexpr int kClusterDimension = 4; // CUlaunchAttributeID
 
 struct alignas(8) LaunchAttribute {
     int id;

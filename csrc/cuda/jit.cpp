@@ -42,7 +42,8 @@ std::string hash_of(const std::vector<std::string> &parts) {
 const std::string &hash_of_files() {
     static const std::string hash = [] {
         std::vector<std::string> parts;
-        for (const File *file = kFiles; file->name != nullptr; ++file) parts.insert(parts.end(), {file->name, file->text});
+        for (const File *file = kFiles; file->name != nullptr; ++file)
+            parts.insert(parts.end(), {file->name, file->text});
         return hash_of(parts);
     }();
     return hash;
@@ -233,8 +234,8 @@ int clusters_at_once(const Device &device, const Build &build, const char *kerne
 
 } // namespace mann::cuda
 
-// Compiles `source` with `options` for a compute capability, without a device: 0 and the path of the cubin in `text`, or
-// 1 and what was wrong. For tests, and to fill the cache of another machine.
+// Compiles `source` with `options` for a compute capability, without a device: 0 and the path of the cubin in `text`,
+// or 1 and what was wrong. For tests, and to fill the cache of another machine.
 extern "C" __attribute__((visibility("default"))) int mann_cuda_compile(const char *source, const char *options,
                                                                         int capability, char *text, int64_t size) {
     using namespace mann::cuda;

@@ -1,6 +1,7 @@
 #include "mann_plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace mann::cuda {
 
@@ -9,23 +10,71 @@ namespace {
 MannPlan forced; // by mann_cuda_plan
 bool is_forced = false;
 
-int64_t padded(int64_t n) { return (n + 3) / 4 * 4; }
+constexpr int64_t kThreads = 512, kWarps = 16;
+
+int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
+int64_t padded(int64_t n) { return divided(n, 4) * 4; }
+
+// How the slots of a part stand in the registers of a block, as in rows.h.
+struct RowShape {
+    int64_t slots, lanes = 1, rows, columns;
+
+    RowShape(const MannSizes &s, int64_t parts) : slots(divided(s.N, parts)) {
+        while (2 * lanes <= 32 && 2 * lanes <= s.W && (2 * lanes * slots <= kThreads || 2 * lanes <= 4)) lanes *= 2;
+        rows = divided(slots, kThreads / lanes), columns = divided(s.W, lanes);
+    }
+};
 
 // What ForwardShared and BackwardShared take, or a little more.
 int64_t shared_bytes(const MannSizes &s, const MannPlan &p, bool backward) {
-    const int64_t E = p.examples, C = p.blocks, P = p.parts, units = (s.H + C - 1) / C, words = s.words();
-    const int64_t head = padded(s.head()), part = padded(words + 2 * s.R), slots = (s.N + P - 1) / P, warps = 16;
-    const int64_t step = (s.write_add ? 2 : 1) * s.W * padded(s.R) + 4 * padded(s.R);
-    int64_t numbers = units * head + step + head + part + slots + 2 * warps * s.R + 512;
+    const int64_t E = p.examples, C = p.blocks, P = p.parts, units = divided(s.H, C), words = s.words();
+    const int64_t head = padded(s.head()), part = padded(words + 2 * s.R), R = padded(s.R);
+    const bool held = backward ? p.held_backward : p.held_forward;
+    int64_t numbers = (held ? 4 : 4 * units * s.recurrent()) + units * head + (s.write_add ? 2 : 1) * s.W * R + 8 * R;
+    numbers += head + part + divided(s.N, P) + 2 * kWarps * s.R + 512;
     if (!backward) {
-        numbers += (p.held_forward ? 4 : 4 * units * s.recurrent()) + 2 * s.H * E + C * head + E * P * part + 8 * P * s.R;
-        numbers += words * E + units * E + part + warps * words;
+        numbers += 2 * s.H * E + C * head + E * P * part + 8 * P * s.R;
+        numbers += words * E + units * E + part + kWarps * words;
     } else {
-        numbers += (p.held_backward ? 4 : 4 * units * s.recurrent()) + 2 * C * units * E + C * padded(words);
-        numbers += E * P * padded(s.head() + s.R) + head * E + 4 * units * E + (s.write_add ? 2 : 1) * warps * words;
-        numbers += 4 * warps * s.R + 6 * words + 4 * P * padded(s.R);
+        numbers += 2 * C * units * E + C * padded(words) + E * P * padded(s.head() + s.R);
+        numbers += head * E + 4 * units * E + (s.write_add ? 2 : 1) * kWarps * words + 4 * kWarps * s.R;
+        numbers += 6 * words + head + 4 * P * R;
     }
     return numbers * s.number_bytes + 1024;
+}
+
+// Clocks of a step forward and backward, by rates measured on an H100: what a block multiplies and sums, what it waits
+// for (an exchange takes 1,100 clocks and a clock more for every 14 bytes), and barriers.
+double clocks_of(const MannSizes &s, const MannPlan &p, const RowShape &shape) {
+    const double E = p.examples, C = p.blocks, P = p.parts, units = double(divided(s.H, p.blocks));
+    const double words = double(s.words()), head = double(s.head()), R = double(s.R);
+    const double exchange = p.blocks > 1 ? 1100 : 300, again = p.parts > 1 ? exchange : 0;
+    const double memory = double(shape.slots) * words / 128,
+                 shuffles = 12 * std::log2(double(shape.lanes)) * double(shape.rows);
+    const double gates = 4 * units * E / 128;
+    const double forward = gates * words * (p.held_forward ? 1.3 : 2.6) + units * head * E / 64 + 3 * memory +
+                           (R + 1) * shuffles + 2 * exchange +
+                           (E * P * head + units * E * C + C * (words + R)) * 4 / 14 + (C * head + E * P * words) / 64 +
+                           1900;
+    const double backward = gates * (double(s.H) + words) * (p.held_backward ? 1.2 : 2.2) + units * head * E / 64 +
+                            9 * memory + 2 * (2 * R + 1) * shuffles + 2 * exchange +
+                            (C * (head + R) + double(s.H) * E + words * E * P) * 4 / 14 +
+                            (E * P * head + C * words) / 64 + 2500;
+    return forward + backward + 3 * memory + (R + 1) * shuffles + again + 700;
+}
+
+// Clusters of so many blocks that an H100 takes at once: 132 multiprocessors, in groups of 16 to 18.
+int64_t clusters_at_once(int blocks, int multiprocessors) {
+    const int64_t of_h100 = blocks == 1 ? 132 : blocks == 2 ? 66 : blocks == 4 ? 32 : blocks == 8 ? 15 : 7;
+    return std::max<int64_t>(of_h100 * multiprocessors / 132, 1);
+}
+
+// Registers are for 128 numbers of a thread in all.
+bool held_forward(const MannSizes &s, int64_t units) {
+    return divided(units, kWarps) * 4 * (divided(s.H, 32) + divided(s.words(), 32)) <= 60;
+}
+bool held_backward(const MannSizes &s, int64_t units, const RowShape &shape) {
+    return divided(s.recurrent(), kThreads) * units * 4 <= 60 && shape.rows * shape.columns <= 12;
 }
 
 } // namespace
@@ -35,20 +84,45 @@ MannPlan mann_plan(const MannSizes &s, int64_t shared_limit, int multiprocessors
         p.forward_bytes = shared_bytes(s, p, false), p.backward_bytes = shared_bytes(s, p, true);
         return p;
     };
-    if (is_forced) return filled(forced);
-    (void)multiprocessors;
-    MannPlan p;
-    p.blocks = 2, p.examples = 1, p.parts = 1;
-    p = filled(p);
-    return std::max(p.forward_bytes, p.backward_bytes) <= shared_limit ? p : MannPlan();
+    if (is_forced) return forced.blocks > 0 ? filled(forced) : forced;
+    MannPlan best;
+    double least = 0;
+    for (int blocks = 1; blocks <= 16; blocks *= 2)
+        for (int examples = 1; examples <= 8 && examples <= blocks; examples *= 2)
+            for (int parts = 1; examples * parts <= blocks; parts *= 2) {
+                const RowShape shape(s, parts);
+                const int64_t units = divided(s.H, blocks);
+                MannPlan p{blocks, examples, parts, held_forward(s, units), held_backward(s, units, shape), 0, 0};
+                p = filled(p);
+                const bool fits = std::max(p.forward_bytes, p.backward_bytes) <= shared_limit;
+                if (!fits || divided(s.N, shape.slots) != parts || (parts > 1 && s.N < parts * s.R)) continue;
+                if (shape.rows * shape.columns > 40 || s.R * shape.columns > 64 || s.R > 16 || parts * s.R > kThreads)
+                    continue;
+                const int64_t clusters = divided(std::max<int64_t>(s.B, 1), examples);
+                const double clocks =
+                    clocks_of(s, p, shape) * double(divided(clusters, clusters_at_once(blocks, multiprocessors)));
+                if (best.blocks == 0 || clocks < least) best = p, least = clocks;
+            }
+    return best;
 }
 
 } // namespace mann::cuda
 
-// From now on the form that mann_sequence runs in, for tests and for measuring; blocks 0: chosen again.
+// From now on the form that mann_sequence runs in, for tests and for measuring; blocks 0: chosen again, -1: not on
+// clusters.
 extern "C" __attribute__((visibility("default"))) void mann_cuda_plan(int blocks, int examples, int parts,
-                                                                     int held_forward, int held_backward) {
+                                                                      int held_forward, int held_backward) {
     using namespace mann::cuda;
-    is_forced = blocks > 0;
-    forced = {blocks, examples, parts, held_forward != 0, held_backward != 0, 0, 0};
+    is_forced = blocks != 0;
+    forced = {std::max(blocks, 0), examples, parts, held_forward != 0, held_backward != 0, 0, 0};
+}
+// The form for these sizes, to plan [7]: blocks (0: no cluster), examples, parts, held forward and backward, bytes.
+extern "C" __attribute__((visibility("default"))) void mann_cuda_planned(const int64_t *sizes, int64_t shared_limit,
+                                                                         int multiprocessors, int64_t *plan) {
+    using namespace mann::cuda;
+    const MannSizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6] != 0, sizes[7] != 0, 4};
+    const MannPlan p = mann_plan(s, shared_limit, multiprocessors);
+    const int64_t found[] = {p.blocks,        p.examples,      p.parts,         p.held_forward,
+                             p.held_backward, p.forward_bytes, p.backward_bytes};
+    std::copy(found, found + 7, plan);
 }

@@ -1,11 +1,14 @@
 // A whole MANN episode: mann_sequence and its backward.
-#include "launch.h"
+#include "launch.h" // first: what the structs of arguments need
+
+#include "mann_on_grid.h"
 #include "mann_plan.h"
 #include "mann_sequence.h"
 
 namespace mann::cuda {
 
 constexpr int kThreads = 512;
+constexpr int64_t kMost = 1 << 30;
 
 static MannSizes mann_sizes(const Tensor &weight_hh, const Tensor &c, const Tensor &read_weights, const Tensor &steps,
                             bool write_add, bool key_strength) {
@@ -15,15 +18,14 @@ static MannSizes mann_sizes(const Tensor &weight_hh, const Tensor &c, const Tens
     STD_TORCH_CHECK(R > 0 && R <= N && H > 0, "mann_sequence: want 0 < heads <= slots, hidden units");
     const int64_t W = (weight_hh.size(1) - H) / R;
     check_offsets(N, W, R);
+    STD_TORCH_CHECK(steps.size(0) < kMost && steps.size(1) < kMost, "mann_sequence: too large for the CUDA kernel");
     return {steps.size(0), steps.size(1), N, W, R, H, write_add, key_strength, 4};
 }
 static int64_t copies(int64_t T, int64_t checkpoint_every) { return T > 0 ? (T - 1) / checkpoint_every : 0; }
 
-struct Options {
-    bool write_add, key_strength, squash, shared, erase_all;
-};
+using Options = MannOptions;
 static Build build_of(const Call &call, const char *source, const MannSizes &s, const MannPlan &plan, bool held,
-                      const Options &o) {
+                      int64_t shared_bytes, const Options &o) {
     return call.build(source)
         .set("MANN_N", s.N)
         .set("MANN_W", s.W)
@@ -33,9 +35,11 @@ static Build build_of(const Call &call, const char *source, const MannSizes &s, 
         .set("MANN_EXAMPLES", plan.examples)
         .set("MANN_PARTS", plan.parts)
         .set("MANN_HELD", held)
+        .set("MANN_SHARED_BYTES", shared_bytes)
         .set("MANN_WRITE_ADD", o.write_add)
         .set("MANN_KEY_STRENGTH", o.key_strength)
         .set("MANN_SQUASH", o.squash)
+        .set("MANN_SOFTPLUS", 1)
         .set("MANN_SHARED_LRU", o.shared)
         .set("MANN_ERASE_ALL", o.erase_all);
 }
@@ -46,9 +50,7 @@ static Grid grid_of(const MannSizes &s, const MannPlan &plan, int64_t shared_byt
 static MannPlan plan_of(const Call &call, MannSizes s) {
     s.number_bytes = call.arith_bytes();
     const Device device = call.on();
-    const MannPlan plan = mann_plan(s, device.capability >= 90 ? device.shared_bytes : 0, device.multiprocessors);
-    STD_TORCH_CHECK(plan.blocks > 0, "mann_sequence: the cluster kernels take no such sizes");
-    return plan;
+    return mann_plan(s, device.capability >= 90 ? device.shared_bytes : 0, device.multiprocessors);
 }
 
 using Forward =
@@ -75,7 +77,8 @@ static Forward mann_sequence_cuda(Tensor gates_x, Tensor weight_hh, Tensor weigh
     const Tensor saved_c = saved({kept, B, H}, arith), saved_memory = saved({kept, B, N, W}, arith);
     const Tensor saved_read_weights = saved({kept, B, R, N}, arith);
     MannForward<void> a{};
-    a.steps = T, a.batch = B, a.checkpoint_every = checkpoint_every, a.decay = decay, a.eps = eps;
+    a.steps = int(T), a.batch = int(B), a.checkpoint_every = int(std::min(checkpoint_every, kMost)), a.decay = decay,
+    a.eps = eps;
     a.gates_x = call.in(gates_x, "gates_x", {T, B, 4 * H});
     a.weight_hh = call.in(weight_hh, "weight_hh", {4 * H, K});
     a.weight_head = call.in(weight_head, "weight_head", {heads, H});
@@ -92,8 +95,13 @@ static Forward mann_sequence_cuda(Tensor gates_x, Tensor weight_hh, Tensor weigh
     }
     const MannPlan plan = plan_of(call, s);
     const Options options{write_add, key_strength, squash, shared, erase_all};
-    const Build build = build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, options);
-    call.launch(build, "mann_sequence_forward", grid_of(s, plan, plan.forward_bytes), a);
+    if (plan.blocks > 0) {
+        const Build build =
+            build_of(call, "mann_sequence_forward.cu", s, plan, plan.held_forward, plan.forward_bytes, options);
+        call.launch(build, "mann_sequence_forward", grid_of(s, plan, plan.forward_bytes), a);
+    } else {
+        mann_on_grid(call, s, a, options);
+    }
     return {output,        h1,           c1,
             reads1,        memory1,      usage1,
             read_weights1, saved_gates,  saved_least_used,
@@ -124,7 +132,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     const Tensor dh = call.empty({B, H}), dc = call.empty({B, H}), dreads = call.empty({B, R, W});
     const Tensor dmemory = call.empty({B, N, W}), dread_weights = call.empty({B, R, N});
     MannBackward<void> a{};
-    a.steps = T, a.batch = B, a.checkpoint_every = checkpoint_every, a.eps = eps;
+    a.steps = int(T), a.batch = int(B), a.checkpoint_every = int(std::min(checkpoint_every, kMost)), a.eps = eps;
     a.doutput = call.in(doutput, "doutput", {T, B, K});
     a.dh1 = call.in(dh1, "dh1", {B, H}), a.dc1 = call.in(dc1, "dc1", {B, H});
     a.dreads1 = call.in(dreads1, "dreads1", {B, R, W}), a.dmemory1 = call.in(dmemory1, "dmemory1", {B, N, W});
@@ -136,20 +144,25 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     a.read_weights = call.in(read_weights, "read_weights", {B, R, N});
     a.lengths = call.in_int64(lengths, "lengths", {B});
     a.output = call.in(output, "output", {T, B, K});
-    const Tensor raw_heads = heads_again(output, weight_head, call.arithmetic(), H);
-    a.heads = call.in_arith(raw_heads, "heads", {T, B, heads});
     a.saved_gates = call.in_arith(saved_gates, "saved_gates", {T, B, 4 * H});
     a.saved_least_used = call.in_int32(saved_least_used, "saved_least_used", {T, B, R});
     a.saved_c = call.in_arith(saved_c, "saved_c", {kept, B, H});
     a.saved_memory = call.in_arith(saved_memory, "saved_memory", {kept, B, N, W});
     a.saved_read_weights = call.in_arith(saved_read_weights, "saved_read_weights", {kept, B, R, N});
-    a.cells = call.scratch(segment * B * H), a.weights = call.scratch(segment * B * N * ((R + 3) / 4 * 4));
-    a.overwritten = call.scratch(segment * B * R * W), a.restarts = call.scratch(segment / kRestartEvery * B * N * W);
     a.dgates = out(dgates), a.dhead = out(dhead), a.dh = out(dh), a.dc = out(dc), a.dreads = out(dreads);
     a.dmemory = out(dmemory), a.dread_weights = out(dread_weights);
     const MannPlan plan = plan_of(call, s);
     const Options options{write_add, key_strength, squash, shared, erase_all};
-    const Build build = build_of(call, "mann_sequence_backward.cu", s, plan, plan.held_backward, options);
+    if (plan.blocks == 0) {
+        mann_on_grid(call, s, a, options);
+        return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
+    }
+    const Tensor raw_heads = heads_again(output, weight_head, call.arithmetic(), H);
+    a.heads = call.in_arith(raw_heads, "heads", {T, B, heads});
+    a.cells = call.scratch(segment * B * H), a.weights = call.scratch(segment * B * N * ((R + 3) / 4 * 4));
+    a.overwritten = call.scratch(segment * B * R * W), a.restarts = call.scratch(segment / kRestartEvery * B * N * W);
+    const Build build =
+        build_of(call, "mann_sequence_backward.cu", s, plan, plan.held_backward, plan.backward_bytes, options);
     call.launch(build, "mann_sequence_backward", grid_of(s, plan, plan.backward_bytes), a);
     return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
 }

@@ -5,7 +5,7 @@
 namespace mann::cuda {
 
 template <typename S> struct MannForward {
-    int64_t steps, batch, checkpoint_every;
+    int steps, batch, checkpoint_every;
     double decay, eps;
     const S *gates_x;                                       // [T, B, 4H], the input's part of the gates, bias included
     const S *weight_hh, *weight_head, *bias_head;           // [4H, H + words], [head, H], [head]
@@ -22,23 +22,23 @@ template <typename S> struct MannForward {
 };
 
 template <typename S> struct MannBackward {
-    int64_t steps, batch, checkpoint_every;
+    int steps, batch, checkpoint_every;
     double eps;
-    const S *doutput;                                          // [T, B, H + words]
-    const S *dh1, *dc1, *dreads1, *dmemory1, *dread_weights1;  // of the state after the last step, each or null
-    const S *weight_hh, *weight_head, *bias_head;              // as forward
-    const S *c, *memory, *read_weights, *output;               // as forward
-    const int64_t *lengths;                                    // as forward
-    const Arith<S> *heads;                                     // [T, B, head], before bias and activations
-    const Arith<S> *saved_gates;                               // as forward
-    const int32_t *saved_least_used;                           // as forward
+    const S *doutput;                                            // [T, B, H + words]
+    const S *dh1, *dc1, *dreads1, *dmemory1, *dread_weights1;    // of the state after the last step, each or null
+    const S *weight_hh, *weight_head, *bias_head;                // as forward
+    const S *c, *memory, *read_weights, *output;                 // as forward
+    const int64_t *lengths;                                      // as forward
+    const Arith<S> *heads;                                       // [T, B, head], before bias and activations
+    const Arith<S> *saved_gates;                                 // as forward
+    const int32_t *saved_least_used;                             // as forward
     const Arith<S> *saved_c, *saved_memory, *saved_read_weights; // as forward
     // Of a segment of checkpoint_every steps: what taking its steps again leaves.
-    Arith<S> *cells;      // [segment, B, H]: c before each step
-    Arith<S> *weights;    // [segment, B, N, R4]: read weights after each step, R4 = R to a multiple of 4
+    Arith<S> *cells;       // [segment, B, H]: c before each step
+    Arith<S> *weights;     // [segment, B, N, R4]: read weights after each step, R4 = R to a multiple of 4
     Arith<S> *overwritten; // [segment, B, R, W]: what stood in the least-used slots before each step
-    Arith<S> *restarts;   // [segment / kRestartEvery, B, N, W]: memory after every so many steps
-    S *dgates, *dhead;    // [T, B, 4H], [T, B, head], out
+    Arith<S> *restarts;    // [segment / kRestartEvery, B, N, W]: memory after every so many steps
+    S *dgates, *dhead;     // [T, B, 4H], [T, B, head], out
     S *dh, *dc, *dreads, *dmemory, *dread_weights; // of the state before the first step, out
 };
 

@@ -1,8 +1,8 @@
 // The memory of one example, or a part of its slots, in the registers of a block: the step of time that every operator
 // with a sequence shares, forward. Sizes are constants of the build.
 //
-// kLanes neighbouring threads share a row; a thread has kColumns of its numbers (w = lane, lane + kLanes, ...) in each of
-// kRows rows. Numbers per head come in groups of four heads, so that a thread has those of a column with one load.
+// kLanes neighbouring threads share a row; a thread has kColumns of its numbers (w = lane, lane + kLanes, ...) in each
+// of kRows rows. Numbers per head come in groups of four heads, so that a thread has those of a column with one load.
 #pragma once
 
 #include "device.h"
@@ -14,10 +14,14 @@ using T = Arith<S>;
 
 constexpr int N = MANN_N, W = MANN_W, R = MANN_R;
 constexpr bool kWriteAdd = MANN_WRITE_ADD, kKeyStrength = MANN_KEY_STRENGTH, kSquash = MANN_SQUASH;
+constexpr bool kSoftplus = MANN_SOFTPLUS; // of key strengths, which are logits then
 constexpr bool kShared = MANN_SHARED_LRU, kEraseAll = MANN_ERASE_ALL;
 constexpr int kParts = MANN_PARTS; // blocks that share the slots of an example
 
-constexpr int kThreads = 512, kWarp = 32, kWarps = kThreads / kWarp;
+#if !defined(MANN_THREADS)
+#define MANN_THREADS 512
+#endif
+constexpr int kThreads = MANN_THREADS, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 MANN_CONSTEXPR int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 MANN_CONSTEXPR int least(int a, int b) { return a < b ? a : b; }
@@ -30,17 +34,20 @@ MANN_CONSTEXPR int lanes_of_row() {
 }
 constexpr int kLanes = lanes_of_row(), kGroups = kThreads / kLanes;
 constexpr int kRows = (kSlots + kGroups - 1) / kGroups, kColumns = (W + kLanes - 1) / kLanes;
+// Columns of a thread that are summed over rows at once: the sums of all heads take registers.
+constexpr int kChunk = least(R < 16 ? 16 / R : 1, kColumns);
 constexpr int kRowWarps = least(kWarps, (kSlots * kLanes + kWarp - 1) / kWarp); // that have rows at all
 
 constexpr int kHeads = round_up(R, 4), kHeadGroups = kHeads / 4;
 constexpr int kWords = R * W;
 constexpr int kBetaAt = kWords + R, kAddAt = kBetaAt + (kKeyStrength ? R : 0);
 constexpr int kHead = kAddAt + (kWriteAdd ? kWords : 0), kHeadPadded = round_up(kHead, 4);
-// What a part says of a step: its share of the reads, of the sums of the softmax, and what its exponents are relative to.
+// What a part says of a step: its share of the reads, of the sums of the softmax, and what its exponents are relative
+// to.
 constexpr int kSumAt = kWords, kTopAt = kSumAt + R, kPart = round_up(kTopAt + (kKeyStrength ? R : 0), 4);
 
-MANN_INLINE int lane_of_warp() { return int(threadIdx.x) % kWarp; }
-MANN_INLINE int warp_of_block() { return int(threadIdx.x) / kWarp; }
+MANN_INLINE int lane_of_warp() { return thread_again() % kWarp; }
+MANN_INLINE int warp_of_block() { return thread_again() / kWarp; }
 
 template <typename V> MANN_INLINE V sum_lanes(V x, int from, int to) {
 #pragma unroll
@@ -125,7 +132,7 @@ template <typename Raw> MANN_INLINE void make_head(Step &step, Raw &&raw) {
             step.square[h] = square;
             step.gate[h] = h < R ? sigmoid(raw(kWords + h)) : T(0);
             const T x = kKeyStrength && h < R ? raw(kBetaAt + h) : T(0);
-            step.beta[h] = kKeyStrength ? softplus(x) : T(1);
+            step.beta[h] = !kKeyStrength ? T(1) : kSoftplus ? softplus(x) : x;
         }
     }
 }
@@ -168,8 +175,7 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < kRows; ++i)
 #pragma unroll
-            for (int h = 0; h < R; ++h)
-                weights[i][h] = source && exists(i) ? to_arith(source[h * N + slot(i)]) : T(0);
+            for (int h = 0; h < R; ++h) weights[i][h] = source && exists(i) ? to_arith(source[h * N + slot(i)]) : T(0);
     }
     template <typename V> MANN_INLINE void give_weights(V *target) const {
 #pragma unroll
@@ -196,8 +202,8 @@ struct Rows {
         return step.gate[h] * weights[i][h] + (is_own(step, i, h) ? 1 - step.gate[h] : T(0));
     }
 
-    // Erase, write (eq. 8), and the cosine of every row with every key (eq. 2), of which `exps` become the powers: where
-    // there are key strengths relative to the largest of the warp, which goes to tops [kWarps, R].
+    // Erase, write (eq. 8), and the cosine of every row with every key (eq. 2), of which `exps` become the powers:
+    // where there are key strengths relative to the largest of the warp, which goes to tops [kWarps, R].
     MANN_INLINE void write_and_match(const Step &step, T eps, T *tops) {
         T write[kRows][R], squares[kRows], dots[kRows][R];
 #pragma unroll
@@ -275,24 +281,25 @@ struct Rows {
     }
     // And of the rows weighted by them, to reads [kWarps, words].
     MANN_INLINE void sum_rows(T *reads) const {
-        T v[R * kColumns];
 #pragma unroll
-        for (int h = 0; h < R; ++h)
+        for (int first = 0; first < kColumns; first += kChunk) {
+            T v[R * kChunk] = {};
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
-                T sum = 0;
+            for (int j = first; j < least(first + kChunk, kColumns); ++j)
 #pragma unroll
-                for (int i = 0; i < kRows; ++i) sum += exps[i][h] * m[i][j];
-                v[h * kColumns + j] = sum;
-            }
-        give_sums(v, reads + warp_of_block() * kWords);
+                for (int h = 0; h < R; ++h)
+#pragma unroll
+                    for (int i = 0; i < kRows; ++i) v[h * kChunk + j - first] += exps[i][h] * m[i][j];
+            give_sums(v, first, reads + warp_of_block() * kWords);
+        }
     }
-    // Values [R, columns] of each lane, summed over the rows of the warp, to a target [R, W].
-    MANN_INLINE static void give_sums(T (&v)[R * kColumns], T *target) {
+    // Values [R, kChunk] of each lane, of its columns from `first` on, summed over the rows of the warp, to a target
+    // [R, W].
+    MANN_INLINE static void give_sums(T (&v)[R * kChunk], int first, T *target) {
         const auto s = scatter_sums(v, kLanes);
 #pragma unroll
-        for (int i = 0; i < R * kColumns; ++i) {
-            const int at = s.first + i, h = at / kColumns, w = column(at % kColumns);
+        for (int i = 0; i < R * kChunk; ++i) {
+            const int at = s.first + i, h = at / kChunk, w = column(first + at % kChunk);
             if (i < s.length && s.mine && w < W) target[h * W + w] = v[i];
         }
     }
@@ -312,7 +319,8 @@ struct Rows {
     }
 
     // Eq. 6, after usages [kSlots] of the part were written and a barrier: the R least used of the part, ascending, to
-    // chosen [R]. Where the part has fewer slots, the rest have no number: usage NaN, slot N. Barrier needed afterwards.
+    // chosen [R]. Where the part has fewer slots, the rest have no number: usage NaN, slot N. Barrier needed
+    // afterwards.
     MANN_INLINE void give_usage(T *usages) const {
 #pragma unroll
         for (int i = 0; i < kRows; ++i)

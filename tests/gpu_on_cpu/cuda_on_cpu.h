@@ -171,6 +171,8 @@ using std::min;
 
 namespace mann::cuda {
 
+inline int thread_again() { return int(threadIdx.x); }
+
 template <typename T> struct Four;
 
 // 16 bytes on a GPU.

@@ -1,0 +1,196 @@
+"""The memory operators in CUDA, the slots of an example split over blocks, on the CPU: every option, size and schedule.
+
+mann_sequence is asked for in its step-by-step form, which no small size takes of itself.
+"""
+
+import importlib
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("has nothing to do with Triton", allow_module_level=True)
+
+import cuda_on_cpu
+from mutant import cuda_mutant
+from stem import compare, matches, quantities
+from test_properties import class_of, tie, zero_rows
+
+import mann_kernels
+
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing())),
+]
+
+STEMS = ("content_address", "lrua_step", "lrua_sequence", "mann_sequence")
+#: (B, N, W, R): odd; the least there is; a row for every thread; several tiles; many heads.
+SIZES = ((3, 7, 5, 2), (1, 1, 1, 1), (2, 129, 7, 1), (1, 1000, 40, 4), (2, 40, 12, 8))
+
+
+@pytest.fixture(autouse=True)
+def cuda():
+    with cuda_on_cpu.cuda_on_cpu() as library:
+        library.mann_cuda_plan(-1, 0, 0, 0, 0)
+        yield library
+        library.mann_cuda_plan(0, 0, 0, 0, 0)
+
+
+def inputs_of(stem, seed, size, **options):
+    if stem.endswith("sequence"):
+        options.setdefault("T", 3)
+    return class_of(stem).inputs(seed, *size, **options)
+
+
+@pytest.mark.parametrize("dtype", cuda_on_cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("stem", STEMS)
+def test_matches_reference(stem, size, dtype):
+    many = size[1] > 500 and dtype != torch.float32
+    for options in class_of(stem).options[-1:] if many else class_of(stem).options:
+        matches(stem, inputs_of(stem, 1, size, **options), dtype)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_more_columns_than_registers(stem):
+    """R * W = 1,600: every warp hands on sums of its own, and loops stay loops."""
+    matches(stem, inputs_of(stem, 1, (1, 70, 200, 8), **class_of(stem).options[-1]), torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("stem", STEMS)
+def test_any_schedule(stem, seed, cuda):
+    """Whichever thread comes first: the same bits."""
+    call = inputs_of(stem, 1, (2, 300, 5, 2), **class_of(stem).options[-1]).to(torch.float32)
+    first = quantities(getattr(mann_kernels, stem), call)
+    cuda.mann_cuda_on_cpu_seed(seed)
+    again = quantities(getattr(mann_kernels, stem), call)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_gradcheck(stem):
+    few = inputs_of(stem, 0, (1, 3, 2, 1), T=2, write="add", key_strength=True) if stem == "mann_sequence" else None
+    assert torch.autograd.gradcheck(*class_of(stem)._scalar("cpu", few), atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [tie, zero_rows])
+@pytest.mark.parametrize("stem", STEMS)
+def test_ties_and_zero_rows(stem, change):
+    """Also of slots in different tiles: the lowest index first."""
+    for size in ((2, 9, 4, 3), (1, 700, 4, 3)):
+        call = inputs_of(stem, 2, size, **({"T": 1} if stem.endswith("sequence") else {}))
+        change(call)
+        matches(stem, call, torch.float64)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_empty_batch(stem):
+    compare(stem, inputs_of(stem, 0, (0, 5, 3, 2)), torch.float32)
+
+
+@pytest.mark.parametrize("every", [1, 3, 10, 256])
+@pytest.mark.parametrize("stem", STEMS[2:])
+def test_segments_and_restarts(stem, every, monkeypatch):
+    monkeypatch.setattr(importlib.import_module(f"mann_kernels.ops.{stem}"), "CHECKPOINT_EVERY", every)
+    for dtype in (torch.float32, torch.bfloat16):
+        matches(stem, inputs_of(stem, 2, (3, 20, 6, 2), T=23, lengths=True), dtype)
+    compare(stem, inputs_of(stem, 2, (2, 12, 6, 2), T=0), torch.float32)
+
+
+def test_from_an_almost_empty_memory():
+    """Rows of 1e-6: what undoing the writes leaves of them must be right too."""
+    inputs = inputs_of("mann_sequence", 1, (1, 60, 40, 4), T=30)
+    inputs["memory"] = torch.full_like(inputs["memory"], 1e-6)
+    matches("mann_sequence", inputs, torch.float32)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_rows_on_no_vector(stem):
+    """A memory that begins in the middle of a vector is read number by number."""
+    call = inputs_of(stem, 3, (2, 9, 8, 2)).to(torch.float32)
+    whole = torch.zeros(call["memory"].numel() + 1)
+    call["memory"] = whole[1:].view_as(call["memory"]).copy_(call["memory"])
+    matches(stem, call, torch.float32)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_usage_that_is_no_number(value):
+    """NaN last, as a sort has it."""
+    call = inputs_of("lrua_step", 3, (2, 9, 4, 3))
+    call["usage"][:, ::2] = value
+    matches("lrua_step", call, torch.float64)
+
+
+class Fault(NamedTuple):
+    stem: str
+    #: Of its own, so that nothing compiled before is taken for it.
+    width: int
+    file: str
+    right: str
+    wrong: str
+
+
+CHOSEN = "#pragma unroll\n        for (int h = 0; h < kHeads; ++h) chosen"
+ONE_PART_EACH = "    if constexpr (kParts > 1) return;\n"
+FAULTS = {
+    "ties to the highest index": Fault("lrua_step", 11, "memory_rows.h", "(a == b && i < j)", "(a == b && i > j)"),
+    "slots before they are chosen": Fault(
+        "lrua_step", 13, "memory_forward.cu", f"        __syncthreads();\n{CHOSEN}", CHOSEN
+    ),
+    "a part of the reads is missing": Fault(
+        "lrua_step",
+        14,
+        "memory_forward.cu",
+        "part < s.parts; part += kMemoryWarps",
+        "part < s.parts - 1; part += kMemoryWarps",
+    ),
+    "means of the wrong step": Fault(
+        "lrua_sequence", 17, "memory_backward.cu", "a.means + ((s.step + 1) % 2 * s.B", "a.means + (s.step % 2 * s.B"
+    ),
+    "overwritten rows not restored": Fault(
+        "lrua_sequence", 18, "memory_backward.cu", "if (chosen && place >= 0)", "if (false)"
+    ),
+    "no gradient through the norm": Fault(
+        "content_address", 19, "memory_backward.cu", "dm[u][i] -= shrink * m[u][i];", ";"
+    ),
+    "sums taken before they are there": Fault(
+        "content_address",
+        21,
+        "memory_rows.h",
+        f"{ONE_PART_EACH}    __syncthreads();\n    for (int at =",
+        f"{ONE_PART_EACH}    for (int at =",
+    ),
+    "one buffer of read weights": Fault(
+        "lrua_sequence", 22, "memory_forward.cu", "step % s.ring * s.B + b; }", "step * 0 * s.B + b; }"
+    ),
+    "h of the wrong step": Fault(
+        "mann_sequence", 23, "grid_controller.cu", "((s.step - 1) * s.B + b0)", "(s.step * s.B + b0)"
+    ),
+    "a part of the carried gradient is missing": Fault(
+        "mann_sequence", 25, "grid_controller.cu", "int part = 0; part < a.parts", "int part = 1; part < a.parts"
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault, cuda, tmp_path):
+    stem, width, file, right, wrong = FAULTS[fault]
+    csrc = cuda_mutant(tmp_path, file, right, wrong)
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+
+    def compile_from(source, target):
+        cuda.mann_cuda_on_cpu_compiler(cuda_on_cpu.kernel_command("plain", source).encode(), str(target).encode())
+
+    call = inputs_of(stem, 1, (2, 300, width, 2))
+    if "usage" in call and "ties" in fault:
+        call["usage"] = torch.zeros_like(call["usage"])
+    compile_from(csrc, folder)
+    try:
+        with pytest.raises(AssertionError):
+            matches(stem, call, torch.float32)
+    finally:
+        compile_from(cuda_on_cpu.CSRC, cuda_on_cpu.kernel_folder(cuda_on_cpu.BUILD / "plain", cuda_on_cpu.CSRC))
