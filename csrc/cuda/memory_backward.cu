@@ -4,7 +4,7 @@
 
 namespace mann::cuda {
 
-constexpr int kAtOnce = kColumns >= 8 ? 1 : 2;
+constexpr int kAtOnce = 1; // rows that a warp's lanes have under way; two blocks of a multiprocessor hide the rest
 constexpr int kSharedColumns = kParts > 1 ? 1 : kMemoryWarps * kWords;
 // Where the logit is not the cosine, it is made again.
 constexpr bool kDots = kBeta || !kWrite;
@@ -250,8 +250,11 @@ struct BackwardTile {
     }
 };
 
+// Two blocks to a multiprocessor where their registers go round.
+constexpr int kBlocks = kHeads * kColumns * (3 + 2 * kAdd) + 2 * kColumns <= 76 ? 2 : 1;
+#define MANN_BACKWARD_BOUNDS kMemoryThreads, kBlocks
 using MemoryBackwardArgs = MemoryBackward<S>;
-MANN_KERNEL(memory_backward, kMemoryThreads, MemoryBackwardArgs) {
+MANN_KERNEL(memory_backward, MANN_BACKWARD_BOUNDS, MemoryBackwardArgs) {
     MANN_SHARED(int32_t, slots, kHeads);
     MANN_SHARED(T, mean, kHeads);
     MANN_SHARED(T, shared_own, kMemoryWarps * kHeads);

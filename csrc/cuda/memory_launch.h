@@ -25,10 +25,10 @@ inline int64_t row_cost(int64_t W, int64_t R, int64_t vector, int64_t lanes, int
     const int64_t columns = divide_up(W, vector * lanes) * vector;
     int64_t steps = 0;
     while ((int64_t(1) << steps) < lanes) ++steps;
-    int64_t cost = lanes * (columns * (3 * R + 1) + 4 * (columns / vector) + steps * (2 * R + 1) + 2 * R +
-                            20 * divide_up(R, lanes) + 10);
-    if (R * columns > most) cost *= 2 + R * columns / most;
-    return cost;
+    const int64_t cost = lanes * (columns * (3 * R + 1) + 4 * (columns / vector) + steps * (2 * R + 1) + 2 * R +
+                                  20 * divide_up(R, lanes) + 10);
+    const int64_t kept = (R + 1) * columns;
+    return kept <= most ? cost : cost + cost * kept * kept / (most * most);
 }
 
 // rows: what goes in whole rows, and so decides how many numbers a load may have.
@@ -59,7 +59,7 @@ inline MemoryPlan memory_plan(const Call &call, int64_t B, int64_t N, int64_t W,
     return plan;
 }
 // What a lane keeps of each head forward (key, sum of reads) and backward (key, dreads, dkey).
-constexpr int64_t kMostForward = 24, kMostBackward = 20;
+constexpr int64_t kMostForward = 30, kMostBackward = 25;
 
 struct MemoryOptions {
     int64_t W, R;
