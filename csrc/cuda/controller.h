@@ -48,20 +48,20 @@ struct Each {
 // Who a block is.
 struct Share {
     int rank = cluster_rank();
-    int64_t first_example = int64_t(blockIdx.x) / kBlocks * kExamples; // of the cluster, in the batch
-    int64_t batch;
+    int first_example = int(blockIdx.x) / kBlocks * kExamples; // of the cluster, in the batch
+    int batch;
 
-    MANN_INLINE explicit Share(int64_t batch) : batch(batch) {}
+    MANN_INLINE explicit Share(int batch) : batch(batch) {}
     MANN_INLINE int first_unit() const { return rank * kUnits; }
     MANN_INLINE int units() const { return max(least(H - first_unit(), kUnits), 0); }
     MANN_INLINE bool owns() const { return rank < kOwners; }
     MANN_INLINE int owned() const { return rank / kParts; } // which of the cluster's examples
     MANN_INLINE int part() const { return rank % kParts; }
-    MANN_INLINE int64_t example() const { return first_example + owned(); }
+    MANN_INLINE int example() const { return first_example + owned(); }
     MANN_INLINE bool is_real() const { return owns() && example() < batch; }
-    MANN_INLINE int64_t steps_of(const int64_t *lengths, int e, int64_t steps) const {
-        const int64_t b = first_example + e;
-        return b >= batch ? 0 : lengths ? max(min(int64_t(lengths[b]), steps), int64_t(0)) : steps;
+    MANN_INLINE int steps_of(const int64_t *lengths, int e, int steps) const {
+        const int b = first_example + e;
+        return b >= batch ? 0 : lengths ? int(max(min(int64_t(lengths[b]), int64_t(steps)), int64_t(0))) : steps;
     }
 };
 

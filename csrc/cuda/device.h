@@ -9,9 +9,11 @@
 #if defined(MANN_CUDA_ON_CPU)
 #include "cuda_on_cpu.h"
 #else
-// The one parameter of a kernel is a struct, by value. With CUDA on the CPU it is a function that the harness can find.
-#define MANN_KERNEL(name, threads, Args)                                                                               \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+// The one parameter of a kernel is a struct, by value; `bounds` is the number of threads, or that and how many blocks a
+// multiprocessor has room for. With CUDA on the CPU it is a function that the harness can find.
+#define MANN_BOUNDS(threads, blocks) threads, blocks
+#define MANN_KERNEL(name, bounds, Args)                                                                                \
+    extern "C" __global__ void __launch_bounds__(bounds) name(const __grid_constant__ Args args)
 #if defined(__CUDACC_RTC__)
 using int8_t = signed char;
 using uint8_t = unsigned char;
@@ -99,6 +101,13 @@ template <typename T> struct alignas(16) Four {
 
 namespace mann::cuda {
 
+// threadIdx.x, read anew: what is made of it is not kept in registers from one use to the next.
+MANN_INLINE int thread_again() {
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return int(thread);
+}
+
 MANN_INLINE uint32_t shared_address(const void *shared) { return uint32_t(__cvta_generic_to_shared(shared)); }
 
 // 16 bytes of shared memory, loaded where it stands: the compiler moves it out of no loop.
@@ -108,6 +117,43 @@ MANN_INLINE Four<float> load_shared4(const float *shared) {
                  : "=f"(v.at[0]), "=f"(v.at[1]), "=f"(v.at[2]), "=f"(v.at[3])
                  : "r"(shared_address(shared)));
     return v;
+}
+
+// One number, likewise.
+MANN_INLINE float load_shared(const float *shared) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(shared_address(shared)));
+    return x;
+}
+
+// NaN passes.
+MANN_INLINE float maximum(float a, float b) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+}
+MANN_INLINE float minimum(float a, float b) {
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(a), "f"(b));
+    return least;
+}
+
+// Of the unit for such functions: 2^x and 1 / x to two units in the last place, the logarithm to 2^-22 (of 1, of the
+// result where that is more). What is below the normal numbers counts as zero.
+MANN_INLINE float fast_exponential2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+MANN_INLINE float fast_logarithm2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+MANN_INLINE float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // Clusters exist from sm_90 on; before, a block is alone.
@@ -173,7 +219,7 @@ MANN_INLINE void mailbox_wait(const Mailbox *box, int phase) {
 // The address of a shared variable in another block, as send() takes it.
 MANN_INLINE uint32_t address_of_rank(const void *shared, int rank) {
     uint32_t there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(shared)), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(shared)), "r"(rank));
     return there;
 }
 MANN_INLINE void send(float *target, int rank, Mailbox *box, float x) {

@@ -8,6 +8,7 @@
 namespace mann::cuda {
 
 constexpr int kThreads = 512;
+constexpr int64_t kMost = 1 << 30;
 
 static MannSizes mann_sizes(const Tensor &weight_hh, const Tensor &c, const Tensor &read_weights, const Tensor &steps,
                             bool write_add, bool key_strength) {
@@ -17,6 +18,7 @@ static MannSizes mann_sizes(const Tensor &weight_hh, const Tensor &c, const Tens
     STD_TORCH_CHECK(R > 0 && R <= N && H > 0, "mann_sequence: want 0 < heads <= slots, hidden units");
     const int64_t W = (weight_hh.size(1) - H) / R;
     check_offsets(N, W, R);
+    STD_TORCH_CHECK(steps.size(0) < kMost && steps.size(1) < kMost, "mann_sequence: too large for the CUDA kernel");
     return {steps.size(0), steps.size(1), N, W, R, H, write_add, key_strength, 4};
 }
 static int64_t copies(int64_t T, int64_t checkpoint_every) { return T > 0 ? (T - 1) / checkpoint_every : 0; }
@@ -74,7 +76,8 @@ static Forward mann_sequence_cuda(Tensor gates_x, Tensor weight_hh, Tensor weigh
     const Tensor saved_c = saved({kept, B, H}, arith), saved_memory = saved({kept, B, N, W}, arith);
     const Tensor saved_read_weights = saved({kept, B, R, N}, arith);
     MannForward<void> a{};
-    a.steps = T, a.batch = B, a.checkpoint_every = checkpoint_every, a.decay = decay, a.eps = eps;
+    a.steps = int(T), a.batch = int(B), a.checkpoint_every = int(std::min(checkpoint_every, kMost)), a.decay = decay,
+    a.eps = eps;
     a.gates_x = call.in(gates_x, "gates_x", {T, B, 4 * H});
     a.weight_hh = call.in(weight_hh, "weight_hh", {4 * H, K});
     a.weight_head = call.in(weight_head, "weight_head", {heads, H});
@@ -128,7 +131,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     const Tensor dh = call.empty({B, H}), dc = call.empty({B, H}), dreads = call.empty({B, R, W});
     const Tensor dmemory = call.empty({B, N, W}), dread_weights = call.empty({B, R, N});
     MannBackward<void> a{};
-    a.steps = T, a.batch = B, a.checkpoint_every = checkpoint_every, a.eps = eps;
+    a.steps = int(T), a.batch = int(B), a.checkpoint_every = int(std::min(checkpoint_every, kMost)), a.eps = eps;
     a.doutput = call.in(doutput, "doutput", {T, B, K});
     a.dh1 = call.in(dh1, "dh1", {B, H}), a.dc1 = call.in(dc1, "dc1", {B, H});
     a.dreads1 = call.in(dreads1, "dreads1", {B, R, W}), a.dmemory1 = call.in(dmemory1, "dmemory1", {B, N, W});

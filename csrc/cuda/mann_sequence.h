@@ -5,7 +5,7 @@
 namespace mann::cuda {
 
 template <typename S> struct MannForward {
-    int64_t steps, batch, checkpoint_every;
+    int steps, batch, checkpoint_every;
     double decay, eps;
     const S *gates_x;                                       // [T, B, 4H], the input's part of the gates, bias included
     const S *weight_hh, *weight_head, *bias_head;           // [4H, H + words], [head, H], [head]
@@ -22,7 +22,7 @@ template <typename S> struct MannForward {
 };
 
 template <typename S> struct MannBackward {
-    int64_t steps, batch, checkpoint_every;
+    int steps, batch, checkpoint_every;
     double eps;
     const S *doutput;                                            // [T, B, H + words]
     const S *dh1, *dc1, *dreads1, *dmemory1, *dread_weights1;    // of the state after the last step, each or null

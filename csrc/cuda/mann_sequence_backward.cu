@@ -50,8 +50,8 @@ struct Backward {
     T dh[kUnitsOfWarp], dc[kUnitsOfWarp];                                  // of the lane's example
     T gate[kUnitsOfWarp], previous_c[kUnitsOfWarp], doutput[kUnitsOfWarp]; // of the step to be undone
     T held[MANN_HELD ? kColumnsOfThread : 1][MANN_HELD ? kUnits : 1][4];
-    int64_t length, owned_length, last; // real steps of the lane's example, of the block's, of the longest
-    int exchanges = 0, undone = 0;      // of sums; steps so far
+    int length, owned_length, last; // real steps of the lane's example, of the block's, of the longest
+    int exchanges = 0, undone = 0;  // of sums; steps so far
 
     MANN_INLINE Backward(const MannBackward<S> &args, BackwardShared &shared)
         : a(args), s(shared), share(args.batch), rows{} {
@@ -63,8 +63,8 @@ struct Backward {
     }
     MANN_INLINE int unit(int k) const { return warp_of_block() + k * kUnitWarps; }
     MANN_INLINE bool has_unit(int k) const { return warp_of_block() < kUnitWarps && unit(k) < share.units(); }
-    MANN_INLINE int64_t lane_example() const { return share.first_example + GateLane::example(); }
-    MANN_INLINE int64_t row(int64_t t, int64_t b) const { return t * a.batch + b; }
+    MANN_INLINE int lane_example() const { return share.first_example + GateLane::example(); }
+    MANN_INLINE int64_t row(int t, int b) const { return int64_t(t) * a.batch + b; }
     MANN_INLINE int64_t unit_at(int64_t row, int k) const { return row * H + share.first_unit() + unit(k); }
     MANN_INLINE T weight_hh(int unit, int k, int gate) const {
         return to_arith(a.weight_hh[(int64_t(gate) * H + share.first_unit() + unit) * kRecurrent + k]);
@@ -89,61 +89,61 @@ struct Backward {
                         held[n][u][g] = u < share.units() && k < kRecurrent ? weight_hh(u, k, g) : T(0);
                     }
         } else {
-            for (int i = threadIdx.x; i < kUnits * 4 * kRecurrent; i += kThreads) {
+            for (int i = thread_again(); i < kUnits * 4 * kRecurrent; i += kThreads) {
                 const int k = i % kRecurrent, g = i / kRecurrent % 4, u = i / kRecurrent / 4;
                 s.weight_hh[u][k][g] = u < share.units() ? weight_hh(u, k, g) : T(0);
             }
         }
-        for (int i = threadIdx.x; i < kUnits * kHeadPadded; i += kThreads) {
+        for (int i = thread_again(); i < kUnits * kHeadPadded; i += kThreads) {
             const int u = i % kUnits, p = i / kUnits;
             const bool there = u < share.units() && p < kHead;
             s.weight_head[u][p] = there ? to_arith(a.weight_head[int64_t(p) * H + share.first_unit() + u]) : T(0);
         }
-        for (int p = threadIdx.x; p < kHead; p += kThreads) s.bias_head[p] = to_arith(a.bias_head[p]);
-        for (int i = threadIdx.x; i < 4 * kUnits * kExamples; i += kThreads) s.dgates[0][i] = 0;
-        for (int i = threadIdx.x; i < (kHeadPadded - kHead) * kExamples; i += kThreads) s.dhead[kHead][i] = 0;
-        for (int p = threadIdx.x; p < kSent; p += kThreads) s.own_dhead[p] = 0;
-        for (int i = threadIdx.x; i < W * kHeads; i += kThreads) s.dreads[0][i] = 0;
-        for (int h = threadIdx.x; h < kHeads; h += kThreads) s.mean_parts[h] = 0;
+        for (int p = thread_again(); p < kHead; p += kThreads) s.bias_head[p] = to_arith(a.bias_head[p]);
+        for (int i = thread_again(); i < 4 * kUnits * kExamples; i += kThreads) s.dgates[0][i] = 0;
+        for (int i = thread_again(); i < (kHeadPadded - kHead) * kExamples; i += kThreads) s.dhead[kHead][i] = 0;
+        for (int p = thread_again(); p < kSent; p += kThreads) s.own_dhead[p] = 0;
+        for (int i = thread_again(); i < W * kHeads; i += kThreads) s.dreads[0][i] = 0;
+        for (int h = thread_again(); h < kHeads; h += kThreads) s.mean_parts[h] = 0;
         const bool real = share.is_real();
-        const int64_t b = share.example();
-        for (int k = threadIdx.x; k < kWords; k += kThreads)
-            s.carried[k] = real && a.dreads1 ? to_arith(a.dreads1[b * kWords + k]) : T(0);
-        rows.take_dmemory(real && a.dmemory1 ? a.dmemory1 + b * N * W : nullptr);
-        rows.take_dweights(real && a.dread_weights1 ? a.dread_weights1 + b * R * N : nullptr);
+        const int b = share.example();
+        for (int k = thread_again(); k < kWords; k += kThreads)
+            s.carried[k] = real && a.dreads1 ? to_arith(a.dreads1[int64_t(b) * kWords + k]) : T(0);
+        rows.take_dmemory(real && a.dmemory1 ? a.dmemory1 + int64_t(b) * N * W : nullptr);
+        rows.take_dweights(real && a.dread_weights1 ? a.dread_weights1 + int64_t(b) * R * N : nullptr);
 #pragma unroll
         for (int k = 0; k < kUnitsOfWarp; ++k) {
             const bool there = has_unit(k) && lane_example() < a.batch;
-            dh[k] = there && a.dh1 ? to_arith(a.dh1[unit_at(lane_example(), k)]) : T(0);
-            dc[k] = there && a.dc1 ? to_arith(a.dc1[unit_at(lane_example(), k)]) : T(0);
+            dh[k] = there && a.dh1 ? to_arith(a.dh1[unit_at(int64_t(lane_example()), k)]) : T(0);
+            dc[k] = there && a.dc1 ? to_arith(a.dc1[unit_at(int64_t(lane_example()), k)]) : T(0);
             gate[k] = previous_c[k] = doutput[k] = 0;
         }
     }
     // Of the steps in which no example of the cluster takes part.
     MANN_INLINE void pad() const {
-        for (int64_t t = last; t < a.steps; ++t) {
+        for (int t = last; t < a.steps; ++t) {
 #pragma unroll
             for (int k = 0; k < kUnitsOfWarp; ++k)
                 if (has_unit(k) && GateLane::first() && lane_example() < a.batch)
                     a.dgates[row(t, lane_example()) * 4 * H + GateLane::gate() * H + share.first_unit() + unit(k)] =
                         to_storage<S>(T(0));
-            for (int p = threadIdx.x; p < kHead && share.is_real() && share.part() == 0; p += kThreads)
+            for (int p = thread_again(); p < kHead && share.is_real() && share.part() == 0; p += kThreads)
                 a.dhead[row(t, share.example()) * kHead + p] = to_storage<S>(T(0));
         }
     }
 
     // Taking a segment again.
 
-    MANN_INLINE void take_cells_again(int64_t start, int64_t stop) const {
+    MANN_INLINE void take_cells_again(int start, int stop) const {
         if (lane_example() >= a.batch || GateLane::gate() != 0 || !GateLane::first()) return;
 #pragma unroll
         for (int k = 0; k < kUnitsOfWarp; ++k) {
             if (!has_unit(k)) continue;
-            T c = start == 0 ? to_arith(a.c[unit_at(lane_example(), k)])
+            T c = start == 0 ? to_arith(a.c[unit_at(int64_t(lane_example()), k)])
                              : a.saved_c[unit_at(row(start / a.checkpoint_every - 1, lane_example()), k)];
-            const int64_t end = min(stop, length);
+            const int end = min(stop, length);
             constexpr int kAhead = 8;
-            for (int64_t t = start; t < end; t += kAhead) {
+            for (int t = start; t < end; t += kAhead) {
                 T in[kAhead], forget[kAhead], cell[kAhead];
 #pragma unroll
                 for (int i = 0; i < kAhead; ++i) {
@@ -160,10 +160,10 @@ struct Backward {
         }
     }
     // What stands in shared memory before a step is taken again or undone: its head before the activations, its slots.
-    MANN_INLINE void fetch_head(int64_t t) {
+    MANN_INLINE void fetch_head(int t) {
         const int64_t at = row(t, share.example());
-        for (int p = threadIdx.x; p < kHead; p += kThreads) s.raw_head[p] = a.heads[at * kHead + p] + s.bias_head[p];
-        for (int h = threadIdx.x; h < R; h += kThreads) // whoever calls, no slot is outside memory
+        for (int p = thread_again(); p < kHead; p += kThreads) s.raw_head[p] = a.heads[at * kHead + p] + s.bias_head[p];
+        for (int h = thread_again(); h < R; h += kThreads) // whoever calls, no slot is outside memory
             s.step.slots[h] = max(0, min(a.saved_least_used[at * R + h], N - 1));
     }
     MANN_INLINE void make_step() {
@@ -206,19 +206,20 @@ struct Backward {
         }
         __syncthreads();
     }
-    MANN_INLINE void take_steps_again(int64_t start, int64_t stop) {
+    MANN_INLINE void take_steps_again(int start, int stop) {
         if (start >= owned_length) return;
         const int64_t copy = row(start / a.checkpoint_every - 1, share.example());
         if (start == 0) {
-            rows.take_memory(a.memory + share.example() * N * W);
-            rows.take_weights(a.read_weights + share.example() * R * N);
+            rows.take_memory(a.memory + int64_t(share.example()) * N * W);
+            rows.take_weights(a.read_weights + int64_t(share.example()) * R * N);
         } else {
             rows.take_memory(a.saved_memory + copy * N * W);
             rows.take_weights(a.saved_read_weights + copy * R * N);
         }
-        const int64_t end = min(stop, owned_length);
-        for (int64_t t = start; t < end; ++t) {
-            const int64_t j = t - start, record = row(j, share.example());
+        const int end = min(stop, owned_length);
+        for (int t = start; t < end; ++t) {
+            const int j = t - start;
+            const int64_t record = row(j, share.example());
             fetch_head(t);
             __syncthreads();
             make_step();
@@ -249,7 +250,7 @@ struct Backward {
     }
 
     // What undoing step t needs, before it is needed.
-    MANN_INLINE void fetch_units(int64_t t, int64_t start) {
+    MANN_INLINE void fetch_units(int t, int start) {
 #pragma unroll
         for (int k = 0; k < kUnitsOfWarp; ++k) {
             if (!has_unit(k) || t >= length) continue;
@@ -259,23 +260,23 @@ struct Backward {
             doutput[k] = to_arith(a.doutput[at * kRecurrent + share.first_unit() + unit(k)]);
         }
     }
-    MANN_INLINE void fetch(int64_t t, int64_t start) {
+    MANN_INLINE void fetch(int t, int start) {
         if (t >= owned_length) return;
-        const int64_t j = t - start, b = share.example();
+        const int j = t - start, b = share.example();
         fetch_head(t);
-        for (int k = threadIdx.x; k < kWords; k += kThreads) {
+        for (int k = thread_again(); k < kWords; k += kThreads) {
             s.doutput[k] = to_arith(a.doutput[row(t, b) * kRecurrent + H + k]);
             s.output[k] = to_arith(a.output[row(t, b) * kRecurrent + H + k]);
             s.overwritten[k] = a.overwritten[row(j, b) * kWords + k]; // of slots of the part; no other is looked at
         }
         if (j > 0) rows.take_record(a.weights + row(j - 1, b) * N * kHeads);
-        else if (start == 0) rows.take_next(a.read_weights + b * R * N);
+        else if (start == 0) rows.take_next(a.read_weights + int64_t(b) * R * N);
         else rows.take_next(a.saved_read_weights + row(start / a.checkpoint_every - 1, b) * R * N);
         if ((j + 1) % kRestartEvery == 0) rows.take_memory(a.restarts + row(j / kRestartEvery, b) * N * W);
     }
 
     // The gradient of the reads of step t and the means, a head to a warp.
-    MANN_INLINE void receive_dreads(int64_t t) {
+    MANN_INLINE void receive_dreads(int t) {
         if (undone > 0) mailbox_wait(&s.dread_box, undone - 1);
         if (undone > 0 && threadIdx.x == 0) mailbox_expect(&s.dread_box, kDreadBytes);
         if (t >= owned_length) return;
@@ -298,7 +299,7 @@ struct Backward {
     }
     // The memory's step of the owned example, as far as the block's slots go; its share of the gradient of the head to
     // all blocks.
-    MANN_INLINE void forget(int64_t t) {
+    MANN_INLINE void forget(int t) {
         if (t < owned_length) {
             if (warp_of_block() < kRowWarps)
                 rows.undo(s.step, s.dreads, s.means, s.overwritten, T(a.eps), s.warp_dkey[0], s.warp_dadd[0],
@@ -307,7 +308,7 @@ struct Backward {
             sum_warps();
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < kSent / 4 * kBlocks; i += kThreads) {
+        for (int i = thread_again(); i < kSent / 4 * kBlocks; i += kThreads) {
             const int p = i % (kSent / 4), to = i / (kSent / 4);
             send(&s.dhead_parts[share.rank][4 * p], to, &s.dhead_box,
                  reinterpret_cast<const Four<T> *>(s.own_dhead)[p]);
@@ -320,7 +321,7 @@ struct Backward {
         return sum;
     }
     MANN_INLINE void sum_warps() {
-        for (int p = threadIdx.x; p < kHead + R; p += kThreads) {
+        for (int p = thread_again(); p < kHead + R; p += kThreads) {
             T sum = 0;
             if (p < kWords) {
                 const int h = p / W, w = p % W;
@@ -347,16 +348,16 @@ struct Backward {
         }
     }
 
-    MANN_INLINE void receive_heads(int64_t t) {
+    MANN_INLINE void receive_heads(int t) {
         mailbox_wait(&s.dhead_box, undone);
         if (threadIdx.x == 0 && t > 0) mailbox_expect(&s.dhead_box, kDheadBytes);
-        for (int i = threadIdx.x; i < kHead * kExamples; i += kThreads) {
+        for (int i = thread_again(); i < kHead * kExamples; i += kThreads) {
             const int p = i % kHead, e = i / kHead;
             T sum = 0;
 #pragma unroll
             for (int part = 0; part < kParts; ++part) sum += s.dhead_parts[e * kParts + part][p];
             s.dhead[p][e] = rounded_to<S>(sum);
-            const int64_t b = share.first_example + e;
+            const int b = share.first_example + e;
             if (share.rank == e * kParts && b < a.batch) a.dhead[row(t, b) * kHead + p] = to_storage<S>(sum);
         }
         if (share.owns() && t < owned_length && int(threadIdx.x) < R) {
@@ -368,7 +369,7 @@ struct Backward {
         }
     }
     // The gradient of h of the units from the step after, before it is used.
-    MANN_INLINE void receive_dh(int64_t t) {
+    MANN_INLINE void receive_dh(int t) {
         if (undone == 0 || share.units() == 0) return;
         const int buffer = (undone - 1) & 1;
         mailbox_wait(&s.dh_box[buffer], (undone - 1) / 2);
@@ -383,7 +384,7 @@ struct Backward {
             dh[k] = sum;
         }
     }
-    MANN_INLINE void lstm(int64_t t) {
+    MANN_INLINE void lstm(int t) {
         if (warp_of_block() >= kUnitWarps) return;
 #pragma unroll
         for (int k = 0; k < kUnitsOfWarp; ++k) {
@@ -414,7 +415,7 @@ struct Backward {
             gate[k] = grad; // for store_gates
         }
     }
-    MANN_INLINE void store_gates(int64_t t) const {
+    MANN_INLINE void store_gates(int t) const {
 #pragma unroll
         for (int k = 0; k < kUnitsOfWarp; ++k)
             if (has_unit(k) && GateLane::first() && lane_example() < a.batch)
@@ -456,7 +457,7 @@ struct Backward {
         }
     }
 
-    MANN_INLINE void undo(int64_t t, int64_t start) {
+    MANN_INLINE void undo(int t, int start) {
         if (share.owns()) {
             receive_dreads(t);
             forget(t);
@@ -478,8 +479,8 @@ struct Backward {
         begin();
         pad();
         cluster_barrier(); // every block is there to be written to
-        for (int64_t stop = last; stop > 0;) {
-            const int64_t start = (stop - 1) / a.checkpoint_every * a.checkpoint_every;
+        for (int stop = last; stop > 0;) {
+            const int start = (stop - 1) / a.checkpoint_every * a.checkpoint_every;
             take_cells_again(start, stop);
             __syncthreads();
             take_steps_again(start, stop);
@@ -490,34 +491,34 @@ struct Backward {
                 if (stop - 1 < owned_length) make_step();
             }
             __syncthreads();
-            for (int64_t t = stop - 1; t >= start; --t) undo(t, start);
+            for (int t = stop - 1; t >= start; --t) undo(t, start);
             stop = start;
         }
         finish();
         cluster_barrier(); // nobody writes to a block that has ended
     }
     MANN_INLINE void finish() {
-        receive_dh(0 - 1);
+        receive_dh(-1);
         if (share.owns() && undone > 0) mailbox_wait(&s.dread_box, undone - 1);
 #pragma unroll
         for (int k = 0; k < kUnitsOfWarp; ++k) {
             if (!has_unit(k) || !GateLane::first() || GateLane::gate() != 0 || lane_example() >= a.batch) continue;
-            const int64_t at = unit_at(lane_example(), k);
+            const int64_t at = unit_at(int64_t(lane_example()), k);
             a.dh[at] = to_storage<S>(dh[k]), a.dc[at] = to_storage<S>(dc[k]);
         }
         if (!share.is_real()) return;
-        const int64_t b = share.example();
-        for (int k = threadIdx.x; k < kWords && share.part() == 0; k += kThreads) {
+        const int b = share.example();
+        for (int k = thread_again(); k < kWords && share.part() == 0; k += kThreads) {
             T sum = owned_length > 0 ? T(0) : s.carried[k];
             for (int from = 0; owned_length > 0 && from < kBlocks; ++from) sum += s.dread_parts[from][k];
-            a.dreads[b * kWords + k] = to_storage<S>(sum);
+            a.dreads[int64_t(b) * kWords + k] = to_storage<S>(sum);
         }
-        rows.give_dmemory(a.dmemory + b * N * W);
-        rows.give_dweights(a.dread_weights + b * R * N);
+        rows.give_dmemory(a.dmemory + int64_t(b) * N * W);
+        rows.give_dweights(a.dread_weights + int64_t(b) * R * N);
     }
 };
 
-MANN_KERNEL(mann_sequence_backward, kThreads, MannBackward<S>) {
+MANN_KERNEL(mann_sequence_backward, MANN_BOUNDS(kThreads, 1), MannBackward<S>) {
     MANN_DYNAMIC_SHARED(memory);
     static_assert(sizeof(BackwardShared) <= MANN_SHARED_BYTES);
     Backward(args, *reinterpret_cast<BackwardShared *>(memory)).run();

@@ -49,7 +49,7 @@ struct Forward {
     T c[kUnitsOfWarp], h[kUnitsOfWarp], gates_x[kUnitsOfWarp]; // of the lane's example (and gate)
     T sums[kUnitsOfWarp][4 * kExamples];                       // of the gates of the next step so far
     T held[kUnitsOfWarp][MANN_HELD ? kLanesOfH + kLanesOfReads : 1][4];
-    int64_t length, owned_length; // real steps of the lane's example and of the block's
+    int length, owned_length; // real steps of the lane's example and of the block's
 
     MANN_INLINE Forward(const MannForward<S> &args, ForwardShared &shared)
         : a(args), s(shared), share(args.batch), rows{} {
@@ -59,8 +59,8 @@ struct Forward {
     }
     MANN_INLINE int unit(int k) const { return warp_of_block() + k * kUnitWarps; }
     MANN_INLINE bool has_unit(int k) const { return warp_of_block() < kUnitWarps && unit(k) < share.units(); }
-    MANN_INLINE int64_t lane_example() const { return share.first_example + GateLane::example(); }
-    MANN_INLINE int64_t row(int64_t t, int64_t b) const { return t * a.batch + b; }
+    MANN_INLINE int lane_example() const { return share.first_example + GateLane::example(); }
+    MANN_INLINE int64_t row(int t, int b) const { return int64_t(t) * a.batch + b; }
 
     // weight_hh [4H, H + words] of a unit of the block.
     MANN_INLINE T weight_hh(int unit, int k, int gate) const {
@@ -80,17 +80,17 @@ struct Forward {
                         held[k][i][g] = there ? weight_hh(unit(k), at, g) : T(0);
                     }
         } else {
-            for (int i = threadIdx.x; i < kUnits * 4 * kRecurrent; i += kThreads) {
+            for (int i = thread_again(); i < kUnits * 4 * kRecurrent; i += kThreads) {
                 const int k = i % kRecurrent, g = i / kRecurrent % 4, u = i / kRecurrent / 4;
                 s.weight_hh[u][k][g] = u < share.units() ? weight_hh(u, k, g) : T(0);
             }
         }
-        for (int i = threadIdx.x; i < kUnits * kHeadPadded; i += kThreads) {
+        for (int i = thread_again(); i < kUnits * kHeadPadded; i += kThreads) {
             const int u = i % kUnits, p = i / kUnits;
             const bool there = u < share.units() && p < kHead;
             s.weight_head[u][p] = there ? to_arith(a.weight_head[int64_t(p) * H + share.first_unit() + u]) : T(0);
         }
-        for (int p = threadIdx.x; p < kHeadPadded; p += kThreads)
+        for (int p = thread_again(); p < kHeadPadded; p += kThreads)
             s.bias_head[p] = p < kHead ? to_arith(a.bias_head[p]) : T(0);
     }
     MANN_INLINE void begin() {
@@ -104,38 +104,39 @@ struct Forward {
             }
         }
         take_weights();
-        for (int i = threadIdx.x; i < H * kExamples; i += kThreads) {
-            const int64_t b = share.first_example + i % kExamples;
-            s.h[1][i / kExamples][i % kExamples] = b < a.batch ? to_arith(a.h[b * H + i / kExamples]) : T(0);
+        for (int i = thread_again(); i < H * kExamples; i += kThreads) {
+            const int b = share.first_example + i % kExamples;
+            s.h[1][i / kExamples][i % kExamples] = b < a.batch ? to_arith(a.h[int64_t(b) * H + i / kExamples]) : T(0);
         }
-        for (int i = threadIdx.x; i < kWords * kExamples; i += kThreads) {
-            const int64_t b = share.first_example + i % kExamples;
-            s.reads[i / kExamples][i % kExamples] = b < a.batch ? to_arith(a.reads[b * kWords + i / kExamples]) : T(0);
+        for (int i = thread_again(); i < kWords * kExamples; i += kThreads) {
+            const int b = share.first_example + i % kExamples;
+            s.reads[i / kExamples][i % kExamples] =
+                b < a.batch ? to_arith(a.reads[int64_t(b) * kWords + i / kExamples]) : T(0);
         }
 #pragma unroll
         for (int k = 0; k < kUnitsOfWarp; ++k) {
             const bool there = has_unit(k) && lane_example() < a.batch;
-            const int64_t at = there ? lane_example() * H + share.first_unit() + unit(k) : 0;
+            const int64_t at = there ? int64_t(lane_example()) * H + share.first_unit() + unit(k) : 0;
             h[k] = there ? to_arith(a.h[at]) : T(0), c[k] = there ? to_arith(a.c[at]) : T(0), gates_x[k] = 0;
         }
         const bool real = share.is_real();
-        const int64_t b = share.example();
-        rows.take_memory(real ? a.memory + b * N * W : nullptr);
-        rows.take_weights(real ? a.read_weights + b * R * N : nullptr);
+        const int b = share.example();
+        rows.take_memory(real ? a.memory + int64_t(b) * N * W : nullptr);
+        rows.take_weights(real ? a.read_weights + int64_t(b) * R * N : nullptr);
 #pragma unroll
         for (int i = 0; i < kRows; ++i)
-            rows.usage[i] = real && rows.exists(i) ? to_arith(a.usage[b * N + rows.slot(i)]) : T(0);
+            rows.usage[i] = real && rows.exists(i) ? to_arith(a.usage[int64_t(b) * N + rows.slot(i)]) : T(0);
         // What is sent again as long as the example has no real step.
-        for (int p = threadIdx.x; p < kPart; p += kThreads) {
+        for (int p = thread_again(); p < kPart; p += kThreads) {
             const bool first = real && share.part() == 0;
-            s.own_part[p] =
-                p < kWords ? (first ? to_arith(a.reads[b * kWords + p]) : T(0)) : T(p < kTopAt && share.part() == 0);
+            s.own_part[p] = p < kWords ? (first ? to_arith(a.reads[int64_t(b) * kWords + p]) : T(0))
+                                       : T(p < kTopAt && share.part() == 0);
         }
         if (share.owns()) rows.give_usage(s.usage);
     }
 
     // Of step t, long before they are used.
-    MANN_INLINE void fetch(int64_t t) {
+    MANN_INLINE void fetch(int t) {
 #pragma unroll
         for (int k = 0; k < kUnitsOfWarp; ++k)
             if (has_unit(k) && t < length)
@@ -169,7 +170,7 @@ struct Forward {
             }
         }
     }
-    MANN_INLINE void gates_of_h(int64_t t) { // the h before step t
+    MANN_INLINE void gates_of_h(int t) { // the h before step t
 #pragma unroll
         for (int n = 0; n < kUnitsOfWarp; ++n)
 #pragma unroll
@@ -178,7 +179,7 @@ struct Forward {
     }
 
     // Eq. 9 to 16 for the units of the warp; h goes to every block.
-    MANN_INLINE void lstm(int64_t t) {
+    MANN_INLINE void lstm(int t) {
         if (warp_of_block() >= kUnitWarps) return;
         multiply<kWords, H, kLanesOfH>(s.reads);
 #pragma unroll
@@ -206,7 +207,7 @@ struct Forward {
             sums[n][0] = gate; // for store_gates
         }
     }
-    MANN_INLINE void store_gates(int64_t t) const {
+    MANN_INLINE void store_gates(int t) const {
         if (!GateLane::first() || lane_example() >= a.batch) return;
 #pragma unroll
         for (int n = 0; n < kUnitsOfWarp; ++n) {
@@ -219,7 +220,7 @@ struct Forward {
     }
     // The units' part of every head, to the blocks that want it.
     MANN_INLINE void send_heads() {
-        for (int i = threadIdx.x; i < kHeadPadded / 4 * kExamples; i += kThreads) {
+        for (int i = thread_again(); i < kHeadPadded / 4 * kExamples; i += kThreads) {
             const int p = i % (kHeadPadded / 4), e = i / (kHeadPadded / 4);
             Four<T> sum{};
             for (int u = 0; u < share.units(); ++u) {
@@ -238,19 +239,19 @@ struct Forward {
         rows.choose(s.usage, s.chosen);
         __syncthreads();
         if (kParts == 1) return merge_candidates(s.chosen, s.step);
-        for (int i = threadIdx.x; i < kParts * R; i += kThreads) {
+        for (int i = thread_again(); i < kParts * R; i += kThreads) {
             const Candidate &mine = s.chosen[i % R];
             send(&s.candidates[share.part()][i % R].usage, share.owned() * kParts + i / R, &s.candidate_box,
                  Four<T>{{mine.usage, mine.slot, T(0), T(0)}});
         }
     }
     // The memory's step of the owned example, as far as the block's slots go; its share of the reads to all blocks.
-    MANN_INLINE void remember(int64_t t) {
-        mailbox_wait(&s.head_box, int(t));
+    MANN_INLINE void remember(int t) {
+        mailbox_wait(&s.head_box, t);
         if (threadIdx.x == 0 && t + 1 < a.steps) mailbox_expect(&s.head_box, kHeadBytes);
         if (t < owned_length) {
             if (kParts > 1) {
-                mailbox_wait(&s.candidate_box, int(t));
+                mailbox_wait(&s.candidate_box, t);
                 if (threadIdx.x == 0 && t + 1 < owned_length) mailbox_expect(&s.candidate_box, kCandidateBytes);
                 merge_candidates(s.candidates[0], s.step);
             }
@@ -270,14 +271,14 @@ struct Forward {
             sum_warps();
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < kPart / 4 * kBlocks; i += kThreads) {
+        for (int i = thread_again(); i < kPart / 4 * kBlocks; i += kThreads) {
             const int p = i % (kPart / 4), to = i / (kPart / 4);
             send(&s.read_parts[share.rank][4 * p], to, &s.reads_box, reinterpret_cast<const Four<T> *>(s.own_part)[p]);
         }
     }
     // The sums of the warps, to own_part.
     MANN_INLINE void sum_warps() {
-        for (int p = threadIdx.x; p < kTopAt; p += kThreads) {
+        for (int p = thread_again(); p < kTopAt; p += kThreads) {
             const int h = p < kWords ? p / W : p - kWords;
             T top = 0, sum = 0;
             if (kKeyStrength) {
@@ -296,10 +297,10 @@ struct Forward {
     }
 
     // The reads of step t from their parts; what makes read weights of the powers, to scale.
-    MANN_INLINE void receive_reads(int64_t t) {
-        mailbox_wait(&s.reads_box, int(t));
+    MANN_INLINE void receive_reads(int t) {
+        mailbox_wait(&s.reads_box, t);
         if (threadIdx.x == 0 && t + 1 < a.steps) mailbox_expect(&s.reads_box, kReadsBytes);
-        for (int i = threadIdx.x; i < kWords * kExamples; i += kThreads) {
+        for (int i = thread_again(); i < kWords * kExamples; i += kThreads) {
             const int e = i % kExamples, k = i / kExamples, h = k / W;
             const Total total = total_of(e, h);
             T sum = 0;
@@ -311,7 +312,11 @@ struct Forward {
             T scale[R];
 #pragma unroll
             for (int h = 0; h < R; ++h) {
-                scale[h] = total_of(share.owned(), h).factor[share.part()];
+                const Total total = total_of(share.owned(), h);
+                scale[h] = total.factor[0];
+#pragma unroll
+                for (int part = 1; part < kParts; ++part)
+                    scale[h] = share.part() == part ? total.factor[part] : scale[h];
                 if (kKeyStrength) {
                     const T own = s.warp_tops[warp_of_block()][h], top = s.own_part[kTopAt + h];
                     scale[h] *= warp_of_block() < kRowWarps ? exponential(own - top) : T(0);
@@ -344,19 +349,19 @@ struct Forward {
         for (int part = 0; part < kParts; ++part) total.factor[part] *= scale;
         return total;
     }
-    MANN_INLINE void store_reads(int64_t t) const {
+    MANN_INLINE void store_reads(int t) const {
         if (!share.is_real() || share.part() != 0) return;
-        for (int k = threadIdx.x; k < kWords; k += kThreads) {
+        for (int k = thread_again(); k < kWords; k += kThreads) {
             const T x = t < owned_length ? s.reads[k][share.owned()] : T(0);
             a.output[row(t, share.example()) * kRecurrent + H + k] = to_storage<S>(x);
         }
     }
-    MANN_INLINE void store_slots(int64_t t) const {
+    MANN_INLINE void store_slots(int t) const {
         if (!a.saved_least_used || !share.is_real() || share.part() != 0) return;
-        for (int h = threadIdx.x; h < R; h += kThreads)
+        for (int h = thread_again(); h < R; h += kThreads)
             a.saved_least_used[row(t, share.example()) * R + h] = t < owned_length ? s.step.slots[h] : 0;
     }
-    MANN_INLINE void copy_state(int64_t copy) {
+    MANN_INLINE void copy_state(int copy) {
 #pragma unroll
         for (int n = 0; n < kUnitsOfWarp; ++n)
             if (has_unit(n) && GateLane::first() && GateLane::gate() == 0 && lane_example() < a.batch)
@@ -371,7 +376,7 @@ struct Forward {
         fetch(0);
         cluster_barrier(); // every block is there to be written to
         gates_of_h(0);
-        for (int64_t t = 0; t < a.steps; ++t) {
+        for (int t = 0; t < a.steps; ++t) {
             if (t > 0) receive_reads(t - 1);
             if (a.saved_c && t > 0 && t % a.checkpoint_every == 0) copy_state(t / a.checkpoint_every - 1);
             __syncthreads();
@@ -386,7 +391,7 @@ struct Forward {
                 remember(t);
                 store_slots(t);
             }
-            mailbox_wait(&s.h_box[t & 1], int(t / 2));
+            mailbox_wait(&s.h_box[t & 1], t / 2);
             if (threadIdx.x == 0 && t + 2 < a.steps) mailbox_expect(&s.h_box[t & 1], kHBytes);
             if (t + 1 < a.steps) gates_of_h(t + 1);
         }
@@ -400,22 +405,23 @@ struct Forward {
 #pragma unroll
         for (int n = 0; n < kUnitsOfWarp; ++n) {
             if (!has_unit(n) || !GateLane::first() || GateLane::gate() != 0 || lane_example() >= a.batch) continue;
-            const int64_t at = lane_example() * H + share.first_unit() + unit(n);
+            const int64_t at = int64_t(lane_example()) * H + share.first_unit() + unit(n);
             a.h1[at] = to_storage<S>(h[n]), a.c1[at] = to_storage<S>(c[n]);
         }
         if (!share.is_real()) return;
-        const int64_t b = share.example();
-        for (int k = threadIdx.x; k < kWords && share.part() == 0; k += kThreads)
-            a.reads1[b * kWords + k] = to_storage<S>(s.reads[k][share.owned()]);
-        rows.give_memory(a.memory1 + b * N * W);
-        rows.give_weights(a.read_weights1 + b * R * N);
+        const int b = share.example();
+        for (int k = thread_again(); k < kWords && share.part() == 0; k += kThreads)
+            a.reads1[int64_t(b) * kWords + k] = to_storage<S>(s.reads[k][share.owned()]);
+        rows.give_memory(a.memory1 + int64_t(b) * N * W);
+        rows.give_weights(a.read_weights1 + int64_t(b) * R * N);
 #pragma unroll
         for (int i = 0; i < kRows; ++i)
-            if (rows.exists(i) && rows.lane() == 0) a.usage1[b * N + rows.slot(i)] = to_storage<S>(rows.usage[i]);
+            if (rows.exists(i) && rows.lane() == 0)
+                a.usage1[int64_t(b) * N + rows.slot(i)] = to_storage<S>(rows.usage[i]);
     }
 };
 
-MANN_KERNEL(mann_sequence_forward, kThreads, MannForward<S>) {
+MANN_KERNEL(mann_sequence_forward, MANN_BOUNDS(kThreads, 1), MannForward<S>) {
     MANN_DYNAMIC_SHARED(memory);
     static_assert(sizeof(ForwardShared) <= MANN_SHARED_BYTES);
     Forward(args, *reinterpret_cast<ForwardShared *>(memory)).run();

@@ -17,7 +17,10 @@ constexpr bool kWriteAdd = MANN_WRITE_ADD, kKeyStrength = MANN_KEY_STRENGTH, kSq
 constexpr bool kShared = MANN_SHARED_LRU, kEraseAll = MANN_ERASE_ALL;
 constexpr int kParts = MANN_PARTS; // blocks that share the slots of an example
 
-constexpr int kThreads = 512, kWarp = 32, kWarps = kThreads / kWarp;
+#if !defined(MANN_THREADS)
+#define MANN_THREADS 512
+#endif
+constexpr int kThreads = MANN_THREADS, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 MANN_CONSTEXPR int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 MANN_CONSTEXPR int least(int a, int b) { return a < b ? a : b; }
@@ -30,6 +33,8 @@ MANN_CONSTEXPR int lanes_of_row() {
 }
 constexpr int kLanes = lanes_of_row(), kGroups = kThreads / kLanes;
 constexpr int kRows = (kSlots + kGroups - 1) / kGroups, kColumns = (W + kLanes - 1) / kLanes;
+// Columns of a thread that are summed over rows at once: the sums of all heads take registers.
+constexpr int kChunk = least(R < 16 ? 16 / R : 1, kColumns);
 constexpr int kRowWarps = least(kWarps, (kSlots * kLanes + kWarp - 1) / kWarp); // that have rows at all
 
 constexpr int kHeads = round_up(R, 4), kHeadGroups = kHeads / 4;
@@ -40,8 +45,8 @@ constexpr int kHead = kAddAt + (kWriteAdd ? kWords : 0), kHeadPadded = round_up(
 // to.
 constexpr int kSumAt = kWords, kTopAt = kSumAt + R, kPart = round_up(kTopAt + (kKeyStrength ? R : 0), 4);
 
-MANN_INLINE int lane_of_warp() { return int(threadIdx.x) % kWarp; }
-MANN_INLINE int warp_of_block() { return int(threadIdx.x) / kWarp; }
+MANN_INLINE int lane_of_warp() { return thread_again() % kWarp; }
+MANN_INLINE int warp_of_block() { return thread_again() / kWarp; }
 
 template <typename V> MANN_INLINE V sum_lanes(V x, int from, int to) {
 #pragma unroll
@@ -275,24 +280,25 @@ struct Rows {
     }
     // And of the rows weighted by them, to reads [kWarps, words].
     MANN_INLINE void sum_rows(T *reads) const {
-        T v[R * kColumns];
 #pragma unroll
-        for (int h = 0; h < R; ++h)
+        for (int first = 0; first < kColumns; first += kChunk) {
+            T v[R * kChunk] = {};
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
-                T sum = 0;
+            for (int j = first; j < least(first + kChunk, kColumns); ++j)
 #pragma unroll
-                for (int i = 0; i < kRows; ++i) sum += exps[i][h] * m[i][j];
-                v[h * kColumns + j] = sum;
-            }
-        give_sums(v, reads + warp_of_block() * kWords);
+                for (int h = 0; h < R; ++h)
+#pragma unroll
+                    for (int i = 0; i < kRows; ++i) v[h * kChunk + j - first] += exps[i][h] * m[i][j];
+            give_sums(v, first, reads + warp_of_block() * kWords);
+        }
     }
-    // Values [R, columns] of each lane, summed over the rows of the warp, to a target [R, W].
-    MANN_INLINE static void give_sums(T (&v)[R * kColumns], T *target) {
+    // Values [R, kChunk] of each lane, of its columns from `first` on, summed over the rows of the warp, to a target
+    // [R, W].
+    MANN_INLINE static void give_sums(T (&v)[R * kChunk], int first, T *target) {
         const auto s = scatter_sums(v, kLanes);
 #pragma unroll
-        for (int i = 0; i < R * kColumns; ++i) {
-            const int at = s.first + i, h = at / kColumns, w = column(at % kColumns);
+        for (int i = 0; i < R * kChunk; ++i) {
+            const int at = s.first + i, h = at / kChunk, w = column(first + at % kChunk);
             if (i < s.length && s.mine && w < W) target[h * W + w] = v[i];
         }
     }

@@ -135,34 +135,34 @@ struct RowsBackward : Rows {
                 through[i][h] = 0; // from here on the gradient of the write weight
             }
         }
-        T keys[R * kColumns], adds[R * kColumns];
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
+        for (int first = 0; first < kColumns; first += kChunk) {
+            T keys[R * kChunk] = {}, adds[R * kChunk] = {};
 #pragma unroll
-            for (int h = 0; h < R; ++h) {
-                keys[h * kColumns + j] = 0;
-                if (kWriteAdd) adds[h * kColumns + j] = 0;
-            }
-            if (!has_column(j)) continue;
-            T key[kHeads], add[kHeads], dread[kHeads];
-            take_four_heads(step.key[column(j)], key), take_four_heads(dreads[column(j)], dread);
-            take_four_heads(kWriteAdd ? step.add[column(j)] : step.key[column(j)], add);
+            for (int j = first; j < least(first + kChunk, kColumns); ++j) {
+                if (!has_column(j)) continue;
+                T key[kHeads], add[kHeads], dread[kHeads];
+                take_four_heads(step.key[column(j)], key), take_four_heads(dreads[column(j)], dread);
+                take_four_heads(kWriteAdd ? step.add[column(j)] : step.key[column(j)], add);
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) {
-                T d = dm[i][j] - shrink[i] * m[i][j], before = m[i][j];
+                for (int i = 0; i < kRows; ++i) {
+                    T d = dm[i][j] - shrink[i] * m[i][j], before = m[i][j];
 #pragma unroll
-                for (int h = 0; h < R; ++h) {
-                    d += read[i][h] * dread[h] + dots[i][h] * key[h];
-                    keys[h * kColumns + j] += dots[i][h] * m[i][j];
-                    before -= write[i][h] * add[h];
+                    for (int h = 0; h < R; ++h) {
+                        d += read[i][h] * dread[h] + dots[i][h] * key[h];
+                        keys[h * kChunk + j - first] += dots[i][h] * m[i][j];
+                        before -= write[i][h] * add[h];
+                    }
+#pragma unroll
+                    for (int h = 0; h < R; ++h) {
+                        through[i][h] += d * add[h];
+                        (kWriteAdd ? adds : keys)[h * kChunk + j - first] += write[i][h] * d;
+                    }
+                    dm[i][j] = d, m[i][j] = before;
                 }
-#pragma unroll
-                for (int h = 0; h < R; ++h) {
-                    through[i][h] += d * add[h];
-                    (kWriteAdd ? adds : keys)[h * kColumns + j] += write[i][h] * d;
-                }
-                dm[i][j] = d, m[i][j] = before;
             }
+            give_sums(keys, first, dkey + warp_of_block() * kWords);
+            if (kWriteAdd) give_sums(adds, first, dadd + warp_of_block() * kWords);
         }
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
@@ -175,8 +175,6 @@ struct RowsBackward : Rows {
             }
             restore(step, overwritten, i);
         }
-        give_sums(keys, dkey + warp_of_block() * kWords);
-        if (kWriteAdd) give_sums(adds, dadd + warp_of_block() * kWords);
         const auto s = scatter_sums(sums, kLanes);
 #pragma unroll
         for (int i = 0; i < 4 * R; ++i)

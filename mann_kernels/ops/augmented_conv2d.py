@@ -99,7 +99,8 @@ def augmented_conv2d(
             or, with `mix`, the S rows of a memory, [S, O, C, k, k] or [G, S, O, C, k, k]: as in augmented_linear.
             Rows may be slices of a larger memory [G, S, P] (contiguous in O, C, k, k): they are not copied.
         mix: [L, S] or [G, L, S]: the fast weight of example l is sum_s mix[l, s] fast[s], as in augmented_linear.
-            The fast weights of the examples, [L, O, C, k, k], are never built.
+            On the CPU and in Triton the fast weights of the examples, [L, O, C, k, k], are never built; in CUDA those of as
+            many tasks at a time as take 32 MB, of one at least.
         bias: [O], slow.
         padding: zeros on each side.
         form: "hidden" or "output".

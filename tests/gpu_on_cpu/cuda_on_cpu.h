@@ -171,6 +171,8 @@ using std::min;
 
 namespace mann::cuda {
 
+inline int thread_again() { return int(threadIdx.x); }
+
 template <typename T> struct Four;
 
 // 16 bytes on a GPU.
@@ -178,6 +180,14 @@ template <typename T> Four<T> load_shared4(const T *shared) {
     on_cpu::check_aligned(shared, 16, "load of four numbers");
     return *reinterpret_cast<const Four<T> *>(shared);
 }
+
+template <typename T> T load_shared(const T *shared) { return *shared; }
+
+template <typename T> T maximum(T a, T b) { return a != a || b != b ? a + b : a > b ? a : b; }
+template <typename T> T minimum(T a, T b) { return a != a || b != b ? a + b : a < b ? a : b; }
+template <typename T> T fast_exponential2(T x) { return std::exp2(x); }
+template <typename T> T fast_logarithm2(T x) { return std::log2(x); }
+template <typename T> T fast_reciprocal(T x) { return 1 / x; }
 
 // Messages arrive at any time after they were sent: at the latest when nobody can go on without them.
 struct Mailbox {
@@ -216,6 +226,19 @@ inline void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, on_cpu::Pla
 }
 inline void mma_tf32(float *d, const uint32_t *a, const uint32_t *b, on_cpu::Place place = on_cpu::Place::current()) {
     on_cpu::multiply(true, d, a, b, place);
+}
+
+// The same product of numbers that no tensor core takes there: for gradcheck.
+inline void mma_double(double d[4], const double a[4], const double b[2]) {
+    const int row = on_cpu::current->lane / 4, part = on_cpu::current->lane % 4;
+    for (int k = 0; k < 8; ++k) {
+        const double low = __shfl_sync(~0u, a[k / 4 * 2], row * 4 + k % 4);
+        const double high = __shfl_sync(~0u, a[k / 4 * 2 + 1], row * 4 + k % 4);
+        for (int column = 0; column < 2; ++column) {
+            const double right = __shfl_sync(~0u, b[k / 4], (2 * part + column) * 4 + k % 4);
+            d[column] += low * right, d[2 + column] += high * right;
+        }
+    }
 }
 
 // A copy takes place when it is waited for, the latest that a GPU may do it.

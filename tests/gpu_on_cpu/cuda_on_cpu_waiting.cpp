@@ -200,6 +200,12 @@ float of_bf16(uint32_t pair, int which) { return __uint_as_float(which == 0 ? pa
 // Of a TF32 number the GPU takes the upper 19 bits.
 float of_tf32(uint32_t bits) { return __uint_as_float(bits & 0xFFFFE000u); }
 
+// As tensor cores round their sums.
+float toward_zero(double x) {
+    const float nearest = static_cast<float>(x);
+    return std::abs(double(nearest)) > std::abs(x) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 // Fragments as the PTX manual has them: lane 4 g + t holds, of the 16 rows of a, g and g + 8. Taken exactly, rounded
 // once.
 void multiply_fragments(Fiber *lanes, bool tf32) {
@@ -221,7 +227,7 @@ void multiply_fragments(Fiber *lanes, bool tf32) {
             const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
             double sum = lanes[lane].d[i];
             for (int j = 0; j < 16; ++j) sum += a[row][j] * b[j][column];
-            lanes[lane].d[i] = static_cast<float>(sum);
+            lanes[lane].d[i] = toward_zero(sum);
         }
 }
 

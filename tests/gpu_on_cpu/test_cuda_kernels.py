@@ -21,7 +21,7 @@ pytestmark = [
 
 #: (B, N, W, R): odd, no multiple of a tile of examples; more slots than threads of a warp; the least there is; more than one tile.
 SIZES = ((3, 7, 5, 2), (1, 150, 20, 6), (1, 1, 1, 1), (9, 5, 3, 1))
-STEMS = ("content_address", "lrua_step", "lrua_sequence", "mann_sequence", "augmented_linear")
+STEMS = ("content_address", "lrua_step", "lrua_sequence", "mann_sequence", "augmented_linear", "augmented_conv2d")
 SEEDS = range(20)
 
 

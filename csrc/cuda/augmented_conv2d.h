@@ -1,0 +1,185 @@
+// The shapes and tilings of augmented_conv2d, constants in its kernels, and what its launches are given.
+#pragma once
+
+#include "augmented.h"
+
+namespace mann::cuda {
+
+struct ConvShape {
+    int C, H, W, O, k, padding;
+    bool pool;
+
+    constexpr int taps() const { return k * k; }
+    constexpr int K() const { return C * k * k; }
+    // Before and after pooling.
+    constexpr int height() const { return H + 2 * padding - k + 1; }
+    constexpr int width() const { return W + 2 * padding - k + 1; }
+    constexpr int pooled_height() const { return pool ? (height() + 1) / 2 : height(); }
+    constexpr int pooled_width() const { return pool ? (width() + 1) / 2 : width(); }
+    constexpr int pooled() const { return pooled_height() * pooled_width(); }
+};
+
+// A saved code: which of the four pixels was the largest, and whether the slow and the fast side let a gradient
+// through.
+constexpr int kPixelBits = 3, kSlowBit = 4, kFastBit = 8;
+
+// An image of so many windows of 2 x 2 pixels in tiles of about the same size.
+struct WindowTiles {
+    int height, width, tiles_high, tiles_wide; // of a tile in windows, and how many
+    constexpr WindowTiles(int pixels_high, int pixels_wide)
+        : height((pixels_high + 1) / 2), width((pixels_wide + 1) / 2), tiles_high((height + 7) / 8),
+          tiles_wide((width + 7) / 8) {
+        height = (height + tiles_high - 1) / tiles_high;
+        width = (width + tiles_wide - 1) / tiles_wide;
+    }
+    constexpr int windows() const { return height * width; }
+    constexpr int count() const { return tiles_high * tiles_wide; }
+};
+
+// A convolution of `channels` images whose result is taken in groups of 8 numbers for each of the pixels of a window:
+// the two sides of 4 outputs in the forward pass, 8 inputs in the backward pass. A thread has a window and a group.
+struct ConvTiling {
+    WindowTiles tiles;
+    int k, channels, groups;
+    int together;                                 // groups of a block
+    int slices;                                   // of the channels, summed at the end
+    int rows, row_stride, plane, weights, images; // of a tile of the image; numbers; of a channel
+    int chunk;                                    // channels in shared memory at once
+
+    constexpr ConvTiling(int height, int width, int kernel, int channel_count, int group_count)
+        : tiles(height, width), k(kernel), channels(channel_count), groups(group_count), together(1), slices(1),
+          rows(2 * tiles.height + kernel - 1), row_stride(0), plane(0), weights(0), images(0), chunk(1) {
+        const int windows = tiles.windows();
+        together = int(ceil_div(groups, windows >= 32 ? 2 : 4));
+        while (windows * together > kThreads) together = (together + 1) / 2;
+        // rows of windows on other banks
+        const int lanes = tiles.width <= 2 ? 2 : tiles.width <= 4 ? 4 : 8, columns = 2 * tiles.width + kernel - 1;
+        row_stride = tiles.height == 1 ? int(round_up(columns, 2)) : columns + (16 + lanes - columns % 16) % 16;
+        plane = int(round_up(rows * row_stride, 4));
+        weights = 4 * together * (2 * kernel * kernel + 1);
+        while (2 * slices * windows * together <= kThreads && 2 * slices <= channels && slices < 32 &&
+               2 * slices * (plane + weights) <= kStage)
+            slices *= 2;
+        const int step = slices > 1 ? slices : 2; // both sides of an output belong together
+        const int chunks = int(ceil_div(channels, at_least(kStage / (plane + weights) / step * step, step)));
+        chunk = int(round_up(ceil_div(channels, chunks), step));
+    }
+    static constexpr int kThreads = 448;
+    static constexpr int kStage = 10240; // numbers in shared memory, twice
+    constexpr int units() const { return tiles.windows() * together; }
+    constexpr int threads() const { return int(round_up(units() * slices, 32)); }
+    constexpr int chunks() const { return int(ceil_div(channels, chunk)); }
+    constexpr int stage() const { return chunk * (plane + weights); }
+    // Numbers of shared memory.
+    constexpr int64_t shared() const {
+        const int64_t stages = int64_t(stage()) * (chunks() > 1 ? 2 : 1);
+        return slices > 1 ? at_least(stages, int64_t(32) * units() * slices) : stages;
+    }
+    constexpr int group_tiles() const { return int(ceil_div(groups, together)); }
+    // Groups with those that fill up the last tile.
+    constexpr int padded_groups() const { return group_tiles() * together; }
+};
+
+// The weights as a convolution reads them, [inner][outer][taps] to [outer][tap][padded inner]: mixed, one for the slow
+// weight and one for each example (without a mixture, for each row).
+struct ConvPacking {
+    int tile_o, tile_c; // of a block
+    constexpr ConvPacking(const ConvShape &s, bool inner_is_o) : tile_o(0), tile_c(0) {
+        const int taps = s.taps();
+        if (inner_is_o) {
+            tile_c = int(at_most(at_least(36 / taps, 1), s.C));
+            tile_o = int(at_most(at_least(kElements / (tile_c * taps), 4), 64));
+        } else {
+            tile_c = int(at_most(32, s.C));
+            tile_o = int(at_most(at_least(kElements / (tile_c * taps), 1), 64));
+        }
+    }
+    static constexpr int kElements = 1152, kThreads = 256, kTogether = 8; // examples of a block
+    constexpr int run(const ConvShape &s) const { return tile_c * s.taps(); }
+    constexpr int stride(const ConvShape &s) const { return run(s) | 1; }
+    constexpr int elements(const ConvShape &s) const { return tile_o * run(s); }
+    constexpr int64_t shared(const ConvShape &s) const { return int64_t(kTogether) * tile_o * stride(s); }
+};
+
+// Of the weights' gradient: a thread has all taps of an input and an output, on both sides.
+struct ConvGradTiling {
+    WindowTiles tiles;
+    int together_c, together_o, phases; // inputs, outputs and shares of the pixels of a block
+    int rows, columns;                  // of a tile of the image
+    int entries;                        // pixels of a tile that may have a gradient
+
+    constexpr ConvGradTiling(const ConvShape &s)
+        : tiles(s.height(), s.width()), together_c(int(at_most(s.C, 32))), together_o(1), phases(1),
+          rows(2 * tiles.height + s.k - 1), columns(2 * tiles.width + s.k - 1),
+          entries(tiles.windows() * (s.pool ? 1 : 4)) {
+        together_o = int(at_most(at_most(kThreads / together_c, s.O), at_least(kEntries / entries, 1)));
+        phases = int(at_most(at_least(kThreads / (together_c * together_o), 1), entries));
+    }
+    static constexpr int kThreads = 512, kEntries = 3136; // in shared memory
+    constexpr int threads() const { return int(round_up(together_c * together_o * phases, 32)); }
+    constexpr int stride() const { return together_c | 1; }
+    constexpr int tiles_c(const ConvShape &s) const { return int(ceil_div(s.C, together_c)); }
+    constexpr int tiles_o(const ConvShape &s) const { return int(ceil_div(s.O, together_o)); }
+    constexpr int image() const { return int(round_up(rows * columns * stride(), 4)); }
+    constexpr int entry_numbers() const { return 4 * together_o * entries; }
+    constexpr int64_t shared(const ConvShape &s) const {
+        const int64_t work = image() + entry_numbers();
+        return phases > 1 ? at_least(work, int64_t(threads()) * (2 * s.taps() + 1)) : work;
+    }
+};
+
+template <typename S> struct ConvPack {
+    AugmentedLayer<S> layer;
+    Arith<S> *packed; // [1 + weights of their own][outer][tap][padded inner] out
+};
+
+template <typename S> struct ConvForward {
+    int64_t per_weight;     // examples that share a fast weight
+    const S *x;             // [GL, C, H, W]
+    const Arith<S> *packed; // [1 + .][C][tap][padded O]
+    const S *bias;          // [O] or null
+    S *y;                   // [GL, O, pooled] out
+    uint8_t *codes;         // [GL, pooled, O] out, or null
+    Arith<S> *slopes;       // [2, GL, pooled, O] out, or null
+    int64_t side;           // numbers from the slopes of the slow side to those of the fast
+};
+
+// Gradients before the activations, as the operator's arguments say them.
+template <typename S> struct ConvOutputGradient {
+    const S *dy;            // [GL, O, pooled]
+    const uint8_t *codes;   // [GL, pooled, O]
+    const Arith<S> *slopes; // [2, GL, pooled, O] or null
+    int64_t side;           // as forward
+};
+template <typename S> struct ConvBackwardX {
+    ConvOutputGradient<S> gradient;
+    int64_t per_weight;
+    const Arith<S> *packed; // [1 + .][O][tap, the last first][padded C]
+    S *dx;                  // [GL, C, H, W] out
+};
+template <typename S> struct ConvBackwardW {
+    ConvOutputGradient<S> gradient;
+    int64_t L, group; // examples of a task; of a block, none of them of another task
+    bool own;         // every example has a fast weight of its own
+    const S *x;       // [GL, C, H, W]
+    Arith<S> *slow;   // [groups][O][tap][C] out
+    Arith<S> *fast;   // [GL or groups][O][tap][C] out
+    Arith<S> *bias;   // [groups][O] out
+};
+// From the gradients of the weights of examples (or groups of them) to those of the rows and of the mixture.
+template <typename S> struct ConvBackwardRows {
+    AugmentedLayer<S> layer; // L: weights of a task
+    const Arith<S> *own;     // [G, L][O][tap][C]
+    S *dfast;                // [G, rows, O, C, k, k] out
+    Arith<S> *dots;          // [blocks of a task][G, L, rows] out; null without a mixture
+    int64_t dots_stride;     // from one block's to the next
+};
+template <typename S> struct ConvBackwardSums {
+    int64_t groups, dots, parts; // dots: G L rows, or 0
+    const Arith<S> *slow, *bias; // [groups][O][tap][C], [groups][O]
+    const Arith<S> *dot_parts;   // [parts][dots]
+    S *dweight, *dbias, *dmix;   // [O, C, k, k], [O], [G, L, rows] out
+};
+constexpr int kRowThreads = 256;
+
+} // namespace mann::cuda

@@ -1,0 +1,212 @@
+// What both passes of augmented_conv2d share, device code: the weights mixed and laid out as a convolution reads them,
+// and the convolution of an example.
+#pragma once
+
+#include "device.h"
+
+#include "augmented_conv2d.h"
+
+namespace mann::cuda {
+
+using S = MANN_STORAGE;
+using T = Arith<S>;
+
+constexpr ConvShape kShape{MANN_C, MANN_H, MANN_W, MANN_O, MANN_TAPS_SIDE, MANN_PADDING, MANN_POOL != 0};
+constexpr int kSide = kShape.k, kTaps = kShape.taps(), kK = kShape.K();
+constexpr int kHeight = kShape.height(), kWidth = kShape.width();
+constexpr int kPooledWidth = kShape.pooled_width(), kPooled = kShape.pooled();
+
+// f(i) for every i < count of the block, several at once.
+template <int count, int threads, int at_once = 4, typename F> MANN_INLINE void for_each(F &&f) {
+#pragma unroll at_once
+    for (int i = int(threadIdx.x); i < count; i += threads) f(i);
+}
+
+// The constants of a ConvPacking.
+template <bool inner_is_o> struct Packed {
+    static constexpr ConvPacking p{kShape, inner_is_o};
+    static constexpr int kTileO = p.tile_o, kTileC = p.tile_c, kRun = p.run(kShape), kStride = p.stride(kShape);
+    static constexpr int kElements = p.elements(kShape), kThreads = ConvPacking::kThreads;
+    static constexpr int kTogether = ConvPacking::kTogether, kOwn = (kElements + kThreads - 1) / kThreads;
+    static constexpr int kTilesC = (kShape.C + kTileC - 1) / kTileC;
+};
+
+// Block (tile of outputs and inputs, some examples of a task). The last blocks along y have the slow weight.
+template <bool inner_is_o, int kPaddedInner> MANN_INLINE void pack_weights(const ConvPack<S> &a, T *shared) {
+    using P = Packed<inner_is_o>;
+    constexpr int kThreads = P::kThreads, kTogether = P::kTogether, kTileO = P::kTileO, kTileC = P::kTileC;
+    constexpr int kRun = P::kRun, kStride = P::kStride, kElements = P::kElements, kOwn = P::kOwn;
+    constexpr int kTilesC = P::kTilesC, kOuter = inner_is_o ? kShape.C : kShape.O, kRowsAtOnce = 32;
+    MANN_SHARED(T, mixes, kRowsAtOnce * kTogether);
+    const int tid = int(threadIdx.x), o0 = int(blockIdx.x) / kTilesC * kTileO, c0 = int(blockIdx.x) % kTilesC * kTileC;
+    // weights that are made of rows: an example's with a mixture, else the row itself
+    const AugmentedLayer<S> &layer = a.layer;
+    const int64_t L = layer.mix ? layer.L : 1, batches = (L + kTogether - 1) / kTogether;
+    const bool is_slow = blockIdx.y == gridDim.y - 1;
+    const int64_t g = is_slow ? 0 : int64_t(blockIdx.y) / batches, l0 = is_slow ? 0 : blockIdx.y % batches * kTogether;
+    const int64_t rows = is_slow ? 1 : layer.rows;
+    const int count = int(is_slow ? 1 : L - l0 < kTogether ? L - l0 : kTogether);
+    const S *source = is_slow ? layer.weight : layer.fast + g * layer.task_stride;
+
+    T sum[kTogether][kOwn] = {};
+    for (int64_t s0 = 0; s0 < rows; s0 += kRowsAtOnce) {
+        const int some = int(rows - s0 < kRowsAtOnce ? rows - s0 : kRowsAtOnce);
+        __syncthreads();
+        for (int i = tid; i < some * kTogether; i += kThreads) {
+            const int s = i / kTogether, e = i % kTogether;
+            const bool is_mixed = layer.mix && !is_slow;
+            mixes[i] = e >= count ? T(0) : is_mixed ? to_arith(layer.mix[(g * L + l0 + e) * rows + s0 + s]) : T(1);
+        }
+        __syncthreads();
+#pragma unroll 2
+        for (int s = 0; s < some; ++s) {
+            const S *row = source + (s0 + s) * layer.row_stride;
+            T mix[kTogether], value[kOwn];
+#pragma unroll
+            for (int e = 0; e < kTogether; ++e) mix[e] = mixes[s * kTogether + e];
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i) {
+                const int at = tid + i * kThreads, o = o0 + at / kRun, k = c0 * kTaps + at % kRun;
+                value[i] = at < kElements && o < kShape.O && k < kK ? to_arith(row[int64_t(o) * kK + k]) : T(0);
+            }
+#pragma unroll
+            for (int e = 0; e < kTogether; ++e)
+#pragma unroll
+                for (int i = 0; i < kOwn; ++i) sum[e][i] += mix[e] * value[i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+        const int at = tid + i * kThreads;
+#pragma unroll
+        for (int e = 0; e < kTogether; ++e)
+            if (at < kElements) shared[(e * kTileO + at / kRun) * kStride + at % kRun] = sum[e][i];
+    }
+    __syncthreads();
+    T *target = a.packed + (is_slow ? 0 : 1 + g * L + l0) * (int64_t(kOuter) * kTaps * kPaddedInner);
+    for (int at = tid; at < kElements; at += kThreads) {
+        int o, c, tap, to;
+        if constexpr (inner_is_o) {
+            o = at % kTileO, tap = at / kTileO % kTaps, c = at / kTileO / kTaps;
+            to = ((c0 + c) * kTaps + tap) * kPaddedInner + o0 + o;
+            if (c0 + c >= kShape.C || o0 + o >= kPaddedInner) continue;
+        } else { // the last tap first
+            c = at % kTileC, tap = kTaps - 1 - at / kTileC % kTaps, o = at / kTileC / kTaps;
+            to = ((o0 + o) * kTaps + kTaps - 1 - tap) * kPaddedInner + c0 + c;
+            if (o0 + o >= kShape.O || c0 + c >= kPaddedInner) continue;
+        }
+        for (int e = 0; e < count; ++e)
+            target[e * (int64_t(kOuter) * kTaps * kPaddedInner) + to] =
+                shared[(e * kTileO + o) * kStride + c * kTaps + tap];
+    }
+}
+
+// The constants of a ConvTiling Of::tiling.
+template <typename Of> struct Tiled {
+    static constexpr ConvTiling t = Of::tiling;
+    static constexpr int kTileHeight = t.tiles.height, kTileWidth = t.tiles.width, kTilesWide = t.tiles.tiles_wide;
+    static constexpr int kTiles = t.tiles.count(), kWindows = t.tiles.windows(), kTogether = t.together;
+    static constexpr int kSlices = t.slices, kUnits = t.units(), kThreads = t.threads();
+    static constexpr int kRows = t.rows, kColumns = 2 * kTileWidth + t.k - 1, kRowStride = t.row_stride;
+    static constexpr int kPlane = t.plane, kWeights = t.weights, kChunk = t.chunk, kChunks = t.chunks();
+    static constexpr int kStage = t.stage(), kChannels = t.channels, kGroupTiles = t.group_tiles();
+    static constexpr int kPadded = 4 * t.padded_groups(); // groups of 4, with those that fill up the last tile
+};
+
+// Four numbers to shared memory, seen after copy_async_wait.
+MANN_INLINE void copy_four(float *shared, const float *global) { copy_async16(shared, global); }
+MANN_INLINE void copy_four(double *shared, const double *global) {
+    copy_async16(shared, global);
+    copy_async16(shared + 2, global + 2);
+}
+
+// sum[v][q][pixel of the window] += the channel's image under the taps with vector v of its weights, number q.
+template <typename D> MANN_INLINE void add_channel(T (&sum)[2][4][4], const T *image, const T *weights) {
+    struct alignas(2 * sizeof(T)) Pair {
+        T at[2];
+    };
+    T patch[kSide + 1][kSide + 2];
+#pragma unroll
+    for (int i = 0; i <= kSide; ++i)
+#pragma unroll
+        for (int j = 0; j <= kSide; j += 2) {
+            const Pair pair = *reinterpret_cast<const Pair *>(image + i * D::kRowStride + j);
+            patch[i][j] = pair.at[0], patch[i][j + 1] = pair.at[1];
+        }
+#pragma unroll
+    for (int tap = 0; tap < kTaps; ++tap)
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+            const Four<T> w = *reinterpret_cast<const Four<T> *>(weights + (2 * tap + v) * 4 * D::kTogether);
+#pragma unroll
+            for (int q = 0; q < 4; ++q)
+#pragma unroll
+                for (int p = 0; p < 4; ++p) sum[v][q][p] += w[q] * patch[tap / kSide + p / 2][tap % kSide + p % 2];
+        }
+}
+
+// The sums of this thread's window and group over its slice of the channels. load(images, weights, first, count) starts
+// to fill a stage of shared memory: planes of the tile's images, and weights [channel][tap][2][groups][4].
+template <typename D, typename Load> MANN_INLINE void convolve(T (&sum)[2][4][4], T *shared, Load &&load) {
+    const int unit = int(threadIdx.x) % D::kUnits, slice = int(threadIdx.x) / D::kUnits;
+    const int window = unit % D::kWindows, group = unit / D::kWindows;
+    const int pixel = window / D::kTileWidth * 2 * D::kRowStride + window % D::kTileWidth * 2;
+    const auto fill = [&](int chunk) {
+        T *stage = shared + chunk % 2 * D::kStage;
+        const int first = chunk * D::kChunk;
+        load(stage, stage + D::kChunk * D::kPlane, first,
+             D::kChannels - first < D::kChunk ? D::kChannels - first : D::kChunk);
+        copy_async_commit();
+    };
+    fill(0);
+#pragma unroll 1
+    for (int chunk = 0; chunk < D::kChunks; ++chunk) {
+        copy_async_wait<0>();
+        __syncthreads();
+        if (chunk + 1 < D::kChunks) fill(chunk + 1);
+        const T *images = shared + chunk % 2 * D::kStage, *weights = images + D::kChunk * D::kPlane;
+        const int left = D::kChannels - chunk * D::kChunk, count = left < D::kChunk ? left : D::kChunk;
+        if (slice < D::kSlices) {
+#pragma unroll 1
+            for (int c = slice; c < count; c += D::kSlices)
+                add_channel<D>(sum, images + c * D::kPlane + pixel, weights + c * D::kWeights + 4 * group);
+        }
+    }
+}
+
+// f(window, group, q, numbers [2][4]) for all of the block, the slices summed in order.
+template <typename D, typename F> MANN_INLINE void for_sums(const T (&sum)[2][4][4], T *shared, F &&f) {
+    const int tid = int(threadIdx.x);
+    if constexpr (D::kSlices == 1) {
+        if (tid >= D::kUnits) return;
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+            T numbers[2][4];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) numbers[i / 4][i % 4] = sum[i / 4][q][i % 4];
+            f(tid % D::kWindows, tid / D::kWindows, q, numbers);
+        }
+    } else {
+        Four<T> *parts = reinterpret_cast<Four<T> *>(shared); // [slice][q][2][unit]
+        __syncthreads();
+        if (tid < D::kUnits * D::kSlices) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                parts[(tid / D::kUnits * 8 + i) * D::kUnits + tid % D::kUnits] = {
+                    {sum[i % 2][i / 2][0], sum[i % 2][i / 2][1], sum[i % 2][i / 2][2], sum[i % 2][i / 2][3]}};
+        }
+        __syncthreads();
+        for (int at = tid; at < 4 * D::kUnits; at += D::kThreads) {
+            const int q = at % 4, unit = at / 4;
+            T numbers[2][4] = {};
+#pragma unroll 4
+            for (int slice = 0; slice < D::kSlices; ++slice)
+#pragma unroll
+                for (int i = 0; i < 8; ++i)
+                    numbers[i / 4][i % 4] += parts[(slice * 8 + 2 * q + i / 4) * D::kUnits + unit][i % 4];
+            f(unit % D::kWindows, unit / D::kWindows, q, numbers);
+        }
+    }
+}
+
+} // namespace mann::cuda

@@ -1,0 +1,144 @@
+"""The CUDA kernels of the augmented layers on the CPU: several of every tile, groups and chunks of examples, what a launch costs."""
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("has nothing to do with Triton", allow_module_level=True)
+
+import cuda_on_cpu
+from stem import matches, quantities, run
+from test_properties import class_of
+
+import mann_kernels
+from bench import metanet_augmented as bench
+
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing())),
+]
+SHAPES = {name: (stem, shape) for stem, shapes in bench.SHAPES.items() for name, shape in shapes.items()}
+
+
+@pytest.fixture(autouse=True)
+def cuda():
+    with cuda_on_cpu.cuda_on_cpu() as library:
+        yield library
+
+
+def conv(seed, L, C, O, S, **options):  # noqa: E741
+    return class_of("augmented_conv2d").inputs(seed, L, C, O, S, **options)
+
+
+def linear(seed, L, I, O, S, **options):  # noqa: E741
+    return class_of("augmented_linear").inputs(seed, L, I, O, S, **options)
+
+
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize(
+    ("size", "kernel", "padding"), [((38, 21), 3, 1), ((19, 34), 2, 3), ((3, 33), 1, 0), ((17, 18), 5, 0)]
+)
+def test_tiles_of_an_image(size, kernel, padding, pool):
+    matches(
+        "augmented_conv2d", conv(1, 2, 3, 9, 2, size=size, kernel=kernel, padding=padding, pool=pool), torch.float32
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 7, 14])
+def test_channels_in_chunks_and_slices(size):
+    """At the paper's number of filters, and beyond what the examples of other tests have."""
+    matches("augmented_conv2d", conv(2, 2, 40, 64, 5, size=(size, size), pool=True), torch.float32)
+
+
+def test_one_channel():
+    """The gradient of its weights is shared out over the pixels."""
+    for kind in ("mixture", "task shared"):
+        matches("augmented_conv2d", conv(3, 2, 1, 20, 3, size=(28, 28), pool=True, kind=kind), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["task mixture", "per task", "per example", "shared"])
+def test_groups_of_examples(kind):
+    """So many that a block takes several for the gradient of the weights, and a warp more rows than it has lanes for."""
+    matches("augmented_conv2d", conv(4, 850, 2, 3, 11, size=(3, 2), kind=kind), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["task mixture", "per example"])
+def test_chunks_of_tasks(kind, cuda):
+    """So many weights that not all tasks are taken at once."""
+    examples = 58 if kind == "per example" else 29
+    call = conv(5, examples, 40, 300, 1, size=(1, 1), kernel=3, kind=kind, bias=False)
+    call["x"], call["weight"], call["fast"] = (
+        torch.cat([call[name]] * 2, dim) for name, dim in (("x", -3), ("weight", -3), ("fast", -3))
+    )
+    with cuda_on_cpu.recorded(cuda) as launches:
+        run(mann_kernels.augmented_conv2d, call.to(torch.float32))
+    assert len(launches) == 2 * 2 + 2 * 4 + 1
+    matches("augmented_conv2d", call, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((140, 7, 5, 2), {"kind": "per example"}),
+        ((600, 3, 5, 9), {"kind": "task mixture", "activation": "gelu"}),
+        ((40, 130, 135, 7), {}),
+        ((70, 65, 200, 3), {"kind": "per task"}),
+    ],
+)
+def test_tiles_of_a_product(sizes, options):
+    """Small tiles and large ones, several of each."""
+    matches("augmented_linear", linear(6, *sizes, **options), torch.float32)
+
+
+@pytest.mark.parametrize("stem", bench.STEMS)
+def test_any_schedule(stem, cuda):
+    """Whichever thread comes first: the same bits."""
+    call = (conv if stem == "augmented_conv2d" else linear)(7, 5, 9, 12, 3).to(torch.float32)
+    first = quantities(getattr(mann_kernels, stem), call)
+    for seed in range(1, 6):
+        cuda.mann_cuda_on_cpu_seed(seed)
+        again = quantities(getattr(mann_kernels, stem), call)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def launches_of(cuda, name):
+    """What a training step at one of the paper's shapes launches."""
+    stem, shape = SHAPES[name]
+    inputs = {key.replace("hidden", "x"): value.float() for key, value in bench.inputs(stem, shape).items()}
+    leaves = {key: value.requires_grad_(shape.C > 1 or key != "x") for key, value in inputs.items()}
+    with cuda_on_cpu.recorded(cuda) as launches:
+        getattr(mann_kernels, stem)(**leaves, **bench.OPTIONS.get(stem, {})).sum().backward()
+    return launches
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_launches(cuda, name):
+    """Few, and none that leaves most of a large device idle for long."""
+    launches = launches_of(cuda, name)
+    assert len(launches) == (3 if name.startswith("fc") else 5 if name == "conv 28" else 7)
+    for launch in launches:
+        blocks = eval(launch.blocks.replace("x", "*"))
+        if launch.kernel.endswith(("conv2d", "_x", "_w")):
+            assert blocks >= (50 if name == "conv 28" else 100), launch
+        assert int(launch.shared_bytes) <= 100 * 1024, launch
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("name", SHAPES)
+def test_nothing_spills(cuda, name, tmp_path):
+    """At the paper's shapes, in both types."""
+    for source, options in sorted({launch[:2] for launch in launches_of(cuda, name)}):
+        for dtype in ("float", "Bf16"):
+            command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "made"]
+            command += [
+                *options.replace("STORAGE=float", f"STORAGE={dtype}").split(),
+                cuda_on_cpu.CSRC / "cuda" / source,
+            ]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            assert re.findall(r"(\d+) bytes spill", said), said
+            assert all(int(spilled) == 0 for spilled in re.findall(r"(\d+) bytes spill", said)), said
