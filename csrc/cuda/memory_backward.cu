@@ -255,6 +255,7 @@ constexpr int kBlocks = kHeads * kColumns * (3 + 2 * kAdd) + 2 * kColumns <= 76 
 #define MANN_BACKWARD_BOUNDS kMemoryThreads, kBlocks
 using MemoryBackwardArgs = MemoryBackward<S>;
 MANN_KERNEL(memory_backward, MANN_BACKWARD_BOUNDS, MemoryBackwardArgs) {
+    after_previous();
     MANN_SHARED(int32_t, slots, kHeads);
     MANN_SHARED(T, mean, kHeads);
     MANN_SHARED(T, shared_own, kMemoryWarps * kHeads);
@@ -304,6 +305,7 @@ MANN_KERNEL(memory_backward, MANN_BACKWARD_BOUNDS, MemoryBackwardArgs) {
 // Column `column` of a head at a step: a lane has a column, a warp every 16th part.
 using MemorySumArgs = MemorySum<S>;
 MANN_KERNEL(memory_sum, kSumThreads, MemorySumArgs) {
+    after_previous();
     constexpr int warps = kSumThreads / 32, groups = (kHead + 31) / 32, add_at = kHead - kWords;
     MANN_SHARED(T, sums, 2 * kSumThreads);
     const MemorySum<S> &a = args;

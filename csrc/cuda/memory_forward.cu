@@ -228,6 +228,7 @@ MANN_INLINE void choose(const MemoryWrite<S> &a, int b, int32_t *slots) {
 
 using MemoryWriteArgs = MemoryWrite<S>;
 MANN_KERNEL(memory_write, kMemoryThreads, MemoryWriteArgs) {
+    after_previous();
     MANN_SHARED(int32_t, slots, kHeads);
     MANN_SHARED(T, totals, 2 * kHeads);
     MANN_SHARED(T, shared_own, kMemoryWarps * kHeads);
@@ -381,6 +382,7 @@ MANN_INLINE void use_reads(const MemoryUse<S> &a, int b, int step, int reader, c
 
 using MemoryUseArgs = MemoryUse<S>;
 MANN_KERNEL(memory_use, kMemoryThreads, MemoryUseArgs) {
+    after_previous();
     constexpr int numbers = kMemoryWarps * (kHeads > 32 ? kHeads : 32);
     MANN_SHARED(T, totals, 2 * kHeads);
     MANN_SHARED(T, shared, numbers);

@@ -83,19 +83,21 @@ inline MemorySizes memory_sizes(const MemoryPlan &plan, int64_t B, int64_t N, in
 inline int64_t forward_part(const MemoryOptions &o) { return 2 * o.R + o.R * o.W; }
 inline int64_t backward_part(const MemoryOptions &o) { return o.head() + o.R; }
 
-inline void launch_write(Call &call, const Build &build, const MemoryWrite<void> &a) {
-    call.launch(build, "memory_write", {a.sizes.B * a.sizes.tiles, kMemoryThreads}, a);
+// The first launch of a call follows nobody.
+inline void launch_write(Call &call, const Build &build, const MemoryWrite<void> &a, bool follows = true) {
+    call.launch(build, "memory_write", {a.sizes.B * a.sizes.tiles, kMemoryThreads, 1, 0, 1, follows}, a);
 }
 // For `steps` steps from that of the arguments on.
-inline void launch_use(Call &call, const Build &build, const MemoryUse<void> &a, int64_t steps = 1) {
-    call.launch(build, "memory_use", {a.sizes.B * (a.choosers + a.readers), kMemoryThreads, 1, 0, steps}, a);
+inline void launch_use(Call &call, const Build &build, const MemoryUse<void> &a, int64_t steps = 1,
+                       bool follows = true) {
+    call.launch(build, "memory_use", {a.sizes.B * (a.choosers + a.readers), kMemoryThreads, 1, 0, steps, follows}, a);
 }
 inline void launch_backward(Call &call, const Build &build, const MemoryBackward<void> &a) {
-    call.launch(build, "memory_backward", {a.sizes.B * a.sizes.tiles, kMemoryThreads}, a);
+    call.launch(build, "memory_backward", {a.sizes.B * a.sizes.tiles, kMemoryThreads, 1, 0, 1, true}, a);
 }
 inline void launch_sum(Call &call, const Build &build, const MemoryOptions &o, const MemorySum<void> &a,
                        int64_t steps = 1) {
-    call.launch(build, "memory_sum", {a.sizes.B * divide_up(o.head(), 32), kSumThreads, 1, 0, steps}, a);
+    call.launch(build, "memory_sum", {a.sizes.B * divide_up(o.head(), 32), kSumThreads, 1, 0, steps, true}, a);
 }
 
 } // namespace mann::cuda
