@@ -164,7 +164,7 @@ MANN_KERNEL(lstm_backward, kControllerThreads, LstmBackwardArgs) {
         if (a.dh1) dh += to_arith(a.dh1[at]);
         if (a.dc1) dc = to_arith(a.dc1[at]);
     } else {
-#pragma unroll 4
+#pragma unroll 12
         for (int part = 0; part < a.parts; ++part) dh += a.carried[(part * s.B + b) * kRecurrent + unit];
         dc = a.dc[at];
     }

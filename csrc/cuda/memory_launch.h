@@ -55,7 +55,7 @@ inline MemoryPlan memory_plan(const Call &call, int64_t B, int64_t N, int64_t W,
     };
     split(2 * kMemoryWarps * (32 / plan.lanes), plan.tiles, plan.tile_slots);
     split(4 * kMemoryThreads, plan.choosers, plan.chooser_slots);
-    plan.readers = int(divide_up(R * W, 32));
+    plan.readers = int(divide_up(R * W, kReadColumns));
     return plan;
 }
 // What a lane keeps of each head forward (key, sum of reads) and backward (key, dreads, dkey).
@@ -97,7 +97,8 @@ inline void launch_backward(Call &call, const Build &build, const MemoryBackward
 }
 inline void launch_sum(Call &call, const Build &build, const MemoryOptions &o, const MemorySum<void> &a,
                        int64_t steps = 1) {
-    call.launch(build, "memory_sum", {a.sizes.B * divide_up(o.head(), 32), kSumThreads, 1, 0, steps, true}, a);
+    call.launch(build, "memory_sum", {a.sizes.B * divide_up(o.head(), kReadColumns), kSumThreads, 1, 0, steps, true},
+                a);
 }
 
 } // namespace mann::cuda
