@@ -84,7 +84,7 @@ def show(found: dict[str, tuple[float, float]], settings: Settings, update: int,
 
 @torch.no_grad()
 def draw(learner, test_tasks, plots: Path, seed: int, device: str) -> None:
-    """What there is to be seen of test tasks, as PNGs: a Gaussian process's likelihoods, a MANN's memory in one episode."""
+    """Draw test tasks as PNGs: a Gaussian process's likelihoods, a MANN's memory in one episode."""
     from mann_kernels.visualize import draw_episode
 
     plots.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""What must run where, and which skips are expected: conftest.py fails a run in which anything else was skipped.
+"""The table of what must run where, and the skips that are expected: conftest.py fails a run in which anything else was
+skipped.
 
 A kernel that is lost by mistake would otherwise be skipped as one that this machine cannot have.
 """
@@ -40,12 +41,12 @@ EXPECTED = {
 
 
 def is_expected(reason: str) -> bool:
-    """Whether this machine may skip a test for this reason."""
+    """Say whether this machine may skip a test for this reason."""
     return any(here and re.search(pattern, reason) for pattern, here in EXPECTED.items())
 
 
 def must_run(implementation: str, error: str) -> bool:
-    """Whether the operator and dtype of an error "... was asked for, but cannot run ..." are in the table for this machine."""
+    """Say whether this machine must run the operator and dtype of an error "... was asked for, but cannot run ..."."""
     _, operators, dtypes = MUST_RUN[implementation]
     found, dtype = re.search(r"cannot run (\w+)", error), re.search(r"torch\.(\w+)", error)
     return found is not None and found[1] in operators and (dtype is None or dtype[1] in dtypes)

@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class _Augmented:
-    """What the augmented layers have in common beside nn.Linear and nn.Conv2d, which they extend."""
+    """Methods that the augmented layers have beside those of nn.Linear and nn.Conv2d, which they extend."""
 
     weight: torch.Tensor
 
@@ -76,7 +76,7 @@ class AugmentedLinear(_Augmented, nn.Linear):
         return augmented_linear(x, self.weight, fast, mix, self.bias, form=self.form, activation=self.activation)
 
     def slow(self, x: torch.Tensor) -> torch.Tensor:
-        """`x W^T + b`."""
+        """Compute the slow layer's `x W^T + b`."""
         return F.linear(x, self.weight, self.bias)
 
     def weight_gradients(self, x: torch.Tensor, dz: torch.Tensor) -> torch.Tensor:

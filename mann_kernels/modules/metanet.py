@@ -302,7 +302,7 @@ class MetaNet(nn.Module):
         return self.second_order and torch.is_grad_enabled()
 
     def _key(self, x: torch.Tensor, task_fast: torch.Tensor | None) -> torch.Tensor:
-        """eq. 5: u(Q, Q*, x)."""
+        """Compute the keys of examples, u(Q, Q*, x) of eq. 5."""
         return self.embedding(x, None if task_fast is None else self.embedding.split(task_fast))
 
     def _in_chunks(self, x: torch.Tensor, y: torch.Tensor):

@@ -81,7 +81,8 @@ def _from_file(path: Path):
 
 
 def _from_folder(root: Path):
-    """The same from <root>/[omniglot-py|python]/images_{background,evaluation}/<alphabet>/<character>/<drawing>.png."""
+    """Read all drawings, and which part each class is in, from
+    <root>/[omniglot-py|python]/images_{background,evaluation}/<alphabet>/<character>/<drawing>.png."""
     import numpy as np
 
     for base in (root, root / "omniglot-py", root / "python"):
