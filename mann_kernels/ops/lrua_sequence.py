@@ -151,7 +151,7 @@ def lrua_sequence(
         ValueError: a shape, device or option that does not fit; more heads than slots.
 
     Kept for the backward pass, beside the inputs: R slot numbers per step and example, and a copy of memory and read
-    weights every CHECKPOINT_EVERY steps. The backward pass recomputes the steps between two of these checkpoints, then undoes the writes.
+    weights every CHECKPOINT_EVERY steps. The backward pass recomputes the steps between two checkpoints, then undoes the writes.
     """
     sizes: dict[str, int] = {}
     _check.same_kind(memory=memory, usage=usage, read_weights=read_weights, key=key, gate=gate, beta=beta, add=add)
