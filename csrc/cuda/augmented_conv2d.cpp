@@ -75,14 +75,13 @@ struct ConvCall {
                         "augmented_conv2d: a kernel or an image too large for shared memory");
         return numbers * arith;
     }
-    void pack(const Build &build, const char *kernel, bool inner_is_o, int64_t padded, const Layer &some,
-              void *packed) {
+    // Blocks that lay out the weights of these tasks: tiles, and batches of examples with the slow weight's.
+    int64_t pack_tiles(bool inner_is_o, int64_t padded) const {
         const ConvPacking p(shape, inner_is_o);
-        const int64_t tiles_o = ceil_div(inner_is_o ? padded : shape.O, p.tile_o);
-        const int64_t tiles_c = ceil_div(inner_is_o ? shape.C : padded, p.tile_c);
-        const int64_t batches = some.G * ceil_div(weights_of_task(), ConvPacking::kTogether);
-        const Grid grid{tiles_o * tiles_c, ConvPacking::kThreads, 1, checked(p.shared(shape)), batches + 1};
-        call.launch(build, kernel, grid, ConvPack<void>{some, packed});
+        return ceil_div(inner_is_o ? padded : shape.O, p.tile_o) * ceil_div(inner_is_o ? shape.C : padded, p.tile_c);
+    }
+    ConvPack<void> pack(const Layer &some, void *packed) const {
+        return {some, packed, some.G * ceil_div(weights_of_task(), ConvPacking::kTogether) + 1};
     }
 };
 
@@ -92,28 +91,31 @@ static std::tuple<Tensor, Tensor, Tensor> augmented_conv2d_cuda(Tensor x, Tensor
                                                                 bool save) {
     ConvCall of(x, weight, fast, mix, padding, pool);
     const ConvShape &s = of.shape;
-    const int64_t G = of.layer.G, L = of.layer.L, P = s.pooled(), O = s.O, of_arith = of.arith;
+    const int64_t G = of.layer.G, L = of.layer.L, P = s.pooled(), O = s.O;
     Tensor y = of.call.empty({G, L, O, s.pooled_height(), s.pooled_width()});
     Tensor codes = of.call.empty({0}, ScalarType::Byte), slopes = of.call.empty({0}, of.call.arithmetic());
     if (save) codes = of.call.empty({G, L, P, O}, ScalarType::Byte);
     const bool keep = save && (activation == kGelu || activation == kTanh);
     if (keep) slopes = of.call.empty({2, G, L, P, O}, of.call.arithmetic());
 
-    const ConvTiling tiling(s.height(), s.width(), s.k, s.C, int(ceil_div(O, 4)));
+    const ConvTiling tiling(s.height(), s.width(), s.k, s.C, int(ceil_div(O, 4)), kForwardThreads);
     const int64_t padded = 4 * tiling.padded_groups(), packed = padded * s.K(), tasks = of.tasks_at_once(packed);
     const Build build = of.build("augmented_conv2d.cu").set("MANN_ACTIVATION", activation);
     void *scratch = of.call.scratch((1 + tasks * of.weights_of_task()) * packed);
     const void *bias_data = of.call.in(bias, "bias", {O});
     for (int64_t g0 = 0; g0 < G && L > 0; g0 += tasks) {
         const int64_t count = std::min(tasks, G - g0), outputs = g0 * L * of.output_numbers();
-        const Layer some = of.part(g0, count);
-        of.pack(build, "augmented_conv2d_pack", true, padded, some, scratch);
-        const Grid grid{count * L, tiling.threads(), 1, of.checked(tiling.shared()),
-                        tiling.tiles.count() * tiling.group_tiles()};
-        of.call.launch(build, "augmented_conv2d", grid,
-                       ConvForward<void>{of.per_weight(), some.x, scratch, bias_data, shift(out(y), outputs * of.bytes),
-                                         save ? out<uint8_t>(codes) + outputs : nullptr,
-                                         keep ? shift(out(slopes), outputs * of_arith) : nullptr, G * L * P * O});
+        const ConvPack<void> pack = of.pack(of.part(g0, count), scratch);
+        of.call.launch(
+            build, "augmented_conv2d_pack",
+            {of.pack_tiles(true, padded), kPackThreads, 1, of.checked(ConvPacking(s, true).shared(s)), pack.batches},
+            pack);
+        of.call.launch(
+            build, "augmented_conv2d",
+            {count * L, tiling.threads(), 1, of.checked(tiling.shared()), tiling.tiles.count() * tiling.group_tiles()},
+            ConvForward<void>{of.per_weight(), pack.layer.x, scratch, bias_data, shift(out(y), outputs * of.bytes),
+                              save ? out<uint8_t>(codes) + outputs : nullptr,
+                              keep ? shift(out(slopes), outputs * of.arith) : nullptr, G * L * P * O});
     }
     return {y, codes, slopes};
 }
@@ -123,59 +125,63 @@ struct ConvBackward {
     ConvCall &of;
     const ConvTiling tiling;
     const ConvGradTiling grad;
-    int64_t padded, packed, tasks; // numbers of a weight as a convolution reads it, tasks at once
-    bool own;                      // every example has a fast weight of its own
-    int64_t group, groups;         // examples of a block, blocks of a task (of all tasks at once, if own)
-    void *weights;                 // as packed, then the gradients of fast weights
-    void *slow, *bias, *dots;      // parts of sums
-    int64_t parts;                 // of dots
+    int64_t padded, tasks;           // numbers beside each other in a weight as a convolution reads it; tasks at once
+    bool own;                        // every example has a fast weight of its own
+    int64_t group;                   // examples of a block
+    void *packed, *fast;             // weights, and gradients of fast ones
+    void *slow, *bias, *dots;        // parts of sums
+    int64_t parts;                   // of dots
+    int64_t first_bytes, last_bytes; // of shared memory
 
-    explicit ConvBackward(ConvCall &call)
-        : of(call), tiling(of.shape.H, of.shape.W, of.shape.k, 2 * of.shape.O, int(ceil_div(of.shape.C, 8))),
+    ConvBackward(ConvCall &call, bool need_dx)
+        : of(call),
+          tiling(of.shape.H, of.shape.W, of.shape.k, 2 * of.shape.O, int(ceil_div(of.shape.C, 8)), kSecondThreads),
           grad(of.shape) {
         const ConvShape &s = of.shape;
         const int64_t G = of.layer.G, L = of.layer.L;
-        padded = 8 * tiling.padded_groups(), packed = padded * s.O * s.taps();
-        tasks = of.tasks_at_once(packed);
+        padded = 8 * tiling.padded_groups();
+        tasks = of.tasks_at_once(padded * s.O * s.taps());
         own = of.layer.mix != nullptr || L == 1;
-        const int64_t examples = own ? tasks * L : L, tiles = grad.tiles_c(s) * grad.tiles_o(s);
-        group = std::clamp<int64_t>(tasks * L * tiles / kManyBlocks, 1, std::max<int64_t>(examples, 1));
-        groups = ceil_div(examples, group),
-        group = std::max<int64_t>(ceil_div(examples, std::max<int64_t>(groups, 1)), 1);
-        groups = ceil_div(examples, group);
-        const int64_t fast = own ? tasks * L : tasks * groups;
-        weights = of.call.scratch(std::max((1 + tasks * of.weights_of_task()) * packed, fast * of.weight_numbers()));
-        const int64_t sums = ceil_div(std::max<int64_t>(G, 1), tasks) * (own ? groups : tasks * groups);
+        // so many that the blocks keep a device busy, of about the same size
+        const int64_t examples = std::max<int64_t>(own ? tasks * L : L, 1), blocks = grad.tiles_c(s) * grad.tiles_o(s);
+        group = std::clamp<int64_t>(tasks * L * blocks / kManyBlocks, 1, examples);
+        group = ceil_div(examples, ceil_div(examples, group));
+        packed = need_dx ? of.call.scratch((1 + tasks * of.weights_of_task()) * padded * s.O * s.taps()) : nullptr;
+        fast = of.call.scratch((own ? tasks * L : tasks * groups_of(L)) * of.weight_numbers());
+        const int64_t sums = ceil_div(G, tasks) * (own ? groups_of(tasks * L) : tasks * groups_of(L));
         slow = of.call.scratch(sums * of.weight_numbers()), bias = of.call.scratch(sums * s.O);
-        parts = ceil_div(of.weight_numbers(), kRowThreads);
+        parts = ceil_div(of.weight_numbers(), tiling.threads());
         dots = of.layer.mix ? of.call.scratch(parts * G * L * of.layer.rows) : nullptr;
+        first_bytes = of.checked(std::max(grad.shared(s), need_dx ? ConvPacking(s, false).shared(s) : 0));
+        const int64_t rows = int64_t(8) * ConvGradTiling::kBatch * (1 + tiling.threads() / 32);
+        last_bytes = of.checked(std::max(need_dx ? tiling.shared() : 0, rows));
     }
+    int64_t groups_of(int64_t examples) const { return ceil_div(examples, group); }
 
-    void gradient_of_x(const Build &build, const Layer &some, const ConvOutputGradient<void> &gradient, void *dx) {
-        of.pack(build, "augmented_conv2d_backward_pack", false, padded, some, weights);
-        const Grid grid{some.G * some.L, tiling.threads(), 1, of.checked(tiling.shared()),
-                        tiling.tiles.count() * tiling.group_tiles()};
-        of.call.launch(build, "augmented_conv2d_backward_x", grid,
-                       ConvBackwardX<void>{gradient, of.per_weight(), weights, dx});
-    }
-    // Returns the parts of the slow weight that it wrote.
-    int64_t gradient_of_weights(const Build &build, const Layer &some, const ConvOutputGradient<void> &gradient,
-                                int64_t g0, int64_t done, void *dfast) {
+    // Of some tasks from g0 on, whose slow weight has `done` parts so far; returns how many were added.
+    int64_t run(const Build &build, const Layer &some, const ConvOutputGradient<void> &gradient, int64_t g0,
+                int64_t done, void *dx, void *dfast) {
         const ConvShape &s = of.shape;
-        const int64_t examples = own ? some.G * some.L : some.L, made = ceil_div(examples, group);
-        const int64_t count = own ? made : some.G * made, arith = of.arith;
-        const Grid grid{count, grad.threads(), 1, of.checked(grad.shared(s)), grad.tiles_c(s) * grad.tiles_o(s)};
-        of.call.launch(build, "augmented_conv2d_backward_w", grid,
-                       ConvBackwardW<void>{gradient, examples, group, own, some.x,
-                                           shift(slow, done * of.weight_numbers() * arith), weights,
-                                           shift(bias, done * s.O * arith)});
-        Layer rows = some;
-        rows.L = own ? some.L : made;
-        const int64_t dots_of_task = some.L * some.rows;
-        of.call.launch(build, "augmented_conv2d_backward_rows", {parts, kRowThreads, 1, 0, some.G},
-                       ConvBackwardRows<void>{rows, weights, dfast, shift(dots, g0 * dots_of_task * arith),
-                                              of.layer.G * dots_of_task});
-        return count;
+        const int64_t groups = own ? groups_of(some.G * some.L) : some.G * groups_of(some.L), arith = of.arith;
+        const ConvPack<void> pack = of.pack(some, packed);
+        const int64_t pack_blocks = dx ? pack.batches * of.pack_tiles(false, padded) : 0;
+        ConvBackwardFirst<void> first{{gradient, own ? some.G * some.L : some.L, group, own, some.x,
+                                       shift(slow, done * of.weight_numbers() * arith), fast,
+                                       shift(bias, done * s.O * arith)},
+                                      pack,
+                                      groups * grad.tiles_c(s) * grad.tiles_o(s)};
+        of.call.launch(build, "augmented_conv2d_backward_first",
+                       {first.w_blocks + pack_blocks, ConvGradTiling::kThreads, 1, first_bytes}, first);
+        const int64_t dots_of_task = some.L * some.rows, examples = some.G * some.L;
+        ConvBackwardSecond<void> second{
+            {gradient, of.per_weight(), packed, dx},
+            {some, fast, dfast, shift(dots, g0 * dots_of_task * arith), of.layer.G * dots_of_task},
+            examples,
+            dx ? examples * tiling.tiles.count() * tiling.group_tiles() : 0};
+        second.rows.layer.L = own ? some.L : groups_of(some.L);
+        of.call.launch(build, "augmented_conv2d_backward_second",
+                       {second.x_blocks + some.G * parts, tiling.threads(), 1, last_bytes}, second);
+        return groups;
     }
 };
 
@@ -194,20 +200,19 @@ augmented_conv2d_backward_cuda(Tensor dy, Tensor x, Tensor weight, Tensor fast, 
     if (slopes.numel() > 0) all.slopes = of.call.in_arith(slopes, "slopes", {2, G, L, P, O});
 
     const Build build = of.build("augmented_conv2d_backward.cu");
-    ConvBackward plan(of);
+    ConvBackward plan(of, need_dx);
     int64_t done = 0;
     for (int64_t g0 = 0; g0 < G; g0 += plan.tasks) {
         const Layer some = of.part(g0, std::min(plan.tasks, G - g0));
         const int64_t outputs = g0 * L * of.output_numbers();
         const ConvOutputGradient<void> gradient{shift(all.dy, outputs * of.bytes), all.codes + outputs,
                                                 shift(all.slopes, outputs * of.arith), all.side};
-        if (need_dx && L > 0)
-            plan.gradient_of_x(build, some, gradient, shift(out(dx), g0 * L * of.image_numbers() * of.bytes));
-        done += plan.gradient_of_weights(build, some, gradient, g0, done,
-                                         shift(out(dfast), g0 * rows * of.weight_numbers() * of.bytes));
+        done += plan.run(build, some, gradient, g0, done,
+                         need_dx ? shift(out(dx), g0 * L * of.image_numbers() * of.bytes) : nullptr,
+                         shift(out(dfast), g0 * rows * of.weight_numbers() * of.bytes));
     }
-    const int64_t dots = mix ? G * L * rows : 0, blocks = ceil_div(of.weight_numbers() + O, kRowThreads);
-    of.call.launch(build, "augmented_conv2d_backward_sums", {blocks + ceil_div(dots, kRowThreads / 32), kRowThreads},
+    const int64_t dots = mix ? G * L * rows : 0, blocks = ceil_div(of.weight_numbers() + O, kSumThreads);
+    of.call.launch(build, "augmented_conv2d_backward_sums", {blocks + ceil_div(dots, kSumThreads / 32), kSumThreads},
                    ConvBackwardSums<void>{done, dots, plan.parts, plan.slow, plan.bias, plan.dots, out(dweight),
                                           out(dbias), out(dmix)});
     return {dx, dweight, dfast, dmix, dbias};

@@ -6,7 +6,7 @@
 namespace mann::cuda {
 
 struct OfForward {
-    static constexpr ConvTiling tiling{kHeight, kWidth, kSide, kShape.C, (kShape.O + 3) / 4};
+    static constexpr ConvTiling tiling{kHeight, kWidth, kSide, kShape.C, (kShape.O + 3) / 4, kForwardThreads};
 };
 using Forward = Tiled<OfForward>;
 
@@ -95,9 +95,10 @@ MANN_INLINE void convolve_example(const ConvForward<S> &a, T *shared) {
 
 using namespace mann::cuda;
 
-MANN_KERNEL(augmented_conv2d_pack, ConvPacking::kThreads, ConvPack<S>) {
+MANN_KERNEL(augmented_conv2d_pack, kPackThreads, ConvPack<S>) {
     MANN_DYNAMIC_SHARED(shared);
-    pack_weights<true, Forward::kPadded>(args, reinterpret_cast<T *>(shared));
+    pack_weights<true, Forward::kPadded, kPackThreads>(args, int(blockIdx.x), blockIdx.y,
+                                                       reinterpret_cast<T *>(shared));
 }
 
 MANN_KERNEL(augmented_conv2d, Forward::kThreads, ConvForward<S>) {

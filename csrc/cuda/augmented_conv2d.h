@@ -45,10 +45,12 @@ struct ConvTiling {
     int slices;                                   // of the channels, summed at the end
     int rows, row_stride, plane, weights, images; // of a tile of the image; numbers; of a channel
     int chunk;                                    // channels in shared memory at once
+    int least;                                    // threads of a block
 
-    constexpr ConvTiling(int height, int width, int kernel, int channel_count, int group_count)
+    constexpr ConvTiling(int height, int width, int kernel, int channel_count, int group_count, int least_threads)
         : tiles(height, width), k(kernel), channels(channel_count), groups(group_count), together(1), slices(1),
-          rows(2 * tiles.height + kernel - 1), row_stride(0), plane(0), weights(0), images(0), chunk(1) {
+          rows(2 * tiles.height + kernel - 1), row_stride(0), plane(0), weights(0), images(0), chunk(1),
+          least(least_threads) {
         const int windows = tiles.windows();
         together = int(ceil_div(groups, windows >= 32 ? 2 : 4));
         while (windows * together > kThreads) together = (together + 1) / 2;
@@ -67,7 +69,7 @@ struct ConvTiling {
     static constexpr int kThreads = 448;
     static constexpr int kStage = 10240; // numbers in shared memory, twice
     constexpr int units() const { return tiles.windows() * together; }
-    constexpr int threads() const { return int(round_up(units() * slices, 32)); }
+    constexpr int threads() const { return int(at_least(round_up(units() * slices, 32), least)); }
     constexpr int chunks() const { return int(ceil_div(channels, chunk)); }
     constexpr int stage() const { return chunk * (plane + weights); }
     // Numbers of shared memory.
@@ -94,7 +96,7 @@ struct ConvPacking {
             tile_o = int(at_most(at_least(kElements / (tile_c * taps), 1), 64));
         }
     }
-    static constexpr int kElements = 1152, kThreads = 256, kTogether = 8; // examples of a block
+    static constexpr int kElements = 1152, kTogether = 8; // examples of a block
     constexpr int run(const ConvShape &s) const { return tile_c * s.taps(); }
     constexpr int stride(const ConvShape &s) const { return run(s) | 1; }
     constexpr int elements(const ConvShape &s) const { return tile_o * run(s); }
@@ -116,7 +118,7 @@ struct ConvGradTiling {
         phases = int(at_most(at_least(kThreads / (together_c * together_o), 1), entries));
     }
     static constexpr int kThreads = 512, kEntries = 3136; // in shared memory
-    constexpr int threads() const { return int(round_up(together_c * together_o * phases, 32)); }
+    static constexpr int kBatch = 64;                     // examples whose mixtures are there
     constexpr int stride() const { return together_c | 1; }
     constexpr int tiles_c(const ConvShape &s) const { return int(ceil_div(s.C, together_c)); }
     constexpr int tiles_o(const ConvShape &s) const { return int(ceil_div(s.O, together_o)); }
@@ -124,13 +126,14 @@ struct ConvGradTiling {
     constexpr int entry_numbers() const { return 4 * together_o * entries; }
     constexpr int64_t shared(const ConvShape &s) const {
         const int64_t work = image() + entry_numbers();
-        return phases > 1 ? at_least(work, int64_t(threads()) * (2 * s.taps() + 1)) : work;
+        return phases > 1 ? at_least(work, int64_t(kThreads) * (2 * s.taps() + 1)) : work;
     }
 };
 
 template <typename S> struct ConvPack {
     AugmentedLayer<S> layer;
     Arith<S> *packed; // [1 + weights of their own][outer][tap][padded inner] out
+    int64_t batches;  // of examples, the last of the slow weight
 };
 
 template <typename S> struct ConvForward {
@@ -168,7 +171,7 @@ template <typename S> struct ConvBackwardW {
 };
 // From the gradients of the weights of examples (or groups of them) to those of the rows and of the mixture.
 template <typename S> struct ConvBackwardRows {
-    AugmentedLayer<S> layer; // L: weights of a task
+    AugmentedLayer<S> layer; // L: gradients of a task
     const Arith<S> *own;     // [G, L][O][tap][C]
     S *dfast;                // [G, rows, O, C, k, k] out
     Arith<S> *dots;          // [blocks of a task][G, L, rows] out; null without a mixture
@@ -180,6 +183,17 @@ template <typename S> struct ConvBackwardSums {
     const Arith<S> *dot_parts;   // [parts][dots]
     S *dweight, *dbias, *dmix;   // [O, C, k, k], [O], [G, L, rows] out
 };
-constexpr int kRowThreads = 256;
+// Two launches of two kinds of blocks each, then the sums.
+template <typename S> struct ConvBackwardFirst {
+    ConvBackwardW<S> w;
+    ConvPack<S> pack;
+    int64_t w_blocks;
+};
+template <typename S> struct ConvBackwardSecond {
+    ConvBackwardX<S> x;
+    ConvBackwardRows<S> rows;
+    int64_t examples, x_blocks; // of which the first are for dx
+};
+constexpr int kForwardThreads = 32, kPackThreads = 256, kSecondThreads = 256, kSumThreads = 256; // at least, or as many
 
 } // namespace mann::cuda

@@ -5,7 +5,7 @@
 namespace mann::cuda {
 
 struct OfBackward {
-    static constexpr ConvTiling tiling{kShape.H, kShape.W, kSide, 2 * kShape.O, (kShape.C + 7) / 8};
+    static constexpr ConvTiling tiling{kShape.H, kShape.W, kSide, 2 * kShape.O, (kShape.C + 7) / 8, kSecondThreads};
 };
 using Backward = Tiled<OfBackward>;
 
@@ -22,11 +22,10 @@ MANN_INLINE Sides gradient_of(const ConvOutputGradient<S> &a, int64_t example, i
     return {code & kSlowBit ? slow : T(0), code & kFastBit ? fast : T(0)};
 }
 
-// Block (example, tile of windows of its image and of inputs).
-MANN_INLINE void convolve_gradient(const ConvBackwardX<S> &a, T *shared) {
+// An example, and a tile of windows of its image and of inputs.
+MANN_INLINE void convolve_gradient(const ConvBackwardX<S> &a, int64_t example, int number, T *shared) {
     using D = Backward;
-    const int64_t example = blockIdx.x;
-    const int tile = int(blockIdx.y) % D::kTiles, c0 = int(blockIdx.y) / D::kTiles * 8 * D::kTogether;
+    const int tile = number % D::kTiles, c0 = number / D::kTiles * 8 * D::kTogether;
     const int h0 = tile / D::kTilesWide * D::kTileHeight, w0 = tile % D::kTilesWide * D::kTileWidth;
     constexpr int64_t kWeight = int64_t(kShape.O) * kTaps * 2 * D::kPadded;
     const T *slow = a.packed + c0, *fast = slow + (1 + example / a.per_weight) * kWeight;
@@ -71,8 +70,9 @@ struct OfWeights {
     static constexpr int kTileHeight = t.tiles.height, kTileWidth = t.tiles.width, kTilesWide = t.tiles.tiles_wide;
     static constexpr int kTiles = t.tiles.count(), kInputs = t.together_c, kOutputs = t.together_o;
     static constexpr int kPhases = t.phases, kRows = t.rows, kColumns = t.columns, kEntries = t.entries;
-    static constexpr int kThreads = t.threads(), kStride = t.stride(), kImage = t.image();
-    static constexpr int kTilesC = t.tiles_c(kShape), kBusy = kInputs * kOutputs * kPhases;
+    static constexpr int kThreads = ConvGradTiling::kThreads, kStride = t.stride(), kImage = t.image();
+    static constexpr int kTilesC = t.tiles_c(kShape), kTilesBoth = kTilesC * t.tiles_o(kShape);
+    static constexpr int kBusy = kInputs * kOutputs * kPhases;
 };
 
 // A gradient that is not known to be zero, and where its patch of the image begins.
@@ -129,14 +129,12 @@ template <int count> MANN_INLINE void add_phases(T (&sum)[count], T *shared) {
         }
 }
 
-// Block (group of examples, tile of outputs and inputs). A thread has an output, an input and a share of the pixels.
-MANN_INLINE void gradient_of_weights(const ConvBackwardW<S> &a, T *shared) {
+// A group of examples, and a tile of outputs and inputs. A thread has an output, an input and a share of the pixels.
+MANN_INLINE void gradient_of_weights(const ConvBackwardW<S> &a, int64_t group, int number, T *shared) {
     using W = OfWeights;
-    const int64_t groups = (a.L + a.group - 1) / a.group, task = blockIdx.x / groups,
-                  first = blockIdx.x % groups * a.group;
+    const int64_t groups = (a.L + a.group - 1) / a.group, task = group / groups, first = group % groups * a.group;
     const int64_t last = first + a.group < a.L ? first + a.group : a.L;
-    const int tid = int(threadIdx.x), c0 = int(blockIdx.y) % W::kTilesC * W::kInputs;
-    const int o0 = int(blockIdx.y) / W::kTilesC * W::kOutputs;
+    const int tid = int(threadIdx.x), c0 = number % W::kTilesC * W::kInputs, o0 = number / W::kTilesC * W::kOutputs;
     const int c = tid % W::kInputs, o = tid / W::kInputs % W::kOutputs, phase = tid / W::kInputs / W::kOutputs;
     T *image = shared;
     Entry *entries = reinterpret_cast<Entry *>(shared + W::kImage);
@@ -175,11 +173,11 @@ MANN_INLINE void gradient_of_weights(const ConvBackwardW<S> &a, T *shared) {
         for (int tap = 0; tap < kTaps; ++tap) fast[tap] = 0;
     }
     add_phases(slow, shared);
-    store(a.slow + blockIdx.x * (int64_t(kShape.O) * kK), slow);
-    if (is_mine && c0 + c == 0) a.bias[int64_t(blockIdx.x) * kShape.O + o0 + o] = slow[kTaps];
+    store(a.slow + group * (int64_t(kShape.O) * kK), slow);
+    if (is_mine && c0 + c == 0) a.bias[group * kShape.O + o0 + o] = slow[kTaps];
     if (a.own) return;
     add_phases(fast, shared);
-    store(a.fast + blockIdx.x * (int64_t(kShape.O) * kK), fast);
+    store(a.fast + group * (int64_t(kShape.O) * kK), fast);
 }
 
 // Number e of [O][tap][C] as it stands in [O][C][tap].
@@ -198,15 +196,14 @@ template <int half = 16> MANN_INLINE T sum_across(T (&numbers)[2 * half]) {
     return kept[0];
 }
 
-// Block (part of a weight, task): dfast_s = sum_l mix_ls own_l, and this part's share of dmix_ls = <own_l, fast_s>.
-MANN_INLINE void gradient_of_rows(const ConvBackwardRows<S> &a) {
-    constexpr int kRows = 8, kTogether = 4, kBatch = 64, kWarps = kRowThreads / 32;
-    constexpr int kCount = kShape.O * kK;
-    MANN_SHARED(T, mixes, kBatch * kRows);
-    MANN_SHARED(T, dots, kWarps * kBatch * kRows);
+// A part of a weight, of a task: dfast_s = sum_l mix_ls own_l, and this part's share of dmix_ls = <own_l, fast_s>.
+MANN_INLINE void gradient_of_rows(const ConvBackwardRows<S> &a, int64_t g, int part, T *shared) {
+    constexpr int kRows = 8, kTogether = 4, kBatch = ConvGradTiling::kBatch, kThreads = Backward::kThreads;
+    constexpr int kWarps = kThreads / 32, kCount = kShape.O * kK;
+    T *mixes = shared, *dots = shared + kBatch * kRows;
     const int tid = int(threadIdx.x), warp = tid / 32, lane = tid % 32;
-    const int e = int(blockIdx.x) * kRowThreads + tid, at = e < kCount ? natural(e) : 0;
-    const int64_t g = blockIdx.y, L = a.layer.L, rows = a.layer.rows;
+    const int e = part * kThreads + tid, at = e < kCount ? natural(e) : 0;
+    const int64_t L = a.layer.L, rows = a.layer.rows;
     const T *own = a.own + g * L * kCount + e;
     for (int64_t s0 = 0; s0 < rows; s0 += kRows) {
         const int some = int(rows - s0 < kRows ? rows - s0 : kRows);
@@ -219,7 +216,7 @@ MANN_INLINE void gradient_of_rows(const ConvBackwardRows<S> &a) {
         for (int64_t l0 = 0; l0 < L; l0 += kBatch) {
             const int batch = int(L - l0 < kBatch ? L - l0 : kBatch);
             __syncthreads();
-            for (int i = tid; i < kBatch * kRows; i += kRowThreads) {
+            for (int i = tid; i < kBatch * kRows; i += kThreads) {
                 const bool exists = i / kRows < batch && i % kRows < some;
                 mixes[i] = !exists       ? T(0)
                            : a.layer.mix ? to_arith(a.layer.mix[(g * L + l0 + i / kRows) * rows + s0 + i % kRows])
@@ -243,11 +240,11 @@ MANN_INLINE void gradient_of_rows(const ConvBackwardRows<S> &a) {
             }
             __syncthreads();
             if (!a.dots) continue;
-            for (int i = tid; i < batch * kRows; i += kRowThreads) {
+            for (int i = tid; i < batch * kRows; i += kThreads) {
                 if (i % kRows >= some) continue;
                 T dot = 0;
                 for (int w = 0; w < kWarps; ++w) dot += dots[w * (kBatch * kRows) + i];
-                a.dots[blockIdx.x * a.dots_stride + (g * L + l0 + i / kRows) * rows + s0 + i % kRows] = dot;
+                a.dots[part * a.dots_stride + (g * L + l0 + i / kRows) * rows + s0 + i % kRows] = dot;
             }
         }
         for (int s = 0; s < some; ++s) // an index that is not constant would put the sums into local memory
@@ -259,10 +256,10 @@ MANN_INLINE void gradient_of_rows(const ConvBackwardRows<S> &a) {
 
 // A warp for a number of dmix in the last blocks, else a thread for a number of the slow weight or the bias.
 MANN_INLINE void sum_parts(const ConvBackwardSums<S> &a) {
-    constexpr int kCount = kShape.O * kK, kBlocks = (kCount + kShape.O + kRowThreads - 1) / kRowThreads;
+    constexpr int kCount = kShape.O * kK, kBlocks = (kCount + kShape.O + kSumThreads - 1) / kSumThreads;
     const int tid = int(threadIdx.x), lane = tid % 32;
     if (int(blockIdx.x) >= kBlocks) {
-        const int64_t dot = int64_t(int(blockIdx.x) - kBlocks) * (kRowThreads / 32) + tid / 32;
+        const int64_t dot = int64_t(int(blockIdx.x) - kBlocks) * (kSumThreads / 32) + tid / 32;
         if (dot >= a.dots) return;
         T sum = 0;
         for (int64_t part = lane; part < a.parts; part += 32) sum += a.dot_parts[part * a.dots + dot];
@@ -270,7 +267,7 @@ MANN_INLINE void sum_parts(const ConvBackwardSums<S> &a) {
         if (lane == 0) a.dmix[dot] = to_storage<S>(sum);
         return;
     }
-    const int e = int(blockIdx.x) * kRowThreads + tid;
+    const int e = int(blockIdx.x) * kSumThreads + tid;
     if (e >= kCount + kShape.O) return;
     const bool of_bias = e >= kCount;
     const T *parts = of_bias ? a.bias + (e - kCount) : a.slow + e;
@@ -285,22 +282,31 @@ MANN_INLINE void sum_parts(const ConvBackwardSums<S> &a) {
 
 using namespace mann::cuda;
 
-MANN_KERNEL(augmented_conv2d_backward_pack, ConvPacking::kThreads, ConvPack<S>) {
-    MANN_DYNAMIC_SHARED(shared);
-    pack_weights<false, 2 * Backward::kPadded>(args, reinterpret_cast<T *>(shared));
+// Blocks for the gradients of weights, the others for the weights as a convolution reads them. Two to a multiprocessor.
+MANN_KERNEL(augmented_conv2d_backward_first, MANN_BOUNDS(OfWeights::kThreads, 2), ConvBackwardFirst<S>) {
+    MANN_DYNAMIC_SHARED(bytes);
+    T *shared = reinterpret_cast<T *>(bytes);
+    if (blockIdx.x < args.w_blocks) {
+        gradient_of_weights(args.w, blockIdx.x / OfWeights::kTilesBoth, int(blockIdx.x) % OfWeights::kTilesBoth,
+                            shared);
+    } else {
+        const int64_t block = blockIdx.x - args.w_blocks;
+        pack_weights<false, 2 * Backward::kPadded, OfWeights::kThreads>(args.pack, int(block / args.pack.batches),
+                                                                        block % args.pack.batches, shared);
+    }
 }
 
-MANN_KERNEL(augmented_conv2d_backward_x, Backward::kThreads, ConvBackwardX<S>) {
-    MANN_DYNAMIC_SHARED(shared);
-    convolve_gradient(args, reinterpret_cast<T *>(shared));
+// Blocks for the gradient of the images, the others for that of the rows of the memory.
+MANN_KERNEL(augmented_conv2d_backward_second, Backward::kThreads, ConvBackwardSecond<S>) {
+    MANN_DYNAMIC_SHARED(bytes);
+    T *shared = reinterpret_cast<T *>(bytes);
+    if (blockIdx.x < args.x_blocks) {
+        convolve_gradient(args.x, blockIdx.x % args.examples, int(blockIdx.x / args.examples), shared);
+    } else {
+        constexpr int kParts = (kShape.O * kK + Backward::kThreads - 1) / Backward::kThreads;
+        const int64_t block = blockIdx.x - args.x_blocks;
+        gradient_of_rows(args.rows, block / kParts, int(block % kParts), shared);
+    }
 }
 
-#define MANN_BOUNDS OfWeights::kThreads, 2
-MANN_KERNEL(augmented_conv2d_backward_w, MANN_BOUNDS, ConvBackwardW<S>) {
-    MANN_DYNAMIC_SHARED(shared);
-    gradient_of_weights(args, reinterpret_cast<T *>(shared));
-}
-
-MANN_KERNEL(augmented_conv2d_backward_rows, kRowThreads, ConvBackwardRows<S>) { gradient_of_rows(args); }
-
-MANN_KERNEL(augmented_conv2d_backward_sums, kRowThreads, ConvBackwardSums<S>) { sum_parts(args); }
+MANN_KERNEL(augmented_conv2d_backward_sums, kSumThreads, ConvBackwardSums<S>) { sum_parts(args); }

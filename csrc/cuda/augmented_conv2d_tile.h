@@ -23,27 +23,28 @@ template <int count, int threads, int at_once = 4, typename F> MANN_INLINE void 
 }
 
 // The constants of a ConvPacking.
-template <bool inner_is_o> struct Packed {
+template <bool inner_is_o, int threads> struct Packed {
     static constexpr ConvPacking p{kShape, inner_is_o};
     static constexpr int kTileO = p.tile_o, kTileC = p.tile_c, kRun = p.run(kShape), kStride = p.stride(kShape);
-    static constexpr int kElements = p.elements(kShape), kThreads = ConvPacking::kThreads;
-    static constexpr int kTogether = ConvPacking::kTogether, kOwn = (kElements + kThreads - 1) / kThreads;
+    static constexpr int kElements = p.elements(kShape), kTogether = ConvPacking::kTogether;
+    static constexpr int kOwn = (kElements + threads - 1) / threads;
     static constexpr int kTilesC = (kShape.C + kTileC - 1) / kTileC;
 };
 
-// Block (tile of outputs and inputs, some examples of a task). The last blocks along y have the slow weight.
-template <bool inner_is_o, int kPaddedInner> MANN_INLINE void pack_weights(const ConvPack<S> &a, T *shared) {
-    using P = Packed<inner_is_o>;
-    constexpr int kThreads = P::kThreads, kTogether = P::kTogether, kTileO = P::kTileO, kTileC = P::kTileC;
+// Tile of outputs and inputs, for a batch of examples of a task; the last batch is the slow weight.
+template <bool inner_is_o, int kPaddedInner, int kThreads>
+MANN_INLINE void pack_weights(const ConvPack<S> &a, int tile, int64_t batch, T *shared) {
+    using P = Packed<inner_is_o, kThreads>;
+    constexpr int kTogether = P::kTogether, kTileO = P::kTileO, kTileC = P::kTileC;
     constexpr int kRun = P::kRun, kStride = P::kStride, kElements = P::kElements, kOwn = P::kOwn;
     constexpr int kTilesC = P::kTilesC, kOuter = inner_is_o ? kShape.C : kShape.O, kRowsAtOnce = 32;
     MANN_SHARED(T, mixes, kRowsAtOnce * kTogether);
-    const int tid = int(threadIdx.x), o0 = int(blockIdx.x) / kTilesC * kTileO, c0 = int(blockIdx.x) % kTilesC * kTileC;
+    const int tid = int(threadIdx.x), o0 = tile / kTilesC * kTileO, c0 = tile % kTilesC * kTileC;
     // weights that are made of rows: an example's with a mixture, else the row itself
     const AugmentedLayer<S> &layer = a.layer;
     const int64_t L = layer.mix ? layer.L : 1, batches = (L + kTogether - 1) / kTogether;
-    const bool is_slow = blockIdx.y == gridDim.y - 1;
-    const int64_t g = is_slow ? 0 : int64_t(blockIdx.y) / batches, l0 = is_slow ? 0 : blockIdx.y % batches * kTogether;
+    const bool is_slow = batch == a.batches - 1;
+    const int64_t g = is_slow ? 0 : batch / batches, l0 = is_slow ? 0 : batch % batches * kTogether;
     const int64_t rows = is_slow ? 1 : layer.rows;
     const int count = int(is_slow ? 1 : L - l0 < kTogether ? L - l0 : kTogether);
     const S *source = is_slow ? layer.weight : layer.fast + g * layer.task_stride;

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the augmented layers on the CPU: several of every tile, groups and chunks of examples, what a launch costs."""
+"""The CUDA kernels of the augmented layers on the CPU: several of every tile, groups and chunks of examples, what they launch."""
 
 import os
 import re
@@ -77,7 +77,7 @@ def test_chunks_of_tasks(kind, cuda):
     )
     with cuda_on_cpu.recorded(cuda) as launches:
         run(mann_kernels.augmented_conv2d, call.to(torch.float32))
-    assert len(launches) == 2 * 2 + 2 * 4 + 1
+    assert len(launches) == 2 * 2 + 2 * 2 + 1
     matches("augmented_conv2d", call, torch.float32)
 
 
@@ -120,11 +120,11 @@ def launches_of(cuda, name):
 def test_launches(cuda, name):
     """Few, and none that leaves most of a large device idle for long."""
     launches = launches_of(cuda, name)
-    assert len(launches) == (3 if name.startswith("fc") else 5 if name == "conv 28" else 7)
+    assert len(launches) == (3 if name.startswith("fc") else 5)
     for launch in launches:
         blocks = eval(launch.blocks.replace("x", "*"))
-        if launch.kernel.endswith(("conv2d", "_x", "_w")):
-            assert blocks >= (50 if name == "conv 28" else 100), launch
+        if launch.kernel.endswith(("conv2d", "_first", "_second")):
+            assert blocks >= (50 if name == "conv 28" and launch.kernel.endswith("_first") else 100), launch
         assert int(launch.shared_bytes) <= 100 * 1024, launch
 
 
