@@ -65,7 +65,7 @@ MANN_INLINE void convolve_example(const ConvForward<S> &a, T *shared) {
             const int y = 2 * h0 + row - kShape.padding, z = 2 * w0 + column - kShape.padding;
             const bool inside = c < count && y >= 0 && y < kShape.H && z >= 0 && z < kShape.W;
             images[c * D::kPlane + row * D::kRowStride + column] =
-                inside ? to_arith(x[((first + c) * kShape.H + y) * kShape.W + z]) : T(0);
+                inside ? operand(to_arith(x[((first + c) * kShape.H + y) * kShape.W + z])) : T(0);
         });
     };
     constexpr bool kWords =

@@ -53,7 +53,7 @@ MANN_INLINE void convolve_gradient(const ConvBackwardX<S> &a, int64_t example, i
                 if ((code & kPixelBits) != pixel) sides = {0, 0};
             }
             T *target = images + n * D::kPlane + row * D::kRowStride + column;
-            target[0] = sides.slow, target[D::kPlane] = sides.fast;
+            target[0] = operand(sides.slow), target[D::kPlane] = operand(sides.fast);
         });
     };
     convolve<D>(shared, load, [&](int window, int group, int q, const T(&numbers)[2][4]) {

@@ -22,6 +22,12 @@ template <int count, int threads, int at_once = 4, typename F> MANN_INLINE void 
     for (int i = int(threadIdx.x); i < count; i += threads) f(i);
 }
 
+// As a convolution takes it: for tensor cores to the nearest number of TF32.
+MANN_INLINE T operand(T x) {
+    if constexpr (MANN_TENSOR) return x != x ? x : __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
+    return x;
+}
+
 // The constants of a ConvPacking.
 template <bool inner_is_o, int threads> struct Packed {
     static constexpr ConvPacking p{kShape, inner_is_o};
@@ -98,7 +104,7 @@ MANN_INLINE void pack_weights(const ConvPack<S> &a, int tile, int64_t batch, T *
         }
         for (int e = 0; e < count; ++e)
             target[e * (int64_t(kOuter) * kTaps * kPaddedInner) + to] =
-                shared[(e * kTileO + o) * kStride + c * kTaps + tap];
+                operand(shared[(e * kTileO + o) * kStride + c * kTaps + tap]);
     }
 }
 
