@@ -245,19 +245,17 @@ class MetaNet(nn.Module):
             support_x, support_y = support_x.unsqueeze(0), support_y.unsqueeze(0)
         task_fast = None
         if self.variant != "metanet-":
-            summary = self._summarize(self.embedding, *self._embedding_gradients(support_x, support_y, generator))
-            task_fast = _flat(summary, 1)
+            losses = self._embedding_gradients(support_x, support_y, generator)
+            task_fast = self._summarize(self.embedding, *losses)
         gradients = self.base_learner.loss_gradients(
             support_x.unsqueeze(2), _cross_entropy(support_y.unsqueeze(2)), create_graph=self._create_graph
         )
-        layers = self.base_learner.augmented
-        rows = [self.generators[self._kind(layer)](grads) for layer, grads in zip(layers, gradients, strict=True)]
+        memory = self._fast(self.generators, self.base_learner, [grads.flatten(2) for grads in gradients])
         index = self._key(support_x, task_fast)
-        memory = _flat(rows, 2)
         if self.variant == "metanet+":
             chunks = self._in_chunks(support_x, support_y)
             summary = self._summarize(self.base_learner, chunks[0], _cross_entropy(chunks[1]))
-            memory = torch.cat([memory, _flat(summary, 1).unsqueeze(1)], 1)
+            memory = torch.cat([memory, summary.unsqueeze(1)], 1)
         state = MetaNetState(index, memory, task_fast)
         return state.map(lambda field: field.squeeze(0)) if alone else state
 
@@ -299,11 +297,22 @@ class MetaNet(nn.Module):
         tasks = torch.arange(len(y), device=y.device)[:, None, None]
         return x[tasks, pairs], _contrastive(y[tasks, pairs], self.margin)
 
-    def _summarize(self, network: AugmentedSequential, x: torch.Tensor, losses) -> list[torch.Tensor]:
-        """eq. 4: d of the gradients of T losses, for each augmented layer [G, *weight.shape]."""
+    def _summarize(self, network: AugmentedSequential, x: torch.Tensor, losses) -> torch.Tensor:
+        """eq. 4: d of the gradients of T losses, [G, P]."""
         gradients = network.loss_gradients(x, losses, create_graph=self._create_graph)
-        pairs = zip(network.augmented, gradients, strict=True)
-        return [self.summarizers[self._kind(layer)](grads.transpose(0, 1)) for layer, grads in pairs]
+        return self._fast(self.summarizers, network, [grads.transpose(0, 1).flatten(2) for grads in gradients])
+
+    def _fast(
+        self, made_by: nn.ModuleDict, network: AugmentedSequential, gradients: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """What the generators make of the gradients of each augmented layer, [.., P_i], as one tensor [.., P]: one call of each."""
+        kinds, sizes = [self._kind(layer) for layer in network.augmented], [grads.shape[-1] for grads in gradients]
+        parts: dict[int, torch.Tensor] = {}
+        for kind in dict.fromkeys(kinds):
+            mine = [i for i in range(len(kinds)) if kinds[i] == kind]
+            fast = made_by[kind](torch.cat([gradients[i] for i in mine], -1))
+            parts |= zip(mine, fast.split([sizes[i] for i in mine], -1), strict=True)
+        return torch.cat([parts[i] for i in range(len(kinds))], -1)
 
     def extra_repr(self) -> str:
         text = f"variant={self.variant!r}, second_order={self.second_order}, summary_steps={self.summary_steps}"
@@ -342,11 +351,6 @@ def _networks(
             if name.endswith("weight") and parameter.dim() > 1:  # not the scales and shifts of a batch normalisation
                 nn.init.kaiming_normal_(parameter, nonlinearity="relu")
     return base, embedding, head
-
-
-def _flat(parts: list[torch.Tensor], dims: int) -> torch.Tensor:
-    """[*lead, *weight.shape] of each layer -> [*lead, P], with `dims` leading dimensions."""
-    return torch.cat([part.flatten(dims) for part in parts], -1)
 
 
 def _cross_entropy(labels: torch.Tensor):
