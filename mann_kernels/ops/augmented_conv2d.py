@@ -7,8 +7,7 @@ import torch
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast
 from mann_kernels.ops._augment import ACTIVATION, activation_of, canonical, check_layer, keeps_slopes
-from mann_kernels.ops._vjp import reference_vjp
-from mann_kernels.ops.lrua_sequence import arithmetic_dtype
+from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, reference_vjp
 
 
 def _output_size(x, weight, padding, pool):
@@ -45,6 +44,18 @@ _library.define(
 )
 
 
+#: Bits of a saved code: which of the four pixels of a window was the largest, and where the slow and the fast side let a
+#: gradient through.
+PIXEL_BITS, SIDE_BITS = 3, (4, 8)
+
+
+def _chosen(codes, y, pool: bool, activation: str) -> dict:
+    """What the forward pass chose, from its codes [G,L,P,O], as arguments of the reference; y is of the output's shape."""
+    codes = codes.transpose(2, 3).reshape(y.shape)
+    chosen = {"pixel": (codes & PIXEL_BITS).long()} if pool else {}
+    return chosen | ({"sides": torch.stack([codes & bit != 0 for bit in SIDE_BITS])} if activation == "relu" else {})
+
+
 class _AugmentedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, fast, mix, bias, padding, activation, pool, save, backend):
@@ -61,8 +72,9 @@ class _AugmentedConv2d(torch.autograd.Function):
     @_autocast.off
     def backward(ctx, dy):
         *inputs, codes, slopes = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.augmented_conv2d, **ctx.options)
+        if by_reference():
+            chosen = _chosen(codes, dy, ctx.options["pool"], ctx.options["activation"])
+            function = functools.partial(reference.augmented_conv2d, **chosen, **ctx.options)
             return *reference_vjp(function, inputs, (dy,)), *[None] * 5
         x, weight, fast, mix, bias = inputs
         images, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 5)

@@ -7,8 +7,7 @@ import torch
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast
 from mann_kernels.ops._augment import ACTIVATION, activation_of, canonical, check_layer
-from mann_kernels.ops._vjp import reference_vjp
-from mann_kernels.ops.lrua_sequence import arithmetic_dtype
+from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, reference_vjp
 
 
 def _fake_forward(x, weight, fast, mix, bias, activation, save):
@@ -50,8 +49,9 @@ class _AugmentedLinear(torch.autograd.Function):
     @_autocast.off
     def backward(ctx, dy):
         *inputs, slopes = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.augmented_linear, activation=ctx.activation)
+        if by_reference():
+            sides = (slopes != 0).view(2, *dy.shape) if ctx.activation == "relu" else None
+            function = functools.partial(reference.augmented_linear, activation=ctx.activation, sides=sides)
             return *reference_vjp(function, inputs, (dy,)), None, None, None
         x, weight, fast, mix, bias = inputs
         rows, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 3)

@@ -6,7 +6,7 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops._vjp import by_reference, reference_vjp
 
 _library.define(
     "content_address(Tensor memory, Tensor key, Tensor? beta, float eps) -> Tensor",
@@ -36,7 +36,7 @@ class _ContentAddress(torch.autograd.Function):
     @_autocast.off
     def backward(ctx, dread_weights):
         memory, key, beta, read_weights = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_reference():
             function = functools.partial(reference.content_address, eps=ctx.eps)
             return *reference_vjp(function, (memory, key, beta), (dread_weights,)), None, None
         dmemory, dkey, dbeta = _library.operators(ctx.backend).content_address_backward(

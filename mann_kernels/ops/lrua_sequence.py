@@ -6,17 +6,12 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, reference_vjp
 from mann_kernels.ops.lrua_step import check_options, check_state
 
 #: Backward goes by segments of so many steps. Forward keeps the state between two segments; backward takes the steps of a
 #: segment again from there, then undoes them one by one. The scratch memory of backward grows with it, what is kept shrinks.
 CHECKPOINT_EVERY = 128
-
-
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a kernel computes in, and saves in: float32 for the 16-bit types."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def empty_saved(memory, time, heads, checkpoint_every, save):
@@ -96,8 +91,8 @@ class _LruaSequence(torch.autograd.Function):
     def backward(ctx, dreads, dmemory1, _, dread_weights1):
         memory, usage, read_weights, key, gate, beta, add, lengths, *saved = ctx.saved_tensors
         options = ctx.options
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.lrua_sequence, lengths=lengths, **options)
+        if by_reference():
+            function = functools.partial(reference.lrua_sequence, lengths=lengths, least_used=saved[0], **options)
             inputs = (memory, usage, read_weights, key, gate, beta, add)
             return *reference_vjp(function, inputs, (dreads, dmemory1, None, dread_weights1)), *[None] * 7
         dmemory, dread_weights, dkey, dgate, dbeta, dadd = _library.operators(ctx.backend).lrua_sequence_backward(

@@ -6,7 +6,7 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops._vjp import by_reference, reference_vjp
 from mann_kernels.ops.lrua_write_weights import LRU
 from mann_kernels.ops.memory_update import ERASE
 
@@ -56,8 +56,8 @@ class _LruaStep(torch.autograd.Function):
         *inputs, least_used = ctx.saved_tensors
         memory, _, read_weights, key, gate, beta, add = inputs
         options = ctx.options
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.lrua_step, **options)
+        if by_reference():
+            function = functools.partial(reference.lrua_step, least_used=least_used, **options)
             return *reference_vjp(function, inputs, (dreads, dmemory1, None, dread_weights1)), *[None] * 5
         dmemory, dread_weights, dkey, dgate, dbeta, dadd = _library.operators(ctx.backend).lrua_step_backward(
             torch.zeros_like(key) if dreads is None else dreads,

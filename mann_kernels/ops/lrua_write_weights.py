@@ -6,7 +6,7 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops._vjp import by_reference, reference_vjp
 
 LRU = ("per_head", "shared")
 
@@ -44,8 +44,8 @@ class _LruaWriteWeights(torch.autograd.Function):
     @_autocast.off
     def backward(ctx, dwrite_weights, _):
         usage, read_weights, gate, least_used = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.lrua_write_weights, lru=ctx.lru)
+        if by_reference():
+            function = functools.partial(reference.lrua_write_weights, lru=ctx.lru, least_used=least_used)
             return *reference_vjp(function, (usage, read_weights, gate), (dwrite_weights, None)), None, None
         dread_weights, dgate = _library.operators(ctx.backend).lrua_write_weights_backward(
             dwrite_weights, read_weights, gate, least_used, ctx.lru == "shared"

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
-from mann_kernels.ops.lrua_sequence import CHECKPOINT_EVERY, arithmetic_dtype, empty_saved
+from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, reference_vjp
+from mann_kernels.ops.lrua_sequence import CHECKPOINT_EVERY, empty_saved
 from mann_kernels.ops.lrua_step import check_options, check_state
 
 WRITE = ("key", "add")
@@ -103,8 +103,9 @@ class _MannSequence(torch.autograd.Function):
         kept = ctx.saved_tensors  # once: every look unpacks them all
         inputs, (lengths, output), saved = kept[:12], kept[12:14], kept[14:]
         state_grads = (dh1, dc1, dreads1, dmemory1, dread_weights1)
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.mann_sequence, lengths=lengths, **ctx.options)
+        if by_reference():
+            made = {"lengths": lengths, "least_used": saved[1]}
+            function = functools.partial(reference.mann_sequence, **made, **ctx.options)
             grads = reference_vjp(function, inputs, (doutput, *state_grads[:4], None, dread_weights1))
             return *grads, *[None] * 10
         x, h, c, reads, memory, _, read_weights, weight_ih, weight_hh, _, weight_head, bias_head = inputs

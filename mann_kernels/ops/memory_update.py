@@ -6,7 +6,7 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops._vjp import by_reference, reference_vjp
 
 ERASE = ("least", "all")
 
@@ -37,7 +37,7 @@ class _MemoryUpdate(torch.autograd.Function):
     @_autocast.off
     def backward(ctx, dmemory):
         memory, write_weights, add, least_used = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_reference():
             function = functools.partial(reference.memory_update, least_used=least_used, erase=ctx.erase)
             return *reference_vjp(function, (memory, write_weights, add), (dmemory,)), None, None, None
         grads = _library.operators(ctx.backend).memory_update_backward(
