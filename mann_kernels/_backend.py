@@ -55,7 +55,8 @@ def backend(name: str):
         ValueError: for another name.
         RuntimeError: from an operator called in the block, if this implementation cannot run it; nothing falls back.
 
-    The request holds for the whole process, and for the backward pass of what is run in the block.
+    The request holds for the whole process, and for the backward pass of what is run in the block. What torch.utils.checkpoint
+    is to run again must have the block inside: run again on another implementation, it is an error of torch's.
     """
     global _requested
     if name not in NAMES:

@@ -4,6 +4,24 @@ import torch
 
 from mann_kernels import _backend
 
+#: A tensor of no numbers whose shape says which implementation ran.
+_MARKS = {name: torch.empty(0, n, device="cpu") for n, name in enumerate(_backend.NAMES)}
+
+
+def keep(ctx, backend: str, *tensors) -> None:
+    """Save tensors for the backward pass, and which implementation ran.
+
+    The name goes with the tensors: torch.utils.checkpoint, which takes the forward pass again, refuses saved tensors of other
+    shapes than the first time. So what it took again on another implementation, which breaks ties in another way, is an error.
+    """
+    ctx.backend, ctx.marked = backend, not torch.compiler.is_compiling()
+    ctx.save_for_backward(*tensors, *([_MARKS[backend]] if ctx.marked else []))
+
+
+def kept(ctx) -> tuple:
+    """The tensors of `keep`. Each look unpacks them all."""
+    return ctx.saved_tensors[:-1] if ctx.marked else ctx.saved_tensors
+
 
 def by_reference() -> bool:
     """Whether a backward pass is to be differentiated in turn, or is under a transform that the kernels have no rules for."""

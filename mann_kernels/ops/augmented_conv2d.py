@@ -7,7 +7,7 @@ import torch
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast
 from mann_kernels.ops._augment import ACTIVATION, activation_of, canonical, check_layer, keeps_slopes
-from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, reference_vjp
+from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, reference_vjp
 
 
 def _output_size(x, weight, padding, pool):
@@ -63,15 +63,14 @@ class _AugmentedConv2d(torch.autograd.Function):
         y, codes, slopes = _library.operators(backend).augmented_conv2d(
             images, weight, fast_rows, mix_rows, bias, padding, ACTIVATION.index(activation), pool, save
         )
-        ctx.save_for_backward(x, weight, fast, mix, bias, codes, slopes)
+        keep(ctx, backend, x, weight, fast, mix, bias, codes, slopes)
         ctx.options = {"padding": padding, "activation": activation, "pool": pool}
-        ctx.backend = backend
         return y.view(*x.shape[:-3], *y.shape[2:])
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dy):
-        *inputs, codes, slopes = ctx.saved_tensors
+        *inputs, codes, slopes = kept(ctx)
         if by_reference():
             chosen = _chosen(codes, dy, ctx.options["pool"], ctx.options["activation"])
             function = functools.partial(reference.augmented_conv2d, **chosen, **ctx.options)

@@ -7,7 +7,7 @@ import torch
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast
 from mann_kernels.ops._augment import ACTIVATION, activation_of, canonical, check_layer
-from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, reference_vjp
+from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, reference_vjp
 
 
 def _fake_forward(x, weight, fast, mix, bias, activation, save):
@@ -41,14 +41,14 @@ class _AugmentedLinear(torch.autograd.Function):
         y, slopes = _library.operators(backend).augmented_linear(
             rows, weight, fast_rows, mix_rows, bias, ACTIVATION.index(activation), save
         )
-        ctx.save_for_backward(x, weight, fast, mix, bias, slopes)
-        ctx.activation, ctx.backend = activation, backend
+        keep(ctx, backend, x, weight, fast, mix, bias, slopes)
+        ctx.activation = activation
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dy):
-        *inputs, slopes = ctx.saved_tensors
+        *inputs, slopes = kept(ctx)
         if by_reference():
             sides = (slopes != 0).view(2, *dy.shape) if ctx.activation == "relu" else None
             function = functools.partial(reference.augmented_linear, activation=ctx.activation, sides=sides)

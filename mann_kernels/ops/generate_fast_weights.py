@@ -6,7 +6,7 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, reference_vjp
+from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, reference_vjp
 from mann_kernels.reference.generate_fast_weights import hidden_units, raw_features
 
 FIRST_WEIGHTS = "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2"
@@ -53,14 +53,14 @@ class _GenerateFastWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *inputs, p, backend = arguments
-        ctx.p, ctx.backend = p, backend
-        ctx.save_for_backward(*inputs)
+        ctx.p = p
+        keep(ctx, backend, *inputs)
         return _library.operators(backend).generate_fast_weights(*inputs, p)
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dfast):
-        inputs = ctx.saved_tensors
+        inputs = kept(ctx)
         if by_reference():
             sides = sides_of_kernel(ctx.backend, inputs[0], inputs[1:5], ctx.p)
             function = functools.partial(reference.generate_fast_weights, p=ctx.p, sides=sides)

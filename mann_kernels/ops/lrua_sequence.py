@@ -6,7 +6,7 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, reference_vjp
+from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, reference_vjp
 from mann_kernels.ops.lrua_step import check_options, check_state
 
 #: Backward goes by segments of so many steps. Forward keeps the state between two segments; backward takes the steps of a
@@ -75,21 +75,20 @@ _library.define(
 class _LruaSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, memory, usage, read_weights, key, gate, beta, add, lengths, lru, erase, decay, eps, save, backend):
-        ctx.backend = backend
         reads, memory1, usage1, read_weights1, *saved = _library.operators(backend).lrua_sequence(
             *(memory, usage, read_weights, key, gate, beta, add, lengths),
             *(lru == "shared", erase == "all", decay, eps, CHECKPOINT_EVERY, save),
         )
         ctx.mark_non_differentiable(usage1)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(memory, usage, read_weights, key, gate, beta, add, lengths, *saved)
+        keep(ctx, backend, memory, usage, read_weights, key, gate, beta, add, lengths, *saved)
         ctx.options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
         return reads, memory1, usage1, read_weights1
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dreads, dmemory1, _, dread_weights1):
-        memory, usage, read_weights, key, gate, beta, add, lengths, *saved = ctx.saved_tensors
+        memory, usage, read_weights, key, gate, beta, add, lengths, *saved = kept(ctx)
         options = ctx.options
         if by_reference():
             function = functools.partial(reference.lrua_sequence, lengths=lengths, least_used=saved[0], **options)

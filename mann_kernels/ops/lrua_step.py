@@ -6,7 +6,7 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import by_reference, reference_vjp
+from mann_kernels.ops._vjp import by_reference, keep, kept, reference_vjp
 from mann_kernels.ops.lrua_write_weights import LRU
 from mann_kernels.ops.memory_update import ERASE
 
@@ -40,20 +40,19 @@ _library.define(
 class _LruaStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, memory, usage, read_weights, key, gate, beta, add, lru, erase, decay, eps, backend):
-        ctx.backend = backend
         reads, memory1, usage1, read_weights1, least_used = _library.operators(backend).lrua_step(
             memory, usage, read_weights, key, gate, beta, add, lru == "shared", erase == "all", decay, eps
         )
         ctx.mark_non_differentiable(usage1)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(memory, usage, read_weights, key, gate, beta, add, least_used)
+        keep(ctx, backend, memory, usage, read_weights, key, gate, beta, add, least_used)
         ctx.options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
         return reads, memory1, usage1, read_weights1
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dreads, dmemory1, _, dread_weights1):
-        *inputs, least_used = ctx.saved_tensors
+        *inputs, least_used = kept(ctx)
         memory, _, read_weights, key, gate, beta, add = inputs
         options = ctx.options
         if by_reference():
