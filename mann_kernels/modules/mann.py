@@ -101,7 +101,9 @@ class _MANNBase(nn.Module):
         The paper gives none; this is what the public implementations agree on.
         """
         shapes = self._state_shapes(batch_size)
-        fields: list[Any] = [None if shape is None else self.bias.new_zeros(shape) for shape in shapes]
+        # not of bias itself, which may be a shard
+        kind: dict[str, Any] = {"device": self.bias.device, "dtype": self.bias.dtype}
+        fields: list[Any] = [None if shape is None else torch.zeros(shape, **kind) for shape in shapes]
         state = MANNState(*fields)
         state.memory.fill_(self.memory_init)
         state.usage[..., 0] = 1

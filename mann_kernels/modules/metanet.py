@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mann_kernels.modules._autograd import autograd_takes, called_with_autograd
 from mann_kernels.modules._init import check_sizes
 from mann_kernels.modules._metanet_input import check_queries, check_state, check_support
 from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedLinear, AugmentedSequential
@@ -44,10 +45,11 @@ class FastWeightGenerator(nn.Module):
 
     def reset_parameters(self) -> None:
         """See `_reset`."""
-        _reset(self, self.get_parameter("weight3"))
+        _reset(self, self.weight3)
 
     def forward(self, grads: torch.Tensor) -> torch.Tensor:
-        return generate_fast_weights(grads, *self.parameters(), p=self.p)
+        weights = (self.weight1, self.bias1, self.weight2, self.bias2, self.weight3, self.bias3)
+        return generate_fast_weights(grads, *weights, p=self.p)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, p={self.p}"
@@ -79,10 +81,11 @@ class GradientSummarizer(nn.Module):
 
     def reset_parameters(self) -> None:
         """See `_reset`."""
-        _reset(self, self.get_parameter("weight_out"))
+        _reset(self, self.weight_out)
 
     def forward(self, grads: torch.Tensor) -> torch.Tensor:
-        return summarize_gradients(grads, *self.parameters(), p=self.p)
+        weights = (self.weight_ih, self.weight_hh, self.bias, self.weight_out, self.bias_out)
+        return summarize_gradients(grads, *weights, p=self.p)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, p={self.p}"
@@ -224,7 +227,7 @@ class MetaNet(nn.Module):
     @property
     def ways(self) -> int:
         """How many classes a task has: the outputs of the base learner's last augmented layer."""
-        return self.base_learner.augmented[-1].weight.shape[0]
+        return self.base_learner.augmented[-1].fast_shape[0]
 
     def forward(
         self, support_x: torch.Tensor, support_y: torch.Tensor, query_x: torch.Tensor, *,
@@ -240,6 +243,13 @@ class MetaNet(nn.Module):
         generator: draws the pairs of the contrastive loss (on the CPU); None is torch's own.
         """
         check_support(support_x, support_y, self.ways)
+        if not torch.is_inference_mode_enabled():
+            return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator)
+        # gradients are taken in it; and so the state is one that autograd takes
+        with torch.inference_mode(False), torch.no_grad():
+            return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator)
+
+    def _adapt(self, support_x, support_y, generator) -> MetaNetState:
         alone = support_y.dim() == 1
         if alone:
             support_x, support_y = support_x.unsqueeze(0), support_y.unsqueeze(0)
@@ -294,7 +304,7 @@ class MetaNet(nn.Module):
         if x.shape[1] == self.ways:
             chunks, labels = self._in_chunks(x, y)
             losses = _cross_entropy(labels)
-            return chunks, lambda key: losses(self.embedding_head(key.flatten(0, 2)).unflatten(0, key.shape[:3]))
+            return chunks, lambda key: losses(called_with_autograd(self.embedding_head, key.flatten(0, 2)).unflatten(0, key.shape[:3]))
         pairs = _random_pairs(*y.shape, self.summary_steps, generator).to(y.device)
         tasks = torch.arange(len(y), device=y.device)[:, None, None]
         return x[tasks, pairs], _contrastive(y[tasks, pairs], self.margin)
