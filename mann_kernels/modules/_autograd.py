@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import sys
 
 import torch
 from torch import nn
@@ -18,6 +19,19 @@ def with_autograd():
 def autograd_takes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of one that was made in inference mode: autograd keeps none of those. Call it in `with_autograd`."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+def refuse_freed_weights(module: nn.Module) -> None:
+    """fully_shard frees weights after each backward pass, the inner one too, and so has no second derivatives.
+
+    Raises:
+        RuntimeError: for a module that is, or holds, one of those.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules()):
+        raise RuntimeError(
+            "second_order: got parts under fully_shard, want none: torch frees their weights after the inner backward pass"
+        )
 
 
 def called_with_autograd(module: nn.Module, *args, **kwargs):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mann_kernels.modules._autograd import autograd_takes, called_with_autograd
+from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, refuse_freed_weights
 from mann_kernels.modules._init import check_sizes
 from mann_kernels.modules._metanet_input import check_queries, check_state, check_support
 from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedLinear, AugmentedSequential
@@ -243,6 +243,8 @@ class MetaNet(nn.Module):
         generator: draws the pairs of the contrastive loss (on the CPU); None is torch's own.
         """
         check_support(support_x, support_y, self.ways)
+        if self._create_graph:
+            refuse_freed_weights(self)
         if not torch.is_inference_mode_enabled():
             return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator)
         # gradients are taken in it; and so the state is one that autograd takes
@@ -289,7 +291,7 @@ class MetaNet(nn.Module):
 
     def _key(self, x: torch.Tensor, task_fast: torch.Tensor | None) -> torch.Tensor:
         """eq. 5: u(Q, Q*, x)."""
-        return self.embedding(x, None if task_fast is None else self.embedding.split(task_fast))
+        return called_with_autograd(self.embedding, x, None if task_fast is None else self.embedding.split(task_fast))
 
     def _in_chunks(self, x: torch.Tensor, y: torch.Tensor):
         """x [G, S, ...], y [G, S] -> [G, T, S/T, ...], [G, T, S/T]."""
@@ -304,7 +306,12 @@ class MetaNet(nn.Module):
         if x.shape[1] == self.ways:
             chunks, labels = self._in_chunks(x, y)
             losses = _cross_entropy(labels)
-            return chunks, lambda key: losses(called_with_autograd(self.embedding_head, key.flatten(0, 2)).unflatten(0, key.shape[:3]))
+
+            def of_keys(key):
+                own = key.flatten(0, 2).clone()  # the head may write into what it gets
+                return losses(called_with_autograd(self.embedding_head, own).unflatten(0, key.shape[:3]))
+
+            return chunks, of_keys
         pairs = _random_pairs(*y.shape, self.summary_steps, generator).to(y.device)
         tasks = torch.arange(len(y), device=y.device)[:, None, None]
         return x[tasks, pairs], _contrastive(y[tasks, pairs], self.margin)

@@ -59,19 +59,21 @@ def _chosen(codes, y, pool: bool, activation: str) -> dict:
 class _AugmentedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, fast, mix, bias, padding, activation, pool, save, backend):
+        """-> y as the operator gives it: an output that is a view could not be written to."""
         images, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 5)
         y, codes, slopes = _library.operators(backend).augmented_conv2d(
             images, weight, fast_rows, mix_rows, bias, padding, ACTIVATION.index(activation), pool, save
         )
         keep(ctx, backend, x, weight, fast, mix, bias, codes, slopes)
         ctx.options = {"padding": padding, "activation": activation, "pool": pool}
-        return y.view(*x.shape[:-3], *y.shape[2:])
+        return y
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dy):
         *inputs, codes, slopes = kept(ctx)
         if by_reference():
+            dy = dy.reshape(*inputs[0].shape[:-3], *dy.shape[2:])
             chosen = _chosen(codes, dy, ctx.options["pool"], ctx.options["activation"])
             function = functools.partial(reference.augmented_conv2d, **chosen, **ctx.options)
             return *reference_vjp(function, inputs, (dy,)), *[None] * 5
@@ -79,7 +81,7 @@ class _AugmentedConv2d(torch.autograd.Function):
         images, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 5)
         need_dx = ctx.needs_input_grad[0]
         dx, dweight, dfast, dmix, dbias = _library.operators(ctx.backend).augmented_conv2d_backward(
-            *(dy.reshape(*images.shape[:2], *dy.shape[-3:]), images, weight, fast_rows, mix_rows, codes, slopes),
+            *(dy, images, weight, fast_rows, mix_rows, codes, slopes),
             *(ctx.options["padding"], ctx.options["pool"], need_dx),
         )
         dmix, dbias = None if mix is None else dmix.view(mix.shape), None if bias is None else dbias
@@ -141,4 +143,5 @@ def augmented_conv2d(
     if backend == "reference":
         return reference.augmented_conv2d(x, weight, fast, mix, bias, padding=padding, activation=function, pool=pool)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, fast, mix, bias))
-    return _AugmentedConv2d.apply(x, weight, fast, mix, bias, padding, function, bool(pool), save, backend)
+    y = _AugmentedConv2d.apply(x, weight, fast, mix, bias, padding, function, bool(pool), save, backend)
+    return y.view(*x.shape[:-3], *y.shape[2:])

@@ -95,7 +95,8 @@ class _MannSequence(torch.autograd.Function):
             "write": write, "key_strength": key_strength, "squash": squash,
             "lru": lru, "erase": erase, "decay": decay, "eps": eps,
         }  # fmt: skip
-        return output, *state
+        # what is kept must stay as it is; what is returned the caller may write to
+        return output.clone() if save else output, *state
 
     @staticmethod
     @_autocast.off
