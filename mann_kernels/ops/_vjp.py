@@ -23,9 +23,16 @@ def kept(ctx) -> tuple:
     return ctx.saved_tensors[:-1] if ctx.marked else ctx.saved_tensors
 
 
-def by_reference() -> bool:
-    """Whether a backward pass is to be differentiated in turn, or is under a transform that the kernels have no rules for."""
-    return torch.is_grad_enabled() or _backend.transformed()
+def by_reference(*grads: torch.Tensor | None) -> bool:
+    """Whether a backward pass is to be differentiated in turn, or is under a transform that the kernels have no rules for.
+
+    grads: of the outputs. torch.autograd's own batches (is_grads_batched, vectorize) show in them alone.
+    """
+    if torch.is_grad_enabled() or _backend.transformed():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
 
 
 def reference_vjp(function, inputs, output_grads):

@@ -35,7 +35,7 @@ class _ContentAddress(torch.autograd.Function):
     @_autocast.off
     def backward(ctx, dread_weights):
         memory, key, beta, read_weights = kept(ctx)
-        if by_reference():
+        if by_reference(dread_weights):
             function = functools.partial(reference.content_address, eps=ctx.eps)
             return *reference_vjp(function, (memory, key, beta), (dread_weights,)), None, None
         dmemory, dkey, dbeta = _library.operators(ctx.backend).content_address_backward(

@@ -61,7 +61,7 @@ class _GenerateFastWeights(torch.autograd.Function):
     @_autocast.off
     def backward(ctx, dfast):
         inputs = kept(ctx)
-        if by_reference():
+        if by_reference(dfast):
             sides = sides_of_kernel(ctx.backend, inputs[0], inputs[1:5], ctx.p)
             function = functools.partial(reference.generate_fast_weights, p=ctx.p, sides=sides)
             return *reference_vjp(function, inputs, (dfast,)), None, None

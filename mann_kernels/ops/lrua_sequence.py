@@ -90,7 +90,7 @@ class _LruaSequence(torch.autograd.Function):
     def backward(ctx, dreads, dmemory1, _, dread_weights1):
         memory, usage, read_weights, key, gate, beta, add, lengths, *saved = kept(ctx)
         options = ctx.options
-        if by_reference():
+        if by_reference(dreads, dmemory1, dread_weights1):
             function = functools.partial(reference.lrua_sequence, lengths=lengths, least_used=saved[0], **options)
             inputs = (memory, usage, read_weights, key, gate, beta, add)
             return *reference_vjp(function, inputs, (dreads, dmemory1, None, dread_weights1)), *[None] * 7

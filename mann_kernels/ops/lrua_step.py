@@ -55,7 +55,7 @@ class _LruaStep(torch.autograd.Function):
         *inputs, least_used = kept(ctx)
         memory, _, read_weights, key, gate, beta, add = inputs
         options = ctx.options
-        if by_reference():
+        if by_reference(dreads, dmemory1, dread_weights1):
             function = functools.partial(reference.lrua_step, least_used=least_used, **options)
             return *reference_vjp(function, inputs, (dreads, dmemory1, None, dread_weights1)), *[None] * 5
         dmemory, dread_weights, dkey, dgate, dbeta, dadd = _library.operators(ctx.backend).lrua_step_backward(

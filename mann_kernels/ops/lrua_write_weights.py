@@ -43,7 +43,7 @@ class _LruaWriteWeights(torch.autograd.Function):
     @_autocast.off
     def backward(ctx, dwrite_weights, _):
         usage, read_weights, gate, least_used = kept(ctx)
-        if by_reference():
+        if by_reference(dwrite_weights):
             function = functools.partial(reference.lrua_write_weights, lru=ctx.lru, least_used=least_used)
             return *reference_vjp(function, (usage, read_weights, gate), (dwrite_weights, None)), None, None
         dread_weights, dgate = _library.operators(ctx.backend).lrua_write_weights_backward(

@@ -104,7 +104,7 @@ class _MannSequence(torch.autograd.Function):
         tensors = kept(ctx)  # once: every look unpacks them all
         inputs, (lengths, output), saved = tensors[:12], tensors[12:14], tensors[14:]
         state_grads = (dh1, dc1, dreads1, dmemory1, dread_weights1)
-        if by_reference():
+        if by_reference(doutput, *state_grads):
             made = {"lengths": lengths, "least_used": saved[1]}
             function = functools.partial(reference.mann_sequence, **made, **ctx.options)
             grads = reference_vjp(function, inputs, (doutput, *state_grads[:4], None, dread_weights1))

@@ -36,7 +36,7 @@ class _MemoryUpdate(torch.autograd.Function):
     @_autocast.off
     def backward(ctx, dmemory):
         memory, write_weights, add, least_used = kept(ctx)
-        if by_reference():
+        if by_reference(dmemory):
             function = functools.partial(reference.memory_update, least_used=least_used, erase=ctx.erase)
             return *reference_vjp(function, (memory, write_weights, add), (dmemory,)), None, None, None
         grads = _library.operators(ctx.backend).memory_update_backward(
