@@ -6,6 +6,12 @@ import math
 ONE_BEFORE_SOFTPLUS = math.log(math.e - 1)
 
 
+def flag(name: str, value: bool) -> None:
+    """It is True or False: "no" would be true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a bool")
+
+
 def check_sizes(**sizes: int) -> None:
     """Each is an int of at least 1."""
     for name, size in sizes.items():

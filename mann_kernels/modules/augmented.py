@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, with_autograd
+from mann_kernels.modules._init import check_sizes, flag
 from mann_kernels.ops import augmented_conv2d, augmented_linear
 from mann_kernels.ops._check import choice
 
@@ -97,6 +98,7 @@ class AugmentedLinear(_Augmented, nn.Linear):
         self, in_features: int, out_features: int, bias: bool = True, *,
         form: str = "output", activation: str = "relu", device=None, dtype=None,
     ):  # fmt: skip
+        check_sizes(in_features=in_features, out_features=out_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._set_form(form, activation)
 
@@ -155,8 +157,12 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
             if got != want and got != (want, want):
                 raise ValueError(f"{name}: got {got!r}, want {want!r}, the only one that augmented_conv2d has")
         for name, size in {"kernel_size": kernel_size, "padding": padding}.items():
-            if not isinstance(size, int):
+            if not isinstance(size, int) or isinstance(size, bool):
                 raise TypeError(f"{name}: got {size!r}, want one int, the same in both directions")
+        check_sizes(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size)
+        if padding < 0:
+            raise ValueError(f"padding: got {padding}, want at least 0")
+        flag("pool", pool)
         kind = {"device": device, "dtype": dtype}
         super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=bias, **kind)
         self._set_form(form, activation)

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from mann_kernels.modules._init import flag
 from mann_kernels.modules.addressing import SOFTPLUS_INVERSE_OF_1
 from mann_kernels.modules.state import MANNState
 from mann_kernels.ops import lrua_sequence, mann_sequence
+from mann_kernels.ops._check import number
 from mann_kernels.reference.mann_sequence import activate_head, split_head
 
 CONTROLLERS = ("lstm", "feedforward")
@@ -46,10 +48,14 @@ class _MANNBase(nn.Module):
         super().__init__()
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_slots": num_slots}
         for name, size in (sizes | {"slot_size": slot_size, "num_heads": num_heads}).items():
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}: got {size!r}, want a positive integer")
         if num_heads > num_slots:
             raise ValueError(f"num_heads: got {num_heads}, want at most num_slots={num_slots}")
+        number("decay", decay, 0, 1)
+        number("eps", eps, 0)
+        number("memory_init", memory_init)
+        flag("key_strength", key_strength)
         choices = {"controller": (controller, CONTROLLERS), "write": (write, ("key", "add"))}
         choices |= {"squash": (squash, ("tanh", "identity")), "lru": (lru, ("per_head", "shared"))}
         for name, (value, allowed) in (choices | {"erase": (erase, ("least", "all"))}).items():
@@ -177,7 +183,7 @@ class MANN(_MANNBase):
         key_strength: learn a factor on the similarities, emitted at each step; without it 1, as in the paper.
         squash: "tanh" or "identity", on keys and add vectors.
         lru, erase, decay, eps: as in mann_kernels.lrua_step.
-        memory_init: what every element of an initial memory is.
+        memory_init: what every element of an initial memory is; finite.
         device, dtype: of the parameters.
 
     Shapes:
@@ -195,6 +201,7 @@ class MANN(_MANNBase):
 
     def __init__(self, *args, batch_first: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        flag("batch_first", batch_first)
         self.batch_first = batch_first
 
     def forward(

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, refuse_freed_weights
-from mann_kernels.modules._init import check_sizes
+from mann_kernels.modules._init import check_sizes, flag
 from mann_kernels.modules._metanet_input import check_queries, check_state, check_support
 from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedLinear, AugmentedSequential
 from mann_kernels.modules.state import MetaNetState
 from mann_kernels.ops import content_address, generate_fast_weights, summarize_gradients
-from mann_kernels.ops._check import choice
+from mann_kernels.ops._check import choice, eps_of_cosine, number, preprocessing
 
 VARIANTS = ("metanet-", "metanet", "metanet+")
 #: How much smaller than usual the last layers of m and d start, so that the fast branch begins as a small addition.
@@ -36,6 +36,7 @@ class FastWeightGenerator(nn.Module):
     def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
         super().__init__()
         check_sizes(hidden_size=hidden_size)
+        preprocessing(p)
         self.hidden_size, self.p = hidden_size, p
         shapes = {"weight1": (hidden_size, 2), "bias1": (hidden_size,), "weight2": (hidden_size, hidden_size)}
         shapes |= {"bias2": (hidden_size,), "weight3": (1, hidden_size), "bias3": (1,)}
@@ -72,6 +73,7 @@ class GradientSummarizer(nn.Module):
     def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
         super().__init__()
         check_sizes(hidden_size=hidden_size)
+        preprocessing(p)
         self.hidden_size, self.p = hidden_size, p
         gates = 4 * hidden_size
         shapes = {"weight_ih": (gates, 2), "weight_hh": (gates, hidden_size), "bias": (gates,)}
@@ -106,6 +108,7 @@ class FastWeightMemory(nn.Module):
 
     def __init__(self, *, eps: float = 1e-6):
         super().__init__()
+        eps_of_cosine(eps)
         self.eps = eps
 
     @staticmethod
@@ -166,6 +169,9 @@ class MetaNet(nn.Module):
         super().__init__()
         choice("variant", variant, *VARIANTS)
         check_sizes(summary_steps=summary_steps)
+        number("margin", margin, 0)
+        for name, value in {"second_order": second_order, "shared_generators": shared_generators}.items():
+            flag(name, value)
         for name, network in {"base_learner": base_learner, "embedding": embedding}.items():
             if not isinstance(network, AugmentedSequential):
                 raise TypeError(f"{name}: got {type(network).__name__}, want an AugmentedSequential")
@@ -192,6 +198,7 @@ class MetaNet(nn.Module):
         """The paper's Omniglot network, for images [1, 28, 28]: 5 convolutions 3 x 3 with 64 filters, each followed by a
         2 x 2 max-pool in ceil mode, one hidden linear layer and the classes, without biases; all layers augmented. At
         5 ways 148,032 + 4,416 fast weights for each support example. `options` are MetaNet's."""
+        check_sizes(ways=ways, filters=filters)
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def body():
@@ -211,6 +218,8 @@ class MetaNet(nn.Module):
         batch_norm: after the first three convolutions, as the original code has and the paper does not say. In training
         mode the statistics are of all examples of a call, so the tasks of a batch then depend on each other.
         `options` are MetaNet's."""
+        check_sizes(ways=ways, filters=filters)
+        flag("batch_norm", batch_norm)
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def body():

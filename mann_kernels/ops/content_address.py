@@ -71,6 +71,7 @@ def content_address(
     _check.shape(sizes, "key", key, "B", "R", "W")
     _check.shape(sizes, "beta", beta, "B", "R")
     _check.not_empty(sizes, "N", "W", "R")
+    _check.eps_of_cosine(eps)
     backend = _backend.select("content_address", memory)
     if backend == "reference":
         return reference.content_address(memory, key, beta, eps=eps)

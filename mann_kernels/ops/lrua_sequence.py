@@ -146,7 +146,7 @@ def lrua_sequence(
     _check.shape(sizes, "beta", beta, "T", "B", "R")
     _check.shape(sizes, "add", add, "T", "B", "R", "W")
     _check.step_lengths(sizes, lengths, memory.device)
-    check_options(lru, erase)
+    check_options(lru, erase, decay, eps)
     options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
     inputs = (memory, usage, read_weights, key, gate, beta, add)
     backend = _backend.select("lrua_sequence", memory)

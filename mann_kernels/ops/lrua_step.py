@@ -109,7 +109,7 @@ def lrua_step(
     _check.shape(sizes, "gate", gate, "B", "R")
     _check.shape(sizes, "beta", beta, "B", "R")
     _check.shape(sizes, "add", add, "B", "R", "W")
-    check_options(lru, erase)
+    check_options(lru, erase, decay, eps)
     options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
     backend = _backend.select("lrua_step", memory)
     if backend == "reference":
@@ -126,7 +126,9 @@ def check_state(sizes: dict[str, int], memory, usage, read_weights) -> None:
     _check.heads_fit(sizes)
 
 
-def check_options(lru: str, erase: str) -> None:
+def check_options(lru: str, erase: str, decay: float, eps: float) -> None:
     """The options that every memory operator shares."""
     _check.choice("lru", lru, *LRU)
     _check.choice("erase", erase, *ERASE)
+    _check.number("decay", decay, 0, 1)
+    _check.eps_of_cosine(eps)

@@ -205,7 +205,7 @@ def mann_sequence(
     _check.shape(sizes, "reads", reads, "B", "R", "W")
     _check.choice("write", write, *WRITE)
     _check.choice("squash", squash, *SQUASH)
-    check_options(lru, erase)
+    check_options(lru, erase, decay, eps)
     words = sizes["R"] * sizes["W"]
     sizes["4H"] = 4 * sizes["H"]
     sizes["H+R*W"] = sizes["H"] + words
