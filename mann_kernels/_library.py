@@ -11,7 +11,18 @@ from collections.abc import Callable
 
 import torch
 
-_LIBRARIES = {name: torch.library.Library(name, "DEF") for name in ("mann", "mann_triton")}
+
+def _new_library(name: str) -> torch.library.Library:
+    """The library of this namespace. Imported again, after the package left sys.modules, it takes the place of the old one,
+    which is kept where it outlives the package; the compiled kernels stay registered."""
+    namespace = getattr(torch.ops, name)
+    if "_library" in vars(namespace):
+        namespace._library._destroy()
+    namespace._library = torch.library.Library(name, "DEF")
+    return namespace._library
+
+
+_LIBRARIES = {name: _new_library(name) for name in ("mann", "mann_triton")}
 
 #: Why the compiled CPU kernels are missing, or None when they are loaded.
 cpp_missing: str | None = None

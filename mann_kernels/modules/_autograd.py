@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from mann_kernels._backend import transformed
+
 
 @contextlib.contextmanager
 def with_autograd():
@@ -19,6 +21,25 @@ def with_autograd():
 def autograd_takes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of one that was made in inference mode: autograd keeps none of those. Call it in `with_autograd`."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+class _TakesPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, *parameters):
+        ctx.number = len(parameters)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *[None] * ctx.number
+
+
+def with_parameters(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """The tensor, in whose gradient the module's parameters take part without getting one: DistributedDataParallel waits until
+    every parameter has been reached."""
+    if not torch.is_grad_enabled() or transformed():
+        return tensor
+    return _TakesPart.apply(tensor, *(parameter for parameter in module.parameters() if parameter.requires_grad))
 
 
 def refuse_freed_weights(module: nn.Module) -> None:

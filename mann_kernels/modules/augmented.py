@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, with_autograd
-from mann_kernels.modules._init import check_sizes, flag
+from mann_kernels.modules._init import HeStart, check_sizes, flag
 from mann_kernels.ops import augmented_conv2d, augmented_linear
 from mann_kernels.ops._check import choice
 
@@ -38,7 +38,7 @@ class Tape:
         self.outputs.append(z if z.requires_grad else z.requires_grad_())
 
 
-class _Augmented:
+class _Augmented(HeStart):
     """What the augmented layers have in common beside nn.Linear and nn.Conv2d, which they extend.
 
     A layer's weights are read when it is called, and once: hooks, parametrizations and shards put them there then.
@@ -288,10 +288,23 @@ class AugmentedSequential(nn.Sequential):
         with with_autograd():
             output = called_with_autograd(self, autograd_takes(x).flatten(1, 2), tape=tape)
             total = losses(output.unflatten(1, (n, m))).sum()
-            gradients = torch.autograd.grad(total, tape.outputs, create_graph=create_graph)
+            gradients = _differentiated(total, tape.outputs, create_graph)
         result = []
         for layer, h, dz in zip(self.augmented, tape.inputs, gradients, strict=True):
             h = h if create_graph else h.detach()
             flat = (tensor.unflatten(1, (n, m)).flatten(0, 1) for tensor in (h, dz))
             result.append(layer.weight_gradients(*flat).unflatten(0, (G, n)))
         return result
+
+
+def _differentiated(total: torch.Tensor, outputs: list[torch.Tensor], create_graph: bool) -> Sequence[torch.Tensor]:
+    """The gradients of the losses' sum at the layers' outputs."""
+    found: Sequence[torch.Tensor | None] = [None]
+    if total.requires_grad:
+        found = torch.autograd.grad(total, outputs, create_graph=create_graph, allow_unused=True)
+    if any(grad is None for grad in found):
+        raise RuntimeError(
+            "losses: got some that have no gradient with respect to a layer's output, want all parts between them"
+            " differentiable; quantized modules are not"
+        )
+    return found  # type: ignore[return-value]

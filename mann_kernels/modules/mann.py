@@ -269,7 +269,7 @@ class MANNCell(_MANNBase):
 
 def _checked_lengths(lengths, x: torch.Tensor) -> torch.Tensor:
     if not isinstance(lengths, torch.Tensor):
-        lengths = torch.tensor(list(lengths), dtype=torch.int64)
+        lengths = torch.tensor(list(lengths), dtype=torch.int64, device="cpu")
     if lengths.dtype != torch.int64 or tuple(lengths.shape) != (x.shape[1],):
         raise ValueError(f"lengths: got {lengths.dtype} {list(lengths.shape)}, want int64 [B] with B={x.shape[1]}")
     if (

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, refuse_freed_weights
-from mann_kernels.modules._init import check_sizes, flag
+from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, refuse_freed_weights, with_parameters
+from mann_kernels.modules._init import HeStart, check_sizes, flag
 from mann_kernels.modules._metanet_input import check_queries, check_state, check_support
 from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedLinear, AugmentedSequential
 from mann_kernels.modules.state import MetaNetState
@@ -225,7 +225,7 @@ class MetaNet(nn.Module):
         def body():
             layers = []
             for channels in (3, filters, filters):
-                layers.append(nn.Conv2d(channels, filters, 3, padding=1, bias=False, **kind))
+                layers.append(_Conv2d(channels, filters, 3, padding=1, bias=False, **kind))
                 layers += [nn.BatchNorm2d(filters, **kind)] if batch_norm else []
                 layers += [nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
             return [*layers, *(_conv(filters, filters, **kind) for _ in range(2)), nn.Flatten()]
@@ -273,6 +273,7 @@ class MetaNet(nn.Module):
         )
         layers = self.base_learner.augmented
         rows = [self.generators[self._kind(layer)](grads) for layer, grads in zip(layers, gradients, strict=True)]
+        rows[0] = with_parameters(rows[0], self.embedding_head)
         index = self._key(support_x, task_fast)
         memory = _flat(rows, 2)
         if self.variant == "metanet+":
@@ -351,6 +352,16 @@ def _reset(generator: nn.Module, last: nn.Parameter) -> None:
         last.mul_(FIRST_FAST)
 
 
+class _Linear(HeStart, nn.Linear):
+    def _get_name(self) -> str:
+        return "Linear"
+
+
+class _Conv2d(HeStart, nn.Conv2d):
+    def _get_name(self) -> str:
+        return "Conv2d"
+
+
 def _conv(channels: int, filters: int, **kind) -> AugmentedConv2d:
     return AugmentedConv2d(channels, filters, 3, padding=1, bias=False, form="hidden", pool=True, **kind)
 
@@ -362,11 +373,11 @@ def _networks(
     hidden = AugmentedLinear(features, features, bias=False, form="hidden", **kind)
     base = AugmentedSequential(*base_body(), hidden, AugmentedLinear(features, ways, bias=False, **kind))
     embedding = AugmentedSequential(*embedding_body(), AugmentedLinear(features, features, bias=False, **kind))
-    head = nn.Sequential(nn.ReLU(), nn.Linear(features, ways, bias=False, **kind))
-    for network in (base, embedding, head):
-        for name, parameter in network.named_parameters():
-            if name.endswith("weight") and parameter.dim() > 1:  # not the scales and shifts of a batch normalisation
-                nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+    head = nn.Sequential(nn.ReLU(), _Linear(features, ways, bias=False, **kind))
+    for layer in (*base, *embedding, *head):
+        if isinstance(layer, HeStart):
+            layer.he = True
+            layer.reset_parameters()
     return base, embedding, head
 
 
@@ -400,6 +411,6 @@ def _contrastive(labels: torch.Tensor, margin: float):
 
 def _random_pairs(G: int, S: int, T: int, generator: torch.Generator | None) -> torch.Tensor:
     """[G, T, 2] numbers of two different examples out of S, uniform."""
-    first = torch.randint(S, (G, T), generator=generator)
-    offset = torch.randint(1, S, (G, T), generator=generator)
+    first = torch.randint(S, (G, T), generator=generator, device="cpu")
+    offset = torch.randint(1, S, (G, T), generator=generator, device="cpu")
     return torch.stack([first, (first + offset) % S], -1)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from mann_kernels._paths import PathError, about, reason_of
+from mann_kernels.tasks._kind import on_cpu
 
 #: The split of Vinyals et al. 2016 in three, as prototypical networks have it; "background" is the 1,200 classes that are not
 #: for testing, in the numbers of Santoro et al. 2016.
@@ -18,6 +19,7 @@ WANT = (
 )
 
 
+@on_cpu
 def load_omniglot(path: str | Path, split: str, side: int | None = None, seed: int | None = None) -> torch.Tensor:
     """The drawings of a split, uint8 [classes, drawers, 1, side, side], 255 is full ink.
 
@@ -128,7 +130,7 @@ def _shown(folder: Path, pattern: str) -> list[Path]:
 def _smaller(images: torch.Tensor, side: int) -> torch.Tensor:
     """Each new pixel is the mean of the area under it, rounded."""
     old = images.shape[-1]
-    edges, starts = torch.arange(side + 1) * (old / side), torch.arange(old)
+    edges, starts = torch.arange(side + 1, dtype=torch.float32) * (old / side), torch.arange(old)
     covered = torch.minimum(edges[1:, None], starts + 1) - torch.maximum(edges[:-1, None], starts)
     weights = covered.clamp(min=0) * (side / old)  # [side, old], rows sum to 1
     parts = (weights @ part.float() @ weights.t() for part in images.split(64))
