@@ -132,7 +132,9 @@ def cuda_ninja(output: Path, objects: Path) -> str:
     texts = objects / "texts.cpp"
     if not texts.exists() or texts.read_text() != cuda_texts():
         texts.write_text(cuda_texts())
-    sources = [(source, objects / f"{source.stem}.o", "") for source in [texts, *sorted((ROOT / "csrc/cuda").glob("*.cpp"))]]
+    sources = [
+        (source, objects / f"{source.stem}.o", "") for source in [texts, *sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
+    ]
     command = f"{compiler()} {FLAGS.replace('-O3', '-O2')} {compiling}"
     return ninja_file(command, f"{compiler()} -shared $in {linking} -ldl -o $out", sources, output)
 

@@ -82,8 +82,9 @@ class _Augmented(HeStart):
 class AugmentedLinear(_Augmented, nn.Linear):
     """nn.Linear that takes fast weights beside its own (slow) ones (Munkhdalai & Yu 2017, section 3.3).
 
+    The arguments in_features, out_features, bias, device and dtype are nn.Linear's, and so are the parameters.
+
     Args:
-        in_features, out_features, bias, device, dtype: as nn.Linear, whose parameters it has.
         form: "output": `x W^T + b + x F^T`, no activation, so that without fast weights it is nn.Linear;
             "hidden": `act(x W^T + b) + act(x F^T)`, and `act(x W^T + b)` without fast weights.
         activation: "relu", "gelu", "tanh" or "identity", of the hidden form.
@@ -96,7 +97,8 @@ class AugmentedLinear(_Augmented, nn.Linear):
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *,
-        form: str = "output", activation: str = "relu", device=None, dtype=None,
+        form: str = "output", activation: str = "relu",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         check_sizes(in_features=in_features, out_features=out_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
@@ -134,11 +136,13 @@ class AugmentedLinear(_Augmented, nn.Linear):
 class AugmentedConv2d(_Augmented, nn.Conv2d):
     """nn.Conv2d that takes fast weights beside its own (slow) ones (Munkhdalai & Yu 2017, section 3.3).
 
+    The arguments in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device and dtype
+    are nn.Conv2d's, and so are the parameters, for what mann_kernels.augmented_conv2d covers: square kernels, stride 1, equal
+    zero padding on all sides, no dilation, no groups.
+
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
-            nn.Conv2d, whose parameters it has, for what mann_kernels.augmented_conv2d covers: square kernels, stride 1,
-            equal zero padding on all sides, no dilation, no groups.
-        form, activation: as in AugmentedLinear.
+        form: "output" or "hidden", as in AugmentedLinear.
+        activation: as in AugmentedLinear.
         pool: a 2 x 2 max-pool in steps of 2 follows, of the sum; it keeps the odd last row and column (ceil mode).
 
     Shapes: x, fast and mix as in mann_kernels.augmented_conv2d; without fast x is [..., C, height, width].
@@ -150,7 +154,8 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, dilation: int = 1,
         groups: int = 1, bias: bool = True, padding_mode: str = "zeros", *,
-        form: str = "output", activation: str = "relu", pool: bool = False, device=None, dtype=None,
+        form: str = "output", activation: str = "relu", pool: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         wanted = {"stride": (stride, 1), "dilation": (dilation, 1), "groups": (groups, 1)}
         for name, (got, want) in (wanted | {"padding_mode": (padding_mode, "zeros")}).items():
@@ -163,7 +168,7 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
         if padding < 0:
             raise ValueError(f"padding: got {padding}, want at least 0")
         flag("pool", pool)
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=bias, **kind)
         self._set_form(form, activation)
         self.pool = pool
@@ -223,6 +228,9 @@ class AugmentedSequential(nn.Sequential):
     layers see [G*L, ...].
     """
 
+    def __init__(self, *layers: nn.Module):
+        super().__init__(*layers)
+
     @property
     def augmented(self) -> list[AugmentedLinear | AugmentedConv2d]:
         """The layers that take fast weights, in order."""
@@ -268,7 +276,9 @@ class AugmentedSequential(nn.Sequential):
         return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     @torch.compiler.disable  # a gradient taken within the forward pass: torch.compile runs this part as it is
-    def loss_gradients(self, x: torch.Tensor, losses, *, create_graph: bool = False) -> list[torch.Tensor]:
+    def loss_gradients(
+        self, x: torch.Tensor, losses: Callable[[torch.Tensor], torch.Tensor], *, create_graph: bool = False
+    ) -> list[torch.Tensor]:
         """The gradients of many losses with respect to the slow weights of the augmented layers, from one pass.
 
         Args:

@@ -1,6 +1,6 @@
 """Meta Networks (Munkhdalai & Yu 2017): slow weights, fast weights generated from loss gradients, and a memory of them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,25 @@ from mann_kernels.modules.state import MetaNetState
 from mann_kernels.ops import content_address, generate_fast_weights, summarize_gradients
 from mann_kernels.ops._check import choice, eps_of_cosine, number, preprocessing
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 VARIANTS = ("metanet-", "metanet", "metanet+")
 #: How much smaller than usual the last layers of m and d start, so that the fast branch begins as a small addition.
 FIRST_FAST = 0.1
+
+
+class MetaNetOptions(TypedDict, total=False):
+    """The arguments of a MetaNet that its presets hand on to it, all of them optional."""
+
+    variant: str
+    second_order: bool
+    summary_steps: int
+    shared_generators: bool
+    hidden_size: int
+    p: float
+    margin: float
+    eps: float
 
 
 class FastWeightGenerator(nn.Module):
@@ -25,7 +41,8 @@ class FastWeightGenerator(nn.Module):
     Args:
         hidden_size: D, units of both hidden layers.
         p: of the gradients' preprocessing, see mann_kernels.generate_fast_weights.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shapes: gradients of any shape -> fast weights of the same shape.
 
@@ -33,7 +50,10 @@ class FastWeightGenerator(nn.Module):
         TypeError, ValueError: a size below 1; otherwise as mann_kernels.generate_fast_weights.
     """
 
-    def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
+    def __init__(
+        self, hidden_size: int = 20, *, p: float = 7.0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__()
         check_sizes(hidden_size=hidden_size)
         preprocessing(p)
@@ -62,7 +82,8 @@ class GradientSummarizer(nn.Module):
     Args:
         hidden_size: D, units of the LSTM.
         p: of the gradients' preprocessing, see mann_kernels.summarize_gradients.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shapes: gradients [T, ...] -> fast weights [...]. The order of the T gradients matters.
 
@@ -70,7 +91,10 @@ class GradientSummarizer(nn.Module):
         TypeError, ValueError: a size below 1; otherwise as mann_kernels.summarize_gradients.
     """
 
-    def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
+    def __init__(
+        self, hidden_size: int = 20, *, p: float = 7.0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__()
         check_sizes(hidden_size=hidden_size)
         preprocessing(p)
@@ -111,17 +135,8 @@ class FastWeightMemory(nn.Module):
         eps_of_cosine(eps)
         self.eps = eps
 
-    @staticmethod
-    def write(index: torch.Tensor, memory: torch.Tensor, key: torch.Tensor, fast: torch.Tensor):
-        """index [G, S, K], memory [G, S, P] with rows key [G, n, K], fast [G, n, P] appended to both."""
-        return torch.cat([index, key], 1), torch.cat([memory, fast], 1)
-
     def forward(self, index: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return content_address(index, key, eps=self.eps)
-
-    def read(self, index: torch.Tensor, memory: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """The mixtures themselves, [G, L, P]: what the augmented layers never build."""
-        return self(index, key) @ memory
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
@@ -143,10 +158,12 @@ class MetaNet(nn.Module):
             than one example of a class, T is the number of random pairs.
         shared_generators: one m and one d as in the paper; without it one of each for convolutions and one for linear
             layers, as in the original code.
-        hidden_size, p: of m and d.
+        hidden_size: units of m and d.
+        p: of the gradients' preprocessing in m and d.
         margin: of the contrastive loss.
         eps: inside the root of the cosine's denominator.
-        device, dtype: of the parameters of m and d.
+        device: of the parameters of m and d.
+        dtype: of the parameters of m and d.
 
     Shapes:
         support_x [G, S, ...], support_y int64 [G, S] with labels in 0..ways-1, query_x [G, L, ...] -> logits [G, L, ways],
@@ -164,7 +181,8 @@ class MetaNet(nn.Module):
     def __init__(
         self, base_learner: AugmentedSequential, embedding: AugmentedSequential, embedding_head: nn.Module, *,
         variant: str = "metanet", second_order: bool = False, summary_steps: int = 5, shared_generators: bool = False,
-        hidden_size: int = 20, p: float = 7.0, margin: float = 1.0, eps: float = 1e-6, device=None, dtype=None,
+        hidden_size: int = 20, p: float = 7.0, margin: float = 1.0, eps: float = 1e-6,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
         choice("variant", variant, *VARIANTS)
@@ -181,7 +199,7 @@ class MetaNet(nn.Module):
         self.variant, self.second_order, self.summary_steps, self.margin = variant, second_order, summary_steps, margin
         self.shared_generators = shared_generators
         self.memory = FastWeightMemory(eps=eps)
-        options = {"p": p, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"p": p, "device": device, "dtype": dtype}
         summarized = {"metanet-": [], "metanet": [embedding], "metanet+": [embedding, base_learner]}[variant]
         self.generators = self._for_kinds(lambda: FastWeightGenerator(hidden_size, **options), [base_learner])
         self.summarizers = self._for_kinds(lambda: GradientSummarizer(hidden_size, **options), summarized)
@@ -194,7 +212,11 @@ class MetaNet(nn.Module):
         return nn.ModuleDict({kind: make() for kind in kinds})
 
     @classmethod
-    def omniglot(cls, ways: int = 5, *, filters: int = 64, device=None, dtype=None, **options) -> "MetaNet":
+    def omniglot(
+        cls, ways: int = 5, *, filters: int = 64,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        **options: "Unpack[MetaNetOptions]",
+    ) -> "MetaNet":  # fmt: skip
         """The paper's Omniglot network, for images [1, 28, 28]: 5 convolutions 3 x 3 with 64 filters, each followed by a
         2 x 2 max-pool in ceil mode, one hidden linear layer and the classes, without biases; all layers augmented. At
         5 ways 148,032 + 4,416 fast weights for each support example. `options` are MetaNet's."""
@@ -210,8 +232,10 @@ class MetaNet(nn.Module):
 
     @classmethod
     def mini_imagenet(
-        cls, ways: int = 5, *, filters: int = 32, batch_norm: bool = False, device=None, dtype=None, **options
-    ) -> "MetaNet":
+        cls, ways: int = 5, *, filters: int = 32, batch_norm: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        **options: "Unpack[MetaNetOptions]",
+    ) -> "MetaNet":  # fmt: skip
         """The paper's mini-ImageNet network, for images [3, 84, 84]: as `omniglot` with 32 filters, the first three
         convolutions without fast weights. At 5 ways 18,432 + 84,384 fast weights for each support example.
 

@@ -122,11 +122,19 @@ def lrua_sequence(
     """T steps of the memory (lrua_step) in one call (Santoro et al. 2016, eq. 2 to 8).
 
     Args:
-        memory: [B, N, W], usage: [B, N], read_weights: [B, R, N]: the state before the first step.
-        key: [T, B, R, W], gate: [T, B, R], beta: [T, B, R] or None, add: [T, B, R, W] or None: as in lrua_step, for every step.
+        memory: [B, N, W], before the first step.
+        usage: [B, N], before the first step.
+        read_weights: [B, R, N], before the first step.
+        key: [T, B, R, W], as in lrua_step, for every step.
+        gate: [T, B, R], the same.
+        beta: [T, B, R] or None, the same.
+        add: [T, B, R, W] or None, the same.
         lengths: int64 [B], the number of real steps of each example, or None for T. Later steps are padding: they read
             zeros and change nothing.
-        lru, erase, decay, eps: as in lrua_step.
+        lru: "per_head" or "shared", as in lrua_step.
+        erase: "least" or "all", as in lrua_step.
+        decay: of the usage (gamma of eq. 5).
+        eps: inside the root of the cosine's denominator.
 
     Returns:
         reads [T, B, R, W], and memory, usage, read_weights after the last real step. No gradient flows through usage.

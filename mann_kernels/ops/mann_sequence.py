@@ -166,18 +166,27 @@ def mann_sequence(
 
     Args:
         x: [T, B, I], the input; in the paper (x_t, y_{t-1}).
-        h, c: [B, H], reads: [B, R, W], memory: [B, N, W], usage: [B, N], read_weights: [B, R, N]: the state before the
-            first step. R is taken from read_weights.
-        weight_ih: [4H, I], weight_hh: [4H, H + R*W], bias: [4H]: the LSTM (eq. 9 to 16), its gates in the order of nn.LSTM
-            (input, forget, cell, output). The recurrent input is the previous (h, reads).
-        weight_head: [P, H], bias_head: [P]: from h to key (R*W), gate (R), key strength (R, with key_strength),
-            add (R*W, with write="add"), in this order; P is their sum.
+        h: [B, H], the controller's output before the first step.
+        c: [B, H], its cell.
+        reads: [B, R, W], what was read last.
+        memory: [B, N, W], before the first step.
+        usage: [B, N], before the first step.
+        read_weights: [B, R, N], before the first step; R is taken from it.
+        weight_ih: [4H, I], of the LSTM (eq. 9 to 16), its gates in the order of nn.LSTM (input, forget, cell, output).
+        weight_hh: [4H, H + R*W], for the previous (h, reads).
+        bias: [4H], of the gates.
+        weight_head: [P, H], from h to key (R*W), gate (R), key strength (R, with key_strength), add (R*W, with
+            write="add"), in this order; P is their sum.
+        bias_head: [P], of the same.
         lengths: int64 [B], the number of real steps of each example, or None for T. Later steps are padding: their output
             is zero and they change nothing.
         write: "key" writes what is looked for, as the paper does; "add" a vector of its own.
         key_strength: multiply the similarities by softplus of a head output; False is 1, as in the paper.
         squash: "tanh" or "identity", on key and add.
-        lru, erase, decay, eps: as in lrua_step.
+        lru: "per_head" or "shared", as in lrua_step.
+        erase: "least" or "all", as in lrua_step.
+        decay: of the usage (gamma of eq. 5).
+        eps: inside the root of the cosine's denominator.
 
     Returns:
         output [T, B, H + R*W] = (h, reads) of every step, then h, c, reads, memory, usage, read_weights after the last

@@ -45,7 +45,8 @@ def audit(
             mann_kernels.lrua_step; wrap a cell of another layout in a function of this form.
         controller: what the cell feeds back to its controller, `controller(reads, read_weights) -> tensor` [B, ...];
             None leaves that check out. A correct cell feeds back the reads, R*W numbers.
-        lru, erase: the variant the cell means to implement, as in mann_kernels.lrua_step.
+        lru: the variant that the cell means to implement, as in mann_kernels.lrua_step.
+        erase: the same.
         seed: of the random states.
 
     Returns:
