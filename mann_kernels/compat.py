@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from mann_kernels.modules import MANN, MANNState
+from mann_kernels.modules._init import check_sizes
+from mann_kernels.ops._check import number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,7 +45,8 @@ class LSTM(nn.Module):
         x [T, B, I] (or [B, T, I], [T, I], a PackedSequence) -> output [T, B, hidden_size], or proj_size, a linear map of the
         controller's h and the reads, and (h_n, c_n). h_n [1, B, hidden_size or proj_size] is the last output; c_n
         [1, B, cell_size] is all that goes on to the next call, memory included, as one tensor, so that code which detaches,
-        moves or reorders the two of them needs no change. hx may also be that of an nn.LSTM, both [1, B, hidden_size]: the
+        moves or reorders the two of them needs no change. It has the attributes of an nn.LSTM, `flatten_parameters` too, which
+        does nothing. hx may also be that of an nn.LSTM, both [1, B, hidden_size]: the
         controller begins there, with a fresh memory.
 
     Raises:
@@ -61,11 +64,31 @@ class LSTM(nn.Module):
             num_layers=(num_layers, 1), bias=(bias, True), dropout=(dropout, 0.0), bidirectional=(bidirectional, False)
         )
         _only(controller=(options.get("controller", "lstm"), "lstm"))
+        if not isinstance(proj_size, int) or isinstance(proj_size, bool):
+            raise TypeError(f"proj_size: got {type(proj_size).__name__}, want an int")
+        if not 0 <= proj_size < max(1, hidden_size):
+            raise ValueError(f"proj_size: got {proj_size}, want 0 (none) to {hidden_size - 1}, less than hidden_size")
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.mann = MANN(input_size, hidden_size, batch_first=batch_first, **kind, **options)
-        self.hidden_size, self.output_size = hidden_size, proj_size or hidden_size
+        self.mode, self.input_size, self.hidden_size, self.proj_size = "LSTM", input_size, hidden_size, proj_size
+        self.num_layers, self.bias, self.batch_first = num_layers, bias, batch_first
+        self.dropout, self.bidirectional = float(dropout), bidirectional
+        self.output_size = proj_size or hidden_size
         reads = self.mann.num_heads * self.mann.slot_size
         self.project = nn.Linear(hidden_size + reads, self.output_size, **kind)
+
+    def flatten_parameters(self) -> None:
+        """Nothing: the weights are where they should be. Called by code that is written for nn.LSTM."""
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """The parameters of the one layer, as nn.LSTM groups them; their names and shapes are MANN's."""
+        return [list(self.parameters())]
+
+    def reset_parameters(self) -> None:
+        """As when it was made."""
+        self.mann.reset_parameters()
+        self.project.reset_parameters()
 
     @property
     def cell_size(self) -> int:
@@ -107,8 +130,10 @@ class LSTM(nn.Module):
 
 
 class DNC(nn.Module):
-    """A MANN under the constructor, call and state of `dnc.DNC` (the PyPI package, 1.1.0 and 2.0): LRUA in the place of the
-    DNC's allocation and temporal links (Santoro et al. 2016), and the reads do reach the controller.
+    """Not a DNC, but a MANN under the constructor, call, state and attributes of `dnc.DNC` (the PyPI package, 1.1.0 and 2.0).
+
+    LRUA stands in the place of the DNC's allocation and temporal links (Santoro et al. 2016), and the reads do reach the
+    controller.
 
     The arguments input_size, hidden_size and batch_first are that class's; output has input_size features. Of rnn_type,
     num_layers, bias, dropout, bidirectional, nonlinearity, independent_linears and debug only the defaults can be had.
@@ -144,7 +169,38 @@ class DNC(nn.Module):
         _only(rnn_type=(rnn_type, "lstm"), num_layers=(num_layers, 1), num_hidden_layers=(num_hidden_layers, 1))
         _only(bias=(bias, True), dropout=(dropout, 0), bidirectional=(bidirectional, False), debug=(debug, False))
         _only(nonlinearity=(nonlinearity, "tanh"), independent_linears=(independent_linears, False))
+        check_sizes(nr_cells=nr_cells, read_heads=read_heads, cell_size=cell_size)
+        number("clip", clip, 0)
         device = f"cuda:{gpu_id}" if device is None and gpu_id >= 0 else device
+        self.input_size, self.hidden_size, self.rnn_type, self.num_layers = (
+            input_size,
+            hidden_size,
+            rnn_type,
+            num_layers,
+        )
+        self.num_hidden_layers, self.bias, self.batch_first, self.dropout = (
+            num_hidden_layers,
+            bias,
+            batch_first,
+            dropout,
+        )
+        self.bidirectional, self.nonlinearity, self.gpu_id = bidirectional, nonlinearity, gpu_id
+        self.nr_cells, self.read_heads, self.cell_size, self.w, self.r = (
+            nr_cells,
+            read_heads,
+            cell_size,
+            cell_size,
+            read_heads,
+        )
+        self.independent_linears, self.share_memory, self.debug, self.clip = (
+            independent_linears,
+            share_memory,
+            debug,
+            clip,
+        )
+        self.read_vectors_size, self.output_size = read_heads * cell_size, hidden_size
+        self.nn_input_size = input_size + self.read_vectors_size
+        self.nn_output_size = hidden_size + self.read_vectors_size
         self.mann = MANN(
             input_size, hidden_size, nr_cells, cell_size, read_heads, batch_first=batch_first, device=device, **options
         )

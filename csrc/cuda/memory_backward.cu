@@ -224,6 +224,7 @@ struct BackwardTile {
                 dkey[h][i] = 0;
                 if constexpr (kAdd) dadd[h][i] = 0;
             }
+        previous.only_slot = now.only_slot = s.N == 1;
         if (s.step == a.before.start) {
             previous.plain = of_example(a.before.weights, kHeads);
             previous.plain_t = of_example(a.before.weights_t, kHeads);

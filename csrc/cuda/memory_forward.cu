@@ -32,6 +32,7 @@ struct WriteTile {
           logits(a.logits + ring(s.step) * kHeads * s.N), usage1(of_example(a.usage1, 1)),
           memory1(of_example(a.memory1, kWidth)) {
         if constexpr (!kWrite) return;
+        previous.only_slot = slots_of_example == 1;
         if (!starts()) previous.logits = a.logits + ring(s.step - 1) * kHeads * s.N;
         else if (a.before.weights) previous.plain = of_example(a.before.weights, kHeads);
         else previous.plain_t = of_example(a.before.weights_t, kHeads);
@@ -319,6 +320,9 @@ struct UseSlots {
             if (usage_wanted) usage[u] = a.usage ? T(to_arith(of_example(a.usage, 1)[n])) : of_example(a.usage1, 1)[n];
         }
     }
+    MANN_INLINE T weight_of(T logit, const T *total) const {
+        return slots_of_example == 1 ? T(1) : exponential(logit - total[0]) * total[1];
+    }
     MANN_INLINE void use(int from, const T *totals, Least &least, T (&means)[kHeads]) const {
 #pragma unroll
         for (int u = 0; u < kSlotsAtOnce; ++u) {
@@ -329,8 +333,7 @@ struct UseSlots {
             for (int h = 0; h < kHeads; ++h) {
                 if (!a.logits && !a.weights_in) break;
                 const int at = h * slots_of_example + n;
-                const T weight =
-                    a.weights_in ? loaded[u][h] : exponential(loaded[u][h] - totals[2 * h]) * totals[2 * h + 1];
+                const T weight = a.weights_in ? loaded[u][h] : weight_of(loaded[u][h], totals + 2 * h);
                 read += weight;
                 if (weights_out) of_example(a.weights, kHeads)[at] = to_storage<S>(weight);
                 if (a.weights_copy) of_example(a.weights_copy, kHeads)[at] = weight;

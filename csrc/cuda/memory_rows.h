@@ -145,6 +145,7 @@ struct HeadColumns {
 struct Weights {
     const S *plain = nullptr;
     const T *plain_t = nullptr, *logits = nullptr;
+    bool only_slot = false;         // its weight is 1, exactly
     T largest[kOwn], inverse[kOwn]; // of the lane's own heads
 
     MANN_INLINE void take_totals(const T *totals) { // [R, 2]
@@ -157,7 +158,7 @@ struct Weights {
     // As they stand; `at` is a place in [R, N].
     MANN_INLINE T load(int at) const { return plain ? to_arith(plain[at]) : (plain_t ? plain_t[at] : logits[at]); }
     MANN_INLINE T weight(T loaded, int k) const {
-        return plain || plain_t ? loaded : exponential(loaded - largest[k]) * inverse[k];
+        return plain || plain_t ? loaded : only_slot ? T(1) : exponential(loaded - largest[k]) * inverse[k];
     }
 };
 

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from mann_kernels.modules._init import check_sizes, flag
+from mann_kernels.ops._check import eps_of_cosine
 from mann_kernels.ops.content_address import content_address
 
 
@@ -30,6 +32,9 @@ class ContentAddressing(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
+        check_sizes(num_heads=num_heads)
+        flag("key_strength", key_strength)
+        eps_of_cosine(eps)
         self.num_heads, self.eps = num_heads, eps
         beta = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if key_strength else None
         self.register_parameter("beta", beta)

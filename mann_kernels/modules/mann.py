@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from mann_kernels.modules._init import flag
 from mann_kernels.modules.addressing import SOFTPLUS_INVERSE_OF_1
 from mann_kernels.modules.state import MANNState
 from mann_kernels.ops import lrua_sequence, mann_sequence
+from mann_kernels.ops._check import number
 from mann_kernels.reference.mann_sequence import activate_head, split_head
 
 if TYPE_CHECKING:
@@ -77,10 +79,14 @@ class _MANNBase(nn.Module):
         super().__init__()
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_slots": num_slots}
         for name, size in (sizes | {"slot_size": slot_size, "num_heads": num_heads}).items():
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}: got {size!r}, want a positive integer")
         if num_heads > num_slots:
             raise ValueError(f"num_heads: got {num_heads}, want at most num_slots={num_slots}")
+        number("decay", decay, 0, 1)
+        number("eps", eps, 0)
+        number("memory_init", memory_init)
+        flag("key_strength", key_strength)
         choices = {"controller": (controller, CONTROLLERS), "write": (write, ("key", "add"))}
         choices |= {"squash": (squash, ("tanh", "identity")), "lru": (lru, ("per_head", "shared"))}
         for name, (value, allowed) in (choices | {"erase": (erase, ("least", "all"))}).items():
@@ -133,7 +139,9 @@ class _MANNBase(nn.Module):
         The paper gives none; this is what the public implementations agree on.
         """
         shapes = self._state_shapes(batch_size)
-        fields: list[Any] = [None if shape is None else self.bias.new_zeros(shape) for shape in shapes]
+        # not of bias itself, which may be a shard
+        kind: dict[str, Any] = {"device": self.bias.device, "dtype": self.bias.dtype}
+        fields: list[Any] = [None if shape is None else torch.zeros(shape, **kind) for shape in shapes]
         state = MANNState(*fields)
         state.memory.fill_(self.memory_init)
         state.usage[..., 0] = 1
@@ -214,7 +222,7 @@ class MANN(_MANNBase):
         erase: "least" (the least used slot is set to zero before the write) or "all" (all R of them).
         decay: of the usage (gamma of eq. 5).
         eps: inside the root of the cosine's denominator.
-        memory_init: what every element of an initial memory is.
+        memory_init: what every element of an initial memory is; finite.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -257,6 +265,7 @@ class MANN(_MANNBase):
             write=write, key_strength=key_strength, squash=squash, lru=lru, erase=erase, decay=decay, eps=eps,
             memory_init=memory_init, device=device, dtype=dtype,
         )  # fmt: skip
+        flag("batch_first", batch_first)
         self.batch_first = batch_first
 
     def forward(
@@ -323,7 +332,7 @@ class MANNCell(_MANNBase):
 
 def _checked_lengths(lengths, x: torch.Tensor) -> torch.Tensor:
     if not isinstance(lengths, torch.Tensor):
-        lengths = torch.tensor(list(lengths), dtype=torch.int64)
+        lengths = torch.tensor(list(lengths), dtype=torch.int64, device="cpu")
     if lengths.dtype != torch.int64 or tuple(lengths.shape) != (x.shape[1],):
         raise ValueError(f"lengths: got {lengths.dtype} {list(lengths.shape)}, want int64 [B] with B={x.shape[1]}")
     if (
