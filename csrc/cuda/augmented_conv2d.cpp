@@ -17,12 +17,28 @@ static const void *shift(const void *data, int64_t bytes) {
 }
 static void *shift(void *data, int64_t bytes) { return data ? static_cast<char *>(data) + bytes : nullptr; }
 
+// torch.backends.cuda.matmul.allow_tf32. torch's stable ABI does not tell, so it is looked up; no where it cannot be.
+static bool allows_tf32() {
+    using Context = const void *(*)();
+    using Allowed = bool (*)(const void *);
+    static void *const torch_cpu = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    static const auto context = reinterpret_cast<Context>(dlsym(torch_cpu, "_ZN2at13globalContextEv"));
+    static const auto allowed = reinterpret_cast<Allowed>(dlsym(torch_cpu, "_ZNK2at7Context15allowTF32CuBLASEv"));
+    if (context == nullptr || allowed == nullptr) return false;
+    try {
+        return allowed(context());
+    } catch (...) { // where its old and its new settings disagree
+        return false;
+    }
+}
+
 // A call and what both passes need of it.
 struct ConvCall {
     Call call;
     ConvShape shape;
     Layer layer;
     int64_t padding, bytes, arith; // of a number that is stored, and computed with
+    bool tensor;                   // cores are used
 
     ConvCall(const Tensor &x, const Tensor &weight, const Tensor &fast, const std::optional<Tensor> &mix, int64_t pad,
              bool pool)
@@ -43,12 +59,16 @@ struct ConvCall {
         layer.mix = call.in(mix, "mix", {G, L, rows});
         layer.fast = call.rows(fast, "fast", {G, rows, O, C, k, k}, layer.task_stride, layer.row_stride);
         arith = call.arith_bytes(), bytes = call.dtype() == ScalarType::BFloat16 ? 2 : arith;
+        tensor = C >= 8 && O >= 8 && (bytes == 2 || (bytes == 4 && allows_tf32()));
     }
 
     Build build(const char *source) const {
         Build build = call.build(source);
         build.set("MANN_C", shape.C).set("MANN_H", shape.H).set("MANN_W", shape.W).set("MANN_O", shape.O);
-        return build.set("MANN_TAPS_SIDE", shape.k).set("MANN_PADDING", padding).set("MANN_POOL", shape.pool);
+        return build.set("MANN_TAPS_SIDE", shape.k)
+            .set("MANN_PADDING", padding)
+            .set("MANN_POOL", shape.pool)
+            .set("MANN_TENSOR", tensor);
     }
     int64_t weight_numbers() const { return int64_t(shape.O) * shape.K(); }
     int64_t image_numbers() const { return int64_t(shape.C) * shape.H * shape.W; }
@@ -98,7 +118,7 @@ static std::tuple<Tensor, Tensor, Tensor> augmented_conv2d_cuda(Tensor x, Tensor
     const bool keep = save && (activation == kGelu || activation == kTanh);
     if (keep) slopes = of.call.empty({2, G, L, P, O}, of.call.arithmetic());
 
-    const ConvTiling tiling(s.height(), s.width(), s.k, s.C, int(ceil_div(O, 4)), kForwardThreads);
+    const ConvTiling tiling(s.height(), s.width(), s.k, s.C, int(ceil_div(O, 4)), of.tensor, kForwardThreads);
     const int64_t padded = 4 * tiling.padded_groups(), packed = padded * s.K(), tasks = of.tasks_at_once(packed);
     const Build build = of.build("augmented_conv2d.cu").set("MANN_ACTIVATION", activation);
     void *scratch = of.call.scratch((1 + tasks * of.weights_of_task()) * packed);
@@ -134,8 +154,8 @@ struct ConvBackward {
     int64_t first_bytes, last_bytes; // of shared memory
 
     ConvBackward(ConvCall &call, bool need_dx)
-        : of(call),
-          tiling(of.shape.H, of.shape.W, of.shape.k, 2 * of.shape.O, int(ceil_div(of.shape.C, 8)), kSecondThreads),
+        : of(call), tiling(of.shape.H, of.shape.W, of.shape.k, 2 * of.shape.O, int(ceil_div(of.shape.C, 8)), of.tensor,
+                           kSecondThreads),
           grad(of.shape) {
         const ConvShape &s = of.shape;
         const int64_t G = of.layer.G, L = of.layer.L;

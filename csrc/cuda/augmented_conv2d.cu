@@ -6,7 +6,8 @@
 namespace mann::cuda {
 
 struct OfForward {
-    static constexpr ConvTiling tiling{kHeight, kWidth, kSide, kShape.C, (kShape.O + 3) / 4, kForwardThreads};
+    static constexpr ConvTiling tiling{kHeight,          kWidth,         kSide, kShape.C, (kShape.O + 3) / 4,
+                                       MANN_TENSOR != 0, kForwardThreads};
 };
 using Forward = Tiled<OfForward>;
 
@@ -50,26 +51,27 @@ MANN_INLINE void convolve_example(const ConvForward<S> &a, T *shared) {
     const S *x = a.x + example * (kShape.C * kShape.H * kShape.W);
     constexpr int64_t kWeight = int64_t(kShape.C) * kTaps * D::kPadded;
     const T *slow = a.packed + o0, *fast = slow + (1 + example / a.per_weight) * kWeight;
-    T sum[2][4][4] = {};
-    convolve<D>(sum, shared, [&](T *images, T *weights, int first, int count) {
+    const auto load = [&](T *images, T *weights, int first, int count) {
         for_each<D::kChunk * kTaps * 2 * D::kTogether, D::kThreads>([&](int i) {
             const int group = i % D::kTogether, v = i / D::kTogether % 2,
                       row = i / D::kTogether / 2; // of [channel][tap]
-            if (row >= count * kTaps) return;
-            copy_four(weights + row / kTaps * D::kWeights + (row % kTaps * 2 + v) * 4 * D::kTogether + 4 * group,
-                      (v ? fast : slow) + (first * kTaps + row) * D::kPadded + 4 * group);
+            T *target = weights + row / kTaps * D::kWeights + (row % kTaps * 2 + v) * 4 * D::kTogether + 4 * group;
+            if (row < count * kTaps)
+                copy_four(target, (v ? fast : slow) + (first * kTaps + row) * D::kPadded + 4 * group);
+            else if (D::kTensor) clear_four(target);
         });
         for_each<D::kChunk * D::kRows * D::kColumns, D::kThreads, 3>([&](int i) {
             const int column = i % D::kColumns, row = i / D::kColumns % D::kRows, c = i / D::kColumns / D::kRows;
             const int y = 2 * h0 + row - kShape.padding, z = 2 * w0 + column - kShape.padding;
             const bool inside = c < count && y >= 0 && y < kShape.H && z >= 0 && z < kShape.W;
             images[c * D::kPlane + row * D::kRowStride + column] =
-                inside ? to_arith(x[((first + c) * kShape.H + y) * kShape.W + z]) : T(0);
+                inside ? operand(to_arith(x[((first + c) * kShape.H + y) * kShape.W + z])) : T(0);
         });
-    });
-    constexpr bool kWords = D::kSlices == 1 && kShape.O % 4 == 0 && kShape.pool; // a thread has four outputs in turn
+    };
+    constexpr bool kWords =
+        !D::kTensor && D::kSlices == 1 && kShape.O % 4 == 0 && kShape.pool; // a thread has four outputs in turn
     uint32_t word = 0;
-    for_sums<D>(sum, shared, [&](int window, int group, int q, T(&numbers)[2][4]) {
+    convolve<D>(shared, load, [&](int window, int group, int q, T(&numbers)[2][4]) {
         const int o = o0 + 4 * group + q, h = h0 + window / D::kTileWidth, w = w0 + window % D::kTileWidth;
         const bool has_right = 2 * w + 1 < kWidth, has_below = 2 * h + 1 < kHeight;
         if (o >= kShape.O || 2 * h >= kHeight || 2 * w >= kWidth) return;

@@ -37,39 +37,49 @@ struct WindowTiles {
 };
 
 // A convolution of `channels` images whose result is taken in groups of 8 numbers for each of the pixels of a window:
-// the two sides of 4 outputs in the forward pass, 8 inputs in the backward pass. A thread has a window and a group.
+// the two sides of 4 outputs in the forward pass, 8 inputs in the backward pass. A thread has a window and a group; on
+// tensor cores a warp has 4 groups and some quads of 4 windows.
 struct ConvTiling {
     WindowTiles tiles;
+    bool tensor;
     int k, channels, groups;
-    int together;                                 // groups of a block
-    int slices;                                   // of the channels, summed at the end
-    int rows, row_stride, plane, weights, images; // of a tile of the image; numbers; of a channel
-    int chunk;                                    // channels in shared memory at once
-    int least;                                    // threads of a block
+    int together;                         // groups of a block
+    int quads, quad_groups;               // of a warp, and how many warps share the windows
+    int slices;                           // of the channels, summed at the end
+    int rows, row_stride, plane, weights; // of a tile of the image; numbers of a channel
+    int chunk;                            // channels in shared memory at once
+    int least;                            // threads of a block
 
-    constexpr ConvTiling(int height, int width, int kernel, int channel_count, int group_count, int least_threads)
-        : tiles(height, width), k(kernel), channels(channel_count), groups(group_count), together(1), slices(1),
-          rows(2 * tiles.height + kernel - 1), row_stride(0), plane(0), weights(0), images(0), chunk(1),
-          least(least_threads) {
+    constexpr ConvTiling(int height, int width, int kernel, int channel_count, int group_count, bool tensor_cores,
+                         int least_threads)
+        : tiles(height, width), tensor(tensor_cores), k(kernel), channels(channel_count), groups(group_count),
+          together(1), quads(1), quad_groups(1), slices(1), rows(2 * tiles.height + kernel - 1), row_stride(0),
+          plane(0), weights(0), chunk(1), least(least_threads) {
         const int windows = tiles.windows();
         together = int(ceil_div(groups, windows >= 32 ? 2 : 4));
-        while (windows * together > kThreads) together = (together + 1) / 2;
-        // rows of windows on other banks
+        if (tensor) together = int(at_most(round_up(together, 4), 16));
+        while (windows * together > kThreads && !tensor) together = (together + 1) / 2;
+        quad_groups = int(ceil_div(windows, 16)), quads = int(ceil_div(ceil_div(windows, 4), quad_groups));
+        // rows of windows, and neighbouring channels for tensor cores, on other banks
         const int lanes = tiles.width <= 2 ? 2 : tiles.width <= 4 ? 4 : 8, columns = 2 * tiles.width + kernel - 1;
         row_stride = tiles.height == 1 ? int(round_up(columns, 2)) : columns + (16 + lanes - columns % 16) % 16;
-        plane = int(round_up(rows * row_stride, 4));
-        weights = 4 * together * (2 * kernel * kernel + 1);
-        while (2 * slices * windows * together <= kThreads && 2 * slices <= channels && slices < 32 &&
-               2 * slices * (plane + weights) <= kStage)
+        plane = int(tensor ? round_up(rows * row_stride - 8, 32) + 8 : round_up(rows * row_stride, 4));
+        weights = 8 * together * kernel * kernel + (tensor ? 8 : 4 * together);
+        const int step = tensor ? 8 : 1, most = tensor ? 512 : kThreads;
+        while (2 * slices * step <= channels && 2 * slices * (tensor ? 32 * warps() : units()) <= most && slices < 32 &&
+               2 * slices * step * (plane + weights) <= kStage)
             slices *= 2;
-        const int step = slices > 1 ? slices : 2; // both sides of an output belong together
-        const int chunks = int(ceil_div(channels, at_least(kStage / (plane + weights) / step * step, step)));
-        chunk = int(round_up(ceil_div(channels, chunks), step));
+        const int even = step * slices > 1 ? step * slices : 2; // both sides of an output belong together
+        const int chunks = int(ceil_div(channels, at_least(kStage / (plane + weights) / even * even, even)));
+        chunk = int(round_up(ceil_div(channels, chunks), even));
     }
+    constexpr int warps() const { return together / 4 * quad_groups; } // of a slice
     static constexpr int kThreads = 448;
     static constexpr int kStage = 10240; // numbers in shared memory, twice
     constexpr int units() const { return tiles.windows() * together; }
-    constexpr int threads() const { return int(at_least(round_up(units() * slices, 32), least)); }
+    constexpr int threads() const {
+        return int(at_least(tensor ? 32 * warps() * slices : round_up(units() * slices, 32), least));
+    }
     constexpr int chunks() const { return int(ceil_div(channels, chunk)); }
     constexpr int stage() const { return chunk * (plane + weights); }
     // Numbers of shared memory.

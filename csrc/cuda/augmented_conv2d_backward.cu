@@ -5,7 +5,8 @@
 namespace mann::cuda {
 
 struct OfBackward {
-    static constexpr ConvTiling tiling{kShape.H, kShape.W, kSide, 2 * kShape.O, (kShape.C + 7) / 8, kSecondThreads};
+    static constexpr ConvTiling tiling{kShape.H,           kShape.W,         kSide,         2 * kShape.O,
+                                       (kShape.C + 7) / 8, MANN_TENSOR != 0, kSecondThreads};
 };
 using Backward = Tiled<OfBackward>;
 
@@ -29,14 +30,15 @@ MANN_INLINE void convolve_gradient(const ConvBackwardX<S> &a, int64_t example, i
     const int h0 = tile / D::kTilesWide * D::kTileHeight, w0 = tile % D::kTilesWide * D::kTileWidth;
     constexpr int64_t kWeight = int64_t(kShape.O) * kTaps * 2 * D::kPadded;
     const T *slow = a.packed + c0, *fast = slow + (1 + example / a.per_weight) * kWeight;
-    T sum[2][4][4] = {};
-    convolve<D>(sum, shared, [&](T *images, T *weights, int first, int count) {
+    const auto load = [&](T *images, T *weights, int first, int count) {
         for_each<D::kChunk * kTaps * 2 * D::kTogether, D::kThreads>([&](int i) { // channel: output and side
             const int four = i % (2 * D::kTogether), tap = i / (2 * D::kTogether) % kTaps;
             const int n = i / (2 * D::kTogether) / kTaps;
-            if (n >= count) return;
-            copy_four(weights + n * D::kWeights + (tap * 2 * D::kTogether + four) * 4,
-                      (n % 2 ? fast : slow) + ((first + n) / 2 * kTaps + tap) * (2 * D::kPadded) + 4 * four);
+            T *target = weights + n * D::kWeights + (tap * 2 * D::kTogether + four) * 4;
+            if (n < count)
+                copy_four(target,
+                          (n % 2 ? fast : slow) + ((first + n) / 2 * kTaps + tap) * (2 * D::kPadded) + 4 * four);
+            else if (D::kTensor) clear_four(target);
         });
         for_each<D::kChunk / 2 * D::kRows * D::kColumns, D::kThreads>([&](int i) {
             const int column = i % D::kColumns, row = i / D::kColumns % D::kRows, n = i / D::kColumns / D::kRows * 2;
@@ -51,10 +53,10 @@ MANN_INLINE void convolve_gradient(const ConvBackwardX<S> &a, int64_t example, i
                 if ((code & kPixelBits) != pixel) sides = {0, 0};
             }
             T *target = images + n * D::kPlane + row * D::kRowStride + column;
-            target[0] = sides.slow, target[D::kPlane] = sides.fast;
+            target[0] = operand(sides.slow), target[D::kPlane] = operand(sides.fast);
         });
-    });
-    for_sums<D>(sum, shared, [&](int window, int group, int q, const T(&numbers)[2][4]) {
+    };
+    convolve<D>(shared, load, [&](int window, int group, int q, const T(&numbers)[2][4]) {
         const int h = 2 * (h0 + window / D::kTileWidth), w = 2 * (w0 + window % D::kTileWidth);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {

@@ -22,6 +22,12 @@ template <int count, int threads, int at_once = 4, typename F> MANN_INLINE void 
     for (int i = int(threadIdx.x); i < count; i += threads) f(i);
 }
 
+// As a convolution takes it: for tensor cores to the nearest number of TF32.
+MANN_INLINE T operand(T x) {
+    if constexpr (MANN_TENSOR) return x != x ? x : __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
+    return x;
+}
+
 // The constants of a ConvPacking.
 template <bool inner_is_o, int threads> struct Packed {
     static constexpr ConvPacking p{kShape, inner_is_o};
@@ -98,7 +104,7 @@ MANN_INLINE void pack_weights(const ConvPack<S> &a, int tile, int64_t batch, T *
         }
         for (int e = 0; e < count; ++e)
             target[e * (int64_t(kOuter) * kTaps * kPaddedInner) + to] =
-                shared[(e * kTileO + o) * kStride + c * kTaps + tap];
+                operand(shared[(e * kTileO + o) * kStride + c * kTaps + tap]);
     }
 }
 
@@ -112,6 +118,9 @@ template <typename Of> struct Tiled {
     static constexpr int kPlane = t.plane, kWeights = t.weights, kChunk = t.chunk, kChunks = t.chunks();
     static constexpr int kStage = t.stage(), kChannels = t.channels, kGroupTiles = t.group_tiles();
     static constexpr int kPadded = 4 * t.padded_groups(); // groups of 4, with those that fill up the last tile
+    static constexpr bool kTensor = t.tensor;
+    static constexpr int kQuads = t.quads, kQuadGroups = t.quad_groups, kRowTiles = t.together / 4;
+    static constexpr int kWarps = t.warps(); // of a slice
 };
 
 // Four numbers to shared memory, seen after copy_async_wait.
@@ -120,6 +129,8 @@ MANN_INLINE void copy_four(double *shared, const double *global) {
     copy_async16(shared, global);
     copy_async16(shared + 2, global + 2);
 }
+
+template <typename X> MANN_INLINE void clear_four(X *shared) { *reinterpret_cast<Four<X> *>(shared) = {}; }
 
 // sum[v][q][pixel of the window] += the channel's image under the taps with vector v of its weights, number q.
 template <typename D> MANN_INLINE void add_channel(T (&sum)[2][4][4], const T *image, const T *weights) {
@@ -146,12 +157,9 @@ template <typename D> MANN_INLINE void add_channel(T (&sum)[2][4][4], const T *i
         }
 }
 
-// The sums of this thread's window and group over its slice of the channels. load(images, weights, first, count) starts
-// to fill a stage of shared memory: planes of the tile's images, and weights [channel][tap][2][groups][4].
-template <typename D, typename Load> MANN_INLINE void convolve(T (&sum)[2][4][4], T *shared, Load &&load) {
-    const int unit = int(threadIdx.x) % D::kUnits, slice = int(threadIdx.x) / D::kUnits;
-    const int window = unit % D::kWindows, group = unit / D::kWindows;
-    const int pixel = window / D::kTileWidth * 2 * D::kRowStride + window % D::kTileWidth * 2;
+// Fills stages of shared memory and takes them: load(images, weights, first, count) starts to fill one with planes of
+// the tile's images and weights [channel][tap][2][groups][4]; take(images, weights, count) runs when it is there.
+template <typename D, typename Load, typename Take> MANN_INLINE void in_chunks(T *shared, Load &&load, Take &&take) {
     const auto fill = [&](int chunk) {
         T *stage = shared + chunk % 2 * D::kStage;
         const int first = chunk * D::kChunk;
@@ -165,19 +173,39 @@ template <typename D, typename Load> MANN_INLINE void convolve(T (&sum)[2][4][4]
         copy_async_wait<0>();
         __syncthreads();
         if (chunk + 1 < D::kChunks) fill(chunk + 1);
-        const T *images = shared + chunk % 2 * D::kStage, *weights = images + D::kChunk * D::kPlane;
-        const int left = D::kChannels - chunk * D::kChunk, count = left < D::kChunk ? left : D::kChunk;
-        if (slice < D::kSlices) {
-#pragma unroll 1
-            for (int c = slice; c < count; c += D::kSlices)
-                add_channel<D>(sum, images + c * D::kPlane + pixel, weights + c * D::kWeights + 4 * group);
-        }
+        const T *images = shared + chunk % 2 * D::kStage;
+        const int left = D::kChannels - chunk * D::kChunk;
+        take(images, images + D::kChunk * D::kPlane, left < D::kChunk ? left : D::kChunk);
     }
 }
 
-// f(window, group, q, numbers [2][4]) for all of the block, the slices summed in order.
-template <typename D, typename F> MANN_INLINE void for_sums(const T (&sum)[2][4][4], T *shared, F &&f) {
-    const int tid = int(threadIdx.x);
+// f(window, group, q, numbers [2][4]) for all of the block, from the parts [slice][q][2][unit] of the slices, in order.
+template <typename D, typename F> MANN_INLINE void for_parts(const Four<T> *parts, F &&f) {
+    __syncthreads();
+    for (int at = int(threadIdx.x); at < 4 * D::kUnits; at += D::kThreads) {
+        const int q = at % 4, unit = at / 4;
+        T numbers[2][4] = {};
+#pragma unroll 4
+        for (int slice = 0; slice < D::kSlices; ++slice)
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                numbers[i / 4][i % 4] += parts[(slice * 8 + 2 * q + i / 4) * D::kUnits + unit][i % 4];
+        f(unit % D::kWindows, unit / D::kWindows, q, numbers);
+    }
+}
+
+// The convolution of a block, exactly in arithmetic type: f as for_parts has it.
+template <typename D, typename Load, typename F> MANN_INLINE void convolve_exactly(T *shared, Load &&load, F &&f) {
+    const int tid = int(threadIdx.x), unit = tid % D::kUnits, slice = tid / D::kUnits;
+    const int window = unit % D::kWindows, group = unit / D::kWindows;
+    const int pixel = window / D::kTileWidth * 2 * D::kRowStride + window % D::kTileWidth * 2;
+    T sum[2][4][4] = {};
+    in_chunks<D>(shared, load, [&](const T *images, const T *weights, int count) {
+        if (slice >= D::kSlices) return;
+#pragma unroll 1
+        for (int c = slice; c < count; c += D::kSlices)
+            add_channel<D>(sum, images + c * D::kPlane + pixel, weights + c * D::kWeights + 4 * group);
+    });
     if constexpr (D::kSlices == 1) {
         if (tid >= D::kUnits) return;
 #pragma unroll
@@ -185,29 +213,81 @@ template <typename D, typename F> MANN_INLINE void for_sums(const T (&sum)[2][4]
             T numbers[2][4];
 #pragma unroll
             for (int i = 0; i < 8; ++i) numbers[i / 4][i % 4] = sum[i / 4][q][i % 4];
-            f(tid % D::kWindows, tid / D::kWindows, q, numbers);
+            f(window, group, q, numbers);
         }
     } else {
-        Four<T> *parts = reinterpret_cast<Four<T> *>(shared); // [slice][q][2][unit]
+        Four<T> *parts = reinterpret_cast<Four<T> *>(shared);
         __syncthreads();
-        if (tid < D::kUnits * D::kSlices) {
+        if (slice < D::kSlices) {
 #pragma unroll
             for (int i = 0; i < 8; ++i)
-                parts[(tid / D::kUnits * 8 + i) * D::kUnits + tid % D::kUnits] = {
+                parts[(slice * 8 + i) * D::kUnits + unit] = {
                     {sum[i % 2][i / 2][0], sum[i % 2][i / 2][1], sum[i % 2][i / 2][2], sum[i % 2][i / 2][3]}};
         }
-        __syncthreads();
-        for (int at = tid; at < 4 * D::kUnits; at += D::kThreads) {
-            const int q = at % 4, unit = at / 4;
-            T numbers[2][4] = {};
-#pragma unroll 4
-            for (int slice = 0; slice < D::kSlices; ++slice)
+        for_parts<D>(parts, f);
+    }
+}
+
+// The same on tensor cores, operands in TF32: rows are the numbers of four groups, columns the pixels of four windows,
+// the upper two of each in one product, the lower two in another; deep are eight channels under a tap.
+template <typename D, typename Load, typename F> MANN_INLINE void convolve_tensor(float *shared, Load &&load, F &&f) {
+    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, slice = warp / D::kWarps;
+    const int row_tile = warp % D::kRowTiles, quad0 = warp / D::kRowTiles % D::kQuadGroups * D::kQuads;
+    const int row = 16 * row_tile + lane / 4, channel = lane % 4;
+    int pixel[D::kQuads]; // of this lane's column
+#pragma unroll
+    for (int i = 0; i < D::kQuads; ++i) {
+        const int window = 4 * (quad0 + i) + lane / 8;
+        const int place = window / D::kTileWidth * 2 * D::kRowStride + window % D::kTileWidth * 2 + lane / 4 % 2;
+        pixel[i] = channel * D::kPlane + (window < D::kWindows ? place : 0);
+    }
+    float sum[D::kQuads][2][2][4] = {}; // [quad][vector][upper, lower]
+    in_chunks<D>(shared, load, [&](const float *images, const float *weights, int count) {
+        if (slice >= D::kSlices) return;
+#pragma unroll 1
+        for (int c = 8 * slice; c < count; c += 8 * D::kSlices) {
+            const float *image = images + c * D::kPlane, *weight = weights + (c + channel) * D::kWeights + row;
+#pragma unroll
+            for (int tap = 0; tap < kTaps; ++tap) {
+                uint32_t a[2][4];
 #pragma unroll
                 for (int i = 0; i < 8; ++i)
-                    numbers[i / 4][i % 4] += parts[(slice * 8 + 2 * q + i / 4) * D::kUnits + unit][i % 4];
-            f(unit % D::kWindows, unit / D::kWindows, q, numbers);
+                    a[i / 4][i % 4] = __float_as_uint(
+                        weight[(2 * tap + i / 4) * 4 * D::kTogether + i % 2 * 8 + i % 4 / 2 * 4 * D::kWeights]);
+#pragma unroll
+                for (int i = 0; i < 2 * D::kQuads; ++i) {
+                    const float *at = image + pixel[i / 2] + (i % 2 + tap / kSide) * D::kRowStride + tap % kSide;
+                    const uint32_t b[2] = {__float_as_uint(at[0]), __float_as_uint(at[4 * D::kPlane])};
+                    mma_tf32(sum[i / 2][0][i % 2], a[0], b);
+                    mma_tf32(sum[i / 2][1][i % 2], a[1], b);
+                }
+            }
         }
-    }
+    });
+    Four<float> *parts = reinterpret_cast<Four<float> *>(shared);
+    if (D::kSlices > 1) __syncthreads();
+#pragma unroll
+    for (int i = 0; i < D::kQuads; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int window = 4 * (quad0 + i) + lane % 4, number = row + 8 * half, group = number / 4, q = number % 4;
+            if (window >= D::kWindows || slice >= D::kSlices) continue;
+            float numbers[2][4];
+#pragma unroll
+            for (int j = 0; j < 8; ++j) numbers[j / 4][j % 4] = sum[i][j / 4][j % 4 / 2][2 * half + j % 2];
+            if constexpr (D::kSlices == 1) f(window, group, q, numbers);
+            else
+#pragma unroll
+                for (int v = 0; v < 2; ++v)
+                    parts[(slice * 8 + 2 * q + v) * D::kUnits + window + D::kWindows * group] = {
+                        {numbers[v][0], numbers[v][1], numbers[v][2], numbers[v][3]}};
+        }
+    if constexpr (D::kSlices > 1) for_parts<D>(parts, f);
+}
+
+template <typename D, typename Load, typename F> MANN_INLINE void convolve(T *shared, Load &&load, F &&f) {
+    if constexpr (D::kTensor) convolve_tensor<D>(shared, load, f);
+    else convolve_exactly<D>(shared, load, f);
 }
 
 } // namespace mann::cuda
