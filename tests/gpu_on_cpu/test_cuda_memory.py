@@ -51,7 +51,8 @@ def inputs_of(stem, seed, size, **options):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("stem", STEMS)
 def test_matches_reference(stem, size):
-    for options in class_of(stem).options:
+    every = class_of(stem).options
+    for options in every if size == SIZES[0] else (every[0], every[-1]):  # a build takes seconds
         matches(stem, inputs_of(stem, 1, size, **options), torch.float32)
 
 
