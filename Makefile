@@ -1,5 +1,5 @@
 # make bench   verify every kernel, then time it: build/bench/report.html and its pictures; twelve minutes
-#              (with BENCH="--stem mann_sequence", "sweep --variable N", ...: python -m bench with these)
+#              (with BENCH="--op mann_sequence", "sweep --variable N", ...: python -m bench with these)
 # make test    run the tests                             (TEST="-k name" is passed on)
 # make reproduce DATA=FILE   train MANN and LSTM on Omniglot and print the paper's table beside ours (hours; goes on where it was)
 # make test-wheel TORCH=2.13.0   build the sdist and from it the wheel, and try that beside this torch (minutes; for others downloads)
@@ -18,7 +18,7 @@ SANITIZED := build/sanitize
 OTHER_TRITON := 3.9.0
 OTHER_PATH := build/triton-$(OTHER_TRITON)
 INTERPRETED := tests/gpu_on_cpu/test_interpreter.py tests/gpu_on_cpu/test_guard.py
-COMPILED := tests/gpu_on_cpu/test_compile.py
+COMPILED := tests/gpu_on_cpu/test_triton_compile.py
 CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/cpu/*.cpp csrc/cuda/*.cu $(addprefix tests/gpu_on_cpu/*.,h cpp cu))
 # The tests that drive the C++ kernels; those that start compilers or other processes would only slow the sanitizers down.
 SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles and not gpu"

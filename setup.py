@@ -10,6 +10,8 @@ of the instruction sets the best of its CPU alone, and the CUDA kernels only whe
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,8 +63,20 @@ def torch_flags() -> tuple[str, str]:
     """What compiling and linking against torch need."""
     import torch.utils.cpp_extension as cpp
 
-    includes = " ".join(f"-isystem {path}" for path in cpp.include_paths("cpu")) + f" -I{ROOT / 'csrc'}"
-    return f"{STABLE_ABI} {includes}", " ".join(f"-L{path}" for path in cpp.library_paths("cpu")) + " -ltorch_cpu"
+    includes = " ".join(f"-isystem {quoted(path)}" for path in cpp.include_paths("cpu")) + f" -I{quoted(ROOT / 'csrc')}"
+    return f"{STABLE_ABI} {includes}", " ".join(
+        f"-L{quoted(path)}" for path in cpp.library_paths("cpu")
+    ) + " -ltorch_cpu"
+
+
+def quoted(path: Path | str) -> str:
+    """A path in a command of a ninja file: for the shell, and then for ninja."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def escaped(path: Path) -> str:
+    """A path in a build line of a ninja file."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def ninja_file(compile_command: str, link_command: str, sources: list[tuple[Path, Path, str]], output: Path) -> str:
@@ -80,8 +94,8 @@ def ninja_file(compile_command: str, link_command: str, sources: list[tuple[Path
         f"  command = {link_command}",
     ]
     for source, built, own in sources:
-        lines += [f"build {built}: compile {source}", f"  own = {own}"]
-    lines.append(f"build {output}: link {' '.join(str(built) for _, built, _ in sources)}")
+        lines += [f"build {escaped(built)}: compile {escaped(source)}", f"  own = {own}"]
+    lines.append(f"build {escaped(output)}: link {' '.join(escaped(built) for _, built, _ in sources)}")
     return "\n".join(lines) + "\n"
 
 
@@ -118,7 +132,9 @@ def cuda_ninja(output: Path, objects: Path) -> str:
     texts = objects / "texts.cpp"
     if not texts.exists() or texts.read_text() != cuda_texts():
         texts.write_text(cuda_texts())
-    sources = [(source, objects / f"{source.stem}.o", "") for source in [texts, *sorted((ROOT / "csrc/cuda").glob("*.cpp"))]]
+    sources = [
+        (source, objects / f"{source.stem}.o", "") for source in [texts, *sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
+    ]
     command = f"{compiler()} {FLAGS.replace('-O3', '-O2')} {compiling}"
     return ninja_file(command, f"{compiler()} -shared $in {linking} -ldl -o $out", sources, output)
 

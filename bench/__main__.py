@@ -1,7 +1,5 @@
 """The bench: verify every kernel against its reference, then time it against what one would use otherwise."""
 
-import os
-import shlex
 import sys
 from enum import Enum
 from pathlib import Path
@@ -10,17 +8,18 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
 
-from bench import harness, limits, store
-from bench.devices import DeviceLost, devices, why_no_gpu
-from bench.episodes import omniglot
+from bench import store
+from bench.devices import devices, why_no_gpu
 from bench.groups import is_ours
-from bench.suites import NOT_QUICK, SUITES, backend_of
-from bench.tables import failures_table, fits_table, sweep_table, timings_table
+from bench.operators import operators
+from bench.run import Run, Selection, with_kernels
+from bench.tables import fits_table, sweep_table, timings_table
 
 
 class Device(Enum):
+    """Where to run."""
+
     cpu = "cpu"
     cuda = "cuda"
 
@@ -30,21 +29,29 @@ WIDE = 220
 console = Console(width=None if sys.stdout.isatty() else WIDE)
 
 
-def chosen(where, suite, stem, shape, quick):
-    """The suite, its stems and the names of the sizes asked for (None: the usual ones of a device).
+def known(option, values, allowed) -> None:
+    """Refuse what is not known.
 
     Raises:
         typer.BadParameter: naming the option, what it got and what it knows.
     """
-    if suite not in SUITES:
-        raise typer.BadParameter(f"--suite: got {suite!r}, want one of {', '.join(SUITES)}")
-    found = SUITES[suite]
-    for name, values, known in (("--stem", stem, found.stems), ("--shape", shape, found.shapes)):
-        for unknown in set(values or []) - set(known):
-            raise typer.BadParameter(f"{name}: got {unknown!r}, want one of {', '.join(known)}")
-    usual = {type: [n for n in names if not (quick and n in NOT_QUICK)] for type, names in found.usual.items()}
-    sizes = {device.type: shape or usual[device.type] for device in where}
-    return found, [name for name in found.stems if not stem or name in stem], sizes
+    for unknown in sorted(set(values or []) - set(allowed)):
+        raise typer.BadParameter(f"{option}: got {unknown!r}, want one of {', '.join(allowed)}")
+
+
+def chosen(suite, op, shape):
+    """The operators asked for, in the order of the package.
+
+    Raises:
+        typer.BadParameter: as `known`.
+    """
+    everything = operators().values()
+    known("--suite", [] if suite is None else [suite], sorted({bench.suite for bench in everything}))
+    found = [bench for bench in everything if suite in (None, bench.suite)]
+    known("--op", op, [bench.op for bench in found])
+    found = [bench for bench in found if not op or bench.op in op]
+    known("--shape", shape, list(dict.fromkeys(case.size for bench in found for case in bench.cases(False))))
+    return found
 
 
 def usable(wanted):
@@ -68,106 +75,35 @@ def usable(wanted):
     return where
 
 
-def verify(stems, where):
-    """All devices, before anything is timed.
-
-    Raises:
-        typer.Exit: something is wrong.
-    """
-    rows = []
-    for device in where:
-        for name in track(stems, f"Verifying on {device.type}", console=console):
-            rows += harness.verify([name], device)
-    failed = [row for row in rows if not row["ok"]]
-    console.print(f"Verified {len(rows)} quantities against the float64 reference: {len(failed)} wrong")
-    if failed:
-        console.print(failures_table(failed))
-        raise typer.Exit(1)
-    return rows
-
-
-def with_kernels(stems, device):
-    """The stems that have a kernel on the device: what runs as plain PyTorch is not what is to be timed."""
-    found = []
-    for stem in stems:
-        why = backend_of(stem, device.type, torch.float32)[1]
-        if why is None:
-            found.append(stem)
-        else:
-            console.print(f"Not timed on {device.type}: {stem}: {why}")
-    return found
-
-
-def measure(suite, stems, sizes, where, threads, quick, data):
-    """Rows of every device, dtype and case.
-
-    Raises:
-        typer.Exit: there is nothing to time.
-    """
-    rows = []
-    for device in where:
-        cases = suite.plan(with_kernels(stems, device), sizes[device.type], quick)
-        plan = [(dtype, case) for case in cases for dtype in device.timed]
-        compared = []
-        for dtype, case in track(plan, f"Compiling for and timing on {device.type}", console=console):
-            real = data is not None and case.stem == "mann_sequence" and case.shape.I == 405
-            x = omniglot(data, case.shape.T, case.shape.B) if real else None
-            compared.append(harness.Comparison(suite, case, device, dtype, threads, quick, x))
-            compared[-1].sit()
-            if device.sittings == 1:  # nothing more to come: its memory is free for the next
-                rows += compared.pop().rows()
-        for number in range(1, device.sittings):
-            for comparison in track(compared, f"Timing again, {number + 1} of {device.sittings}", console=console):
-                comparison.sit()
-        rows += [row for comparison in compared for row in comparison.rows()]
-    if not rows:
-        console.print("Nothing was timed")
-        raise typer.Exit(1)
-    return rows
-
-
 app = typer.Typer(add_completion=False)
 
 DeviceOption = Annotated[Device | None, typer.Option(help="Default: the CPU, and a CUDA device if there is one.")]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="Threads for every contestant on the CPU.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results here.")]
-
-
-def facts_of(where, threads, timing) -> dict:
-    """The machine's, with what it can do at most where something is to be timed."""
-    facts = harness.machine(threads, where)
-    if timing:
-        facts["limits"] = {place.type: limits.facts(place, place.timed, threads) for place in where}
-    console.print(f"python -m bench {shlex.join(sys.argv[1:])}")
-    console.print_json(data=facts)
-    return facts
-
-
-def note_the_end(facts, where) -> None:
-    """Whether the machine was the same all the while."""
-    facts["load_average_after"] = os.getloadavg()[0]
-    facts["devices_after"] = {place.type: place.state() for place in where}
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results here, as they come.")]
+QUICK = (
+    "Training steps alone, fewer sizes and rounds; MetaNet's update not compiled, the compiled loop and MANN's other structures at"
+    " the paper's size alone."
+)
+MINUTES = (
+    "End after so many minutes, with what there is by then: what matters most is verified and timed first, on a GPU all CUDA graphs"
+    " before the rest, and torch.compile last."
+)
 
 
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    suite: Annotated[str, typer.Option(help=f"Which operators: {', '.join(SUITES)}.")] = "mann",
-    stem: Annotated[list[str] | None, typer.Option(help="One operator of the suite; may be repeated.")] = None,
-    shape: Annotated[list[str] | None, typer.Option(help="One size of the suite; may be repeated.")] = None,
+    suite: Annotated[str | None, typer.Option(help="A family of operators, mann or metanet. Default: both.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="One operator; may be repeated.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="One size; may be repeated.")] = None,
     device: DeviceOption = None,
     threads: ThreadsOption = 1,
     verify_only: Annotated[bool, typer.Option("--verify-only", help="Verify, time nothing.")] = False,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick",
-            help="Training steps alone, fewer sizes and rounds; MetaNet's update not compiled, the compiled loop and MANN's other "
-            "structures at the paper's size alone.",
-        ),
-    ] = False,
-    data: Annotated[Path | None, typer.Option(help="Packed Omniglot (20 x 20) for the paper's input.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help=QUICK)] = False,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help=MINUTES)] = None,
+    data: Annotated[Path | None, typer.Option(help="Omniglot, for the paper's input.")] = None,
     json_file: JsonOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what --json holds.")] = False,
     save: Annotated[
         bool, typer.Option("--save", help="Keep the results in bench/results, by machine and day.")
     ] = False,
@@ -175,33 +111,37 @@ def main(
     """Verify every kernel against its reference; only then time it, and what one would use otherwise, in one run."""
     if context.invoked_subcommand is not None:
         return
-    where = usable(None if device is None else device.value)
-    found, stems, sizes = chosen(where, suite, stem, shape, quick)
+    if resume and json_file is None:
+        raise typer.BadParameter("--resume: got no --json, want the file to go on from")
+    benches, where = chosen(suite, op, shape), usable(None if device is None else device.value)
     torch.set_num_threads(threads)
-    timings = []
-    try:
-        facts = facts_of(where, threads, not verify_only)
-        verification = verify(stems, where)
+    run = Run(console, where, threads, timing=not verify_only, path=json_file)
+    if resume:
+        run.go_on()
+    with run.until(minutes):
+        selection = Selection(benches, shape, quick, data)
+        if minutes is None:
+            run.verify(benches)
         if not verify_only:
-            for notice in found.notices(stems):
-                console.print(notice, markup=False)
-            timings = measure(found, stems, sizes, where, threads, quick, data)
-            note_the_end(facts, where)
-            console.print(timings_table(timings))
-    except DeviceLost as error:
-        console.print(f"Stopped, nothing was written: the device does not answer any more. {error}")
-        raise typer.Exit(1) from None
-    for path in [json_file] * (json_file is not None) + [store.history_file(facts, suite)] * save:
-        store.write(path, facts, verification=verification, timings=timings)
-        console.print(f"Wrote {path}")
-    failed = [row for row in timings if is_ours(row) and row["note"]]
+            for bench in benches:
+                for notice in bench.notices():
+                    console.print(notice, markup=False)
+            run.time(selection, in_parts=minutes is not None)
+    if not verify_only:
+        console.print(timings_table(run.timings))
+    run.keep(store.history_file(run.facts, suite or "all") if save else None)
+    failed = [row for row in run.timings if is_ours(row) and row["note"]]
     if failed:
         console.print(f"{len(failed)} of our own could not be timed: see the notes")
-        raise typer.Exit(1)
+    if not verify_only and not run.timings:
+        console.print("Nothing was timed")
+    if run.code or failed or not (verify_only or run.timings):
+        raise typer.Exit(run.code or 1)
 
 
 @app.command("sweep")
 def sweep_command(
+    op: Annotated[str | None, typer.Option(help="An operator that has sizes to sweep. Default: the first.")] = None,
     variable: Annotated[list[str] | None, typer.Option(help="T, N, B, H or R; may be repeated. Default: all.")] = None,
     device: DeviceOption = None,
     threads: ThreadsOption = 1,
@@ -212,34 +152,33 @@ def sweep_command(
     ] = False,
     json_file: JsonOption = None,
 ):
-    """Time and memory of a training step of mann_sequence against T, N, B, H and R, verified first, with fitted exponents."""
+    """Time and memory of an operator's training step against its sizes, verified first, with fitted exponents."""
     from bench import sweep
 
-    for unknown in set(variable or []) - set(sweep.AXES):
-        raise typer.BadParameter(f"--variable: got {unknown!r}, want one of {', '.join(sweep.AXES)}")
+    able = {name: bench for name, bench in operators().items() if bench.axes}
+    known("--op", [] if op is None else [op], able)
+    bench = able[op or next(iter(able))]
+    known("--variable", variable, bench.axes)
     where = usable(None if device is None else device.value)
     torch.set_num_threads(threads)
-    bounds, rows = sweep.Bounds(seconds, memory), []
-    try:
-        facts = facts_of(where, threads, timing=True)
-        verification = verify([sweep.STEM], where)
+    bounds = sweep.Bounds(seconds, memory)
+    run = Run(console, where, threads, timing=True, path=json_file)
+    with run.until(None):
+        run.verify([bench])
         plan = [
-            (place, name) for place in where if with_kernels([sweep.STEM], place) for name in variable or sweep.AXES
+            (place, name) for place in where if with_kernels([bench], place, console) for name in variable or bench.axes
         ]
-        for place, name in track(plan, "Sweeping", console=console):
-            rows += sweep.run(name, place, place.timed[0], threads, bounds, compiled=compiled)
-        note_the_end(facts, where)
-    except DeviceLost as error:
-        console.print(f"Stopped, nothing was written: the device does not answer any more. {error}")
-        raise typer.Exit(1) from None
-    console.print(sweep_table(rows))
-    console.print(fits_table(sweep.fits(rows)))
-    if json_file is not None:
-        store.write(json_file, facts, verification=verification, sweep=rows)
-        console.print(f"Wrote {json_file}")
-    if any(is_ours(row) and row["note"] not in (None, sweep.OUT_OF_TIME, sweep.OUT_OF_MEMORY) for row in rows):
+        for place, name in run.track(plan, "Sweeping"):
+            run.sweep += sweep.run(bench, name, place, place.timed[0], threads, bounds, compiled=compiled)
+            run.write()
+    console.print(sweep_table(run.sweep))
+    console.print(fits_table(sweep.fits(run.sweep)))
+    run.keep()
+    if any(is_ours(row) and row["note"] not in (None, sweep.OUT_OF_TIME, sweep.OUT_OF_MEMORY) for row in run.sweep):
         console.print("One of our own failed: see the notes")
-        raise typer.Exit(1)
+        run.code = run.code or 1
+    if run.code:
+        raise typer.Exit(run.code)
 
 
 @app.command("report")
@@ -267,7 +206,4 @@ def report_command(
 
 
 if __name__ == "__main__":
-    try:
-        app(prog_name="python -m bench")
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; nothing was written") from None
+    app(prog_name="python -m bench")

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-GROUP = ("device", "dtype", "threads", "stem", "shape", "pass")
+GROUP = ("device", "dtype", "threads", "op", "shape", "pass")
 
 
 class Group(NamedTuple):

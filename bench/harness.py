@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from bench import counts, limits
-from bench.devices import WARM_UP, attempt, devices
-from bench.suites import DTYPES, Case, Suite, backend_of, forced, kernels_of, suite_of
+from bench import limits
+from bench.devices import WARM_UP, attempt
+from bench.operators import DTYPES, Bench, Case, backend_of, forced, kernels_of
 from mann_kernels import _library
 from mann_kernels.testing import accuracy
 
@@ -27,15 +27,14 @@ LONG_WARM_UP = 0.5
 
 
 class Work:
-    """One stem on one set of leaf tensors: a forward pass without, a training step with gradients."""
+    """An operator's work on one set of leaf tensors: a forward pass without, a training step with gradients."""
 
-    def __init__(self, stem: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device="cpu"):
-        constant = suite_of(stem).constant(stem)
+    def __init__(self, bench: Bench, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device="cpu"):
         self.tensors = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True).detach()
             for name, tensor in tensors.items()
         }
-        self.leaves = [t.requires_grad_() for name, t in self.tensors.items() if name not in constant]
+        self.leaves = [t.requires_grad_() for name, t in self.tensors.items() if name not in bench.constant]
         self.weights = None
 
     def forward(self, function):
@@ -64,32 +63,33 @@ class Work:
         return named | {f"d{name}": t.grad for name, t in self.tensors.items() if t.grad is not None}
 
 
-def verify(stems, device, candidates=None) -> list[dict]:
-    """Every stem, dtype and shape: outputs and all gradients of the kernel against the float64 reference, on the device."""
+def verify(benches, device, dtypes=None, candidates=None) -> list[dict]:
+    """A row for each output and gradient of each operator, dtype and shape: the kernel against the float64 reference.
+
+    `dtypes` are names, by default all that the device takes; `candidates` by operator stand in for the kernels.
+    """
     rows = []
-    for stem in stems:
-        suite = suite_of(stem)
-        ours = (candidates or {}).get(stem, suite.ours(stem))
-        dtypes = [name for name in device.verified if name in suite.dtypes(stem)]
-        for dtype, (number, shape) in itertools.product(dtypes, enumerate(suite.verified(stem))):
-            for asked in kernels_of(stem, device.type, DTYPES[dtype], shape).values():
-                backend = asked or backend_of(stem, device.type, DTYPES[dtype], shape)[0]
+    for bench in benches:
+        ours = (candidates or {}).get(bench.op, bench.kernel())
+        named = [name for name in device.verified if name in bench.dtypes and name in (dtypes or device.verified)]
+        for dtype, (number, shape) in itertools.product(named, enumerate(bench.verified)):
+            for asked in kernels_of(bench, device.type, DTYPES[dtype]).values():
+                backend = asked or backend_of(bench, device.type, DTYPES[dtype])[0]
                 candidate = ours if asked is None else forced(ours, asked)
-                head = {"stem": stem, "device": device.type, "backend": backend, "dtype": dtype}
-                drawn = suite.inputs(stem, shape, number)
-                run = functools.partial(compared, suite, stem, candidate, drawn, DTYPES[dtype], device)
+                head = {"op": bench.op, "device": device.type, "backend": backend, "dtype": dtype}
+                run = functools.partial(compared, bench, candidate, bench.inputs(shape, number), DTYPES[dtype], device)
                 found, note = attempt(device, run)
                 failed = {"quantity": note, "error": math.inf, "budget": 0.0, "ok": False}
                 rows += [head | {"shape": str(shape)} | row for row in ([failed] if note else found)]
     return rows
 
 
-def compared(suite, stem, candidate, drawn, dtype, device) -> list[dict]:
+def compared(bench, candidate, drawn, dtype, device) -> list[dict]:
     """Error and budget of every output and gradient."""
     drawn = {name: t.to(dtype) if t.is_floating_point() else t for name, t in drawn.items()}
-    plain = suite.plain(stem)
+    plain = bench.reference()
     kinds = ((candidate, dtype), (plain, dtype), (plain, torch.float64))
-    runs = [Work(stem, drawn, kind, device.device).results(function) for function, kind in kinds]
+    runs = [Work(bench, drawn, kind, device.device).results(function) for function, kind in kinds]
     rows = []
     for quantity in runs[2]:
         actual, same, exact = (run[quantity] for run in runs)
@@ -192,21 +192,36 @@ def peak_mb(work: Work, function, device) -> float:
 PASSES = ("fwd", "fwd+bwd")
 
 
-def contestants_of(suite: Suite, case: Case, device, dtype, drawn):
-    """The contestants that do the stem's work, by name; the seconds that compiling took; and notes on what cannot be made."""
-    ours = suite.ours(case.stem)
+#: What of the contestants a comparison takes: everybody; or, where time is short, one such part after the other. "mann_kernels",
+#: the yardstick of all ratios, is in every part.
+PARTS = ("all", "graphs", "plain", "compiled")
+
+
+def belongs(name: str, part: str) -> bool:
+    """Whether a contestant is in a part."""
+    if part == "all":
+        return True
+    compiled, graph = name.startswith("compile"), name.endswith(" graph")
+    return part == ("compiled" if compiled else "graphs" if graph else "plain")
+
+
+def contestants_of(bench: Bench, case: Case, device, dtype, drawn, part="all"):
+    """The contestants that do the operator's work, by name; the seconds that compiling took; notes on what cannot be made."""
+    ours = bench.kernel()
     functions = {
         name: ours if asked is None else forced(ours, asked)
-        for name, asked in kernels_of(case.stem, device.type, dtype, case.shape).items()
+        for name, asked in kernels_of(bench, device.type, dtype).items()
     }
-    functions["eager"] = suite.eager[case.stem]
-    functions |= suite.alternatives.get(case.stem, {}) if case.alternatives else {}
+    functions["eager"] = bench.eager
+    functions |= bench.alternatives if case.alternatives else {}
     seconds, notes = {}, {}
+    if part not in ("all", "compiled"):
+        return functions, seconds, notes
     if case.uncompiled:
         notes["compile_step"] = case.uncompiled
     elif not case.heavy:
-        name, function = "compile_loop" if case.loop else "compile_step", suite.compiled(case.stem, case.loop)
-        work = Work(case.stem, drawn, dtype, device.device)
+        name, function = "compile_loop" if case.loop else "compile_step", bench.compile(case.loop)
+        work = Work(bench, drawn, dtype, device.device)
         before = time.perf_counter()
         _, note = attempt(device, lambda: (work.train(function), device.synchronize()))
         if note is None:
@@ -216,17 +231,17 @@ def contestants_of(suite: Suite, case: Case, device, dtype, drawn):
     return functions, seconds, notes
 
 
-def makers_of(suite: Suite, case: Case, device, dtype, drawn, functions) -> tuple[dict, dict]:
+def makers_of(bench: Bench, case: Case, device, dtype, drawn, functions) -> tuple[dict, dict]:
     """Functions that make the two passes of a contestant on one set of inputs, each on leaves of its own: those that do the
-    stem's work, and the others."""
+    operator's work, and the others."""
 
     def make(function):
-        own = Work(case.stem, drawn, dtype, device.device)
+        own = Work(bench, drawn, dtype, device.device)
         return (lambda: own.forward(function)), (lambda: own.train(function))
 
-    tensors = Work(case.stem, drawn, dtype, device.device).tensors
+    tensors = Work(bench, drawn, dtype, device.device).tensors
     same = {name: functools.partial(make, function) for name, function in functions.items()}
-    return same, suite.others(case.stem, case.shape, tensors)
+    return same, bench.others(case.shape, tensors)
 
 
 def in_turn(made):
@@ -251,55 +266,84 @@ def memory_of(device, work: Work, functions, compiled) -> dict[str, dict]:
 
 
 class Comparison:
-    """All contestants of one stem and size, both passes; on a GPU each of them as a CUDA graph as well.
+    """All contestants of one operator and size, or a part of them, both passes; on a GPU each of them as a CUDA graph as well.
 
     Everything is made, compiled too, before anything is timed: so the time can be taken in several sittings, with those of
-    others between them. x [T,B,I] replaces the random input of an episode.
+    others between them. `data` is a file whose contents take the place of drawn inputs, where the operator knows it.
     """
 
-    def __init__(self, suite: Suite, case: Case, device, dtype: str, threads: int, quick: bool, x=None):
-        self.suite, self.case, self.device, self.dtype, self.threads = suite, case, device, dtype, threads
+    def __init__(
+        self,
+        bench: Bench,
+        case: Case,
+        device,
+        dtype: str,
+        threads: int,
+        quick: bool,
+        data: Path | None = None,
+        part="all",
+    ):
+        self.bench, self.case, self.device, self.dtype, self.threads = bench, case, device, dtype, threads
+        self.part = part
         self.seconds = (1.0 if quick or case.heavy else device.seconds) / device.sittings
         self.rounds = math.ceil((3 if case.heavy else 12) / device.sittings)
         self.passes = PASSES[1:] if quick else PASSES  # torch.compile has more to do for each
-        kind = DTYPES[dtype]
-        real = {} if x is None else {"x": x}
-        drawn = [suite.inputs(case.stem, case.shape, seed) | real for seed in range(device.input_sets)]
-        functions, self.compile_seconds, self.notes = contestants_of(suite, case, device, kind, drawn[0])
-        self.memory = memory_of(device, Work(case.stem, drawn[0], kind, device.device), functions, self.compile_seconds)
-        sets = [makers_of(suite, case, device, kind, values, functions) for values in drawn]
+        real = {} if data is None else bench.real(data, case.shape)
+        drawn = [bench.inputs(case.shape, seed) | real for seed in range(device.input_sets)]
+        functions, self.compile_seconds, self.notes = contestants_of(bench, case, device, DTYPES[dtype], drawn[0], part)
+        self.memory = self._memory(functions, drawn[0])
+        self.others: set[str] = set()
+        self.runs: dict[str, dict] = {name_of_pass: {} for name_of_pass in self.passes}
+        self._make(functions, drawn)
+        self.sittings: dict[str, list] = {name_of_pass: [] for name_of_pass in self.passes}
+
+    def _memory(self, functions, drawn) -> dict[str, dict]:
+        wanted = {name: function for name, function in functions.items() if self._is_wanted(name)}
+        work = Work(self.bench, drawn, DTYPES[self.dtype], self.device.device)
+        return memory_of(self.device, work, wanted, self.compile_seconds)
+
+    def _is_wanted(self, name: str) -> bool:
+        return name == "mann_kernels" or belongs(name, self.part)
+
+    def _make(self, functions, drawn) -> None:
+        """Both passes of every contestant, on all sets of inputs."""
+        device = self.device
+        sets = [makers_of(self.bench, self.case, device, DTYPES[self.dtype], one, functions) for one in drawn]
         self.others = set(sets[0][1])
         makers = {name: [(same | other)[name] for same, other in sets] for name in [*functions, *sets[0][1]]}
         kinds = {name: lambda make: make() for name in makers}
         if device.has_graphs:  # after the others: a capture that fails leaves those already made
             makers |= {f"{name} graph": every for name, every in makers.items()}
             kinds |= dict.fromkeys(makers.keys() - kinds.keys(), device.graphs)
-        self.runs = {name_of_pass: {} for name_of_pass in self.passes}
         for name, every in makers.items():
+            if not self._is_wanted(name):
+                continue
             made, note = attempt(device, lambda name=name, every=every: in_turn([kinds[name](make) for make in every]))
             if note is not None:
                 self.notes[name] = note
                 continue
             for name_of_pass, function in zip(self.passes, made[-len(self.passes) :], strict=True):
                 self.runs[name_of_pass][name] = function
-        self.sittings = {name_of_pass: [] for name_of_pass in self.passes}
 
     def sit(self) -> None:
+        """Time every contestant for a while, in turns."""
         for name_of_pass, group in self.runs.items():
             before = self.sittings[name_of_pass]
             before.append(interleave(group, self.device, self.seconds, self.rounds, before))
 
     def rows(self) -> list[dict]:
-        """Of all sittings, with each contestant's `of_ours`: over the rounds, its time over our first one's.
+        """The rows of all sittings, with each contestant's `of_ours`: over the rounds, its time over our first one's.
 
         What else a machine does slows down whole rounds: it is in the times, but hardly in the ratios.
         """
-        case, suite, device = self.case, self.suite, self.device
+        case, device = self.case, self.device
         kind = DTYPES[self.dtype]
-        work = counts.work(case.stem, case.shape, kind.itemsize, suite.constant(case.stem))
+        work = self.bench.work(case.shape, kind.itemsize)
         limit = None if work is None else limits.peak(device, kind, self.threads)
         rows = []
         for name_of_pass, group in self.runs.items():
+            if not self.sittings[name_of_pass]:  # the run was cut short before it
+                continue
             times, failed = pooled(self.sittings[name_of_pass])
             ours = next((times[name] for name in group if name.startswith("mann_kernels") and name in times), [])
             for name in [*group, *self.notes]:
@@ -307,7 +351,7 @@ class Comparison:
                 same = name.removesuffix(" graph") not in self.others
                 needed = work[name_of_pass] if work is not None and same else None
                 rows.append(
-                    {"stem": case.stem, "shape": case.name, "pass": name_of_pass, "contestant": name}
+                    {"op": self.bench.op, "shape": case.name, "pass": name_of_pass, "contestant": name}
                     | {"threads": self.threads, "device": device.type, "dtype": self.dtype}
                     | {**statistics(times.get(name)), "rounds": len(times.get(name, ()))}
                     | ratios(times.get(name, []), ours)
@@ -364,24 +408,3 @@ def machine(threads: int, where) -> dict:
         "devices": {device.type: device.facts() | device.state() for device in where},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def pytest_benchmark_of(stem: str):
-    """The pytest-benchmark test of one stem at the paper's shape, on every device: verified first."""
-
-    import pytest
-
-    @pytest.mark.parametrize("device", devices(), ids=lambda device: device.type)
-    def test_training_step(benchmark, device):
-        assert all(row["ok"] for row in verify([stem], device))
-        suite = suite_of(stem)
-        shape = next(iter(suite.plan([stem], suite.shapes, True))).shape
-        work = Work(stem, suite.inputs(stem, shape), torch.float32, device.device)
-
-        def step():
-            work.train(suite.ours(stem))
-            device.synchronize()
-
-        benchmark(step)
-
-    return test_training_step

@@ -13,9 +13,8 @@ import io
 import torch
 import torch.nn.functional as F
 
-from bench.stems import Shape
+from bench.mann import DECAY, EPS, Shape
 
-EPS, DECAY = 1e-6, 0.99  # the operators' defaults
 #: Link matrices of all steps, and what else of their size is kept for the backward pass, may take so much.
 LINK_BYTES, LINK_COPIES = 2**31, 8
 
@@ -102,12 +101,10 @@ def _over_time(products, memory_step):
     return run
 
 
-#: The same work, by stem and name.
+#: The same work, by name.
 ALTERNATIVES = {
-    "mann_sequence": {
-        "heads_apart": _over_time(_one_product, heads_apart),
-        "heads_together": _over_time(_three_products, heads_together),
-    },
+    "heads_apart": _over_time(_one_product, heads_apart),
+    "heads_together": _over_time(_three_products, heads_together),
 }
 
 

@@ -13,7 +13,7 @@ WORDS = {"T": "steps T", "N": "slots N", "B": "batch B", "H": "hidden units H", 
 def label(group: Group) -> str:
     head = group.head
     place = "" if head["device"] == "cpu" else f" {head['device']} {head['dtype']}"
-    return f"{head['stem']}  {head['shape']}{place}"
+    return f"{head['op']}  {head['shape']}{place}"
 
 
 def _bars(values, labels, colors, texts, title, reference, start=0.0):

@@ -8,7 +8,7 @@ from bench import pictures, sweep
 from bench.groups import changes, grouped, is_ours, of_limit
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-GROWTH = "A training step of mann_sequence. A cross: not run, as it would exceed its bound."
+GROWTH = "A training step. A cross: not run, as it would exceed its bound."
 #: By the name of the file: title, and what is shown.
 PICTURES = {
     "gains": ("Against the fastest", "Red bars are losses. In brackets, the fastest other contestant."),

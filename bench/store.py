@@ -9,11 +9,13 @@ from pathlib import Path
 
 #: Results that are kept, one file a machine and day.
 HISTORY = Path(__file__).parent / "results"
+#: What earlier files call an operator.
+FORMERLY = "stem"
 #: What a file holds, and the columns that each of its rows must have.
 TABLES = {
-    "verification": {"stem", "device", "backend", "dtype", "quantities", "worst", "ok"},
+    "verification": {"op", "device", "backend", "dtype", "quantities", "worst", "ok"},
     "timings": {
-        *("stem", "shape", "pass", "contestant", "threads", "device", "dtype", "same_work", "note", "rounds"),
+        *("op", "shape", "pass", "contestant", "threads", "device", "dtype", "same_work", "note", "rounds"),
         *("median_ms", "q1_ms", "q3_ms", "min_ms", "max_ms", "mean_ms", "stddev_ms"),
         *("saved_mb", "peak_mb", "compile_s", "flops", "bytes", "least_ms"),
     },
@@ -24,11 +26,16 @@ TABLES = {
 }
 
 
+def key_of(row: dict) -> tuple:
+    """What a summary of verification has one row of."""
+    return tuple(row[name] for name in ("op", "device", "backend", "dtype"))
+
+
 def summary(verification: list[dict]) -> list[dict]:
-    """One row for every stem, device, backend and dtype: how many quantities, and the worst error as a part of what is allowed."""
+    """One row for every operator, device, backend and dtype: how many quantities, the worst error as a part of what is allowed."""
     found: dict[tuple, dict] = {}
     for row in verification:
-        key = {name: row[name] for name in ("stem", "device", "backend", "dtype")}
+        key = {name: row[name] for name in ("op", "device", "backend", "dtype")}
         one = found.setdefault(tuple(key.values()), key | {"quantities": 0, "worst": 0.0, "ok": True})
         one["quantities"] += 1
         one["worst"] = max(one["worst"], row["error"] / row["budget"] if row["error"] else 0.0)
@@ -42,7 +49,7 @@ def pytest_benchmarks(result: dict) -> dict:
     for row in result["timings"]:
         if row["median_ms"] is None:
             continue
-        place = " ".join(str(row[key]) for key in ("stem", "shape", "pass", "device", "dtype"))
+        place = " ".join(str(row[key]) for key in ("op", "shape", "pass", "device", "dtype"))
         name = f"{place} {row['contestant']}"
         stats = {key: row[f"{key}_ms"] / 1e3 for key in ("min", "max", "mean", "stddev", "median", "q1", "q3")}
         stats |= {"iqr": stats["q3"] - stats["q1"], "ops": 1 / stats["mean"], "rounds": row["rounds"], "iterations": 1}
@@ -58,9 +65,11 @@ def pytest_benchmarks(result: dict) -> dict:
     }
 
 
-def write(path: Path, machine: dict, verification=(), timings=(), sweep=()) -> None:
-    """All or nothing: a run cut short leaves the old file."""
-    result = {"machine": machine, "verification": summary(verification), "timings": list(timings), "sweep": list(sweep)}
+def write(path: Path, machine: dict, verification=(), timings=(), sweep=(), summed=()) -> None:
+    """Write a file whole or not at all. `summed` is verification that was summed up before."""
+    known = summary(verification)
+    known = [row for row in summed if all(key_of(row) != key_of(one) for one in known)] + known
+    result = {"machine": machine, "verification": known, "timings": list(timings), "sweep": list(sweep)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.resolve().parent, delete=False) as file:
         json.dump(result | pytest_benchmarks(result), file, indent=1)
@@ -97,10 +106,25 @@ def read(path: Path) -> dict:
         raise ValueError(f"{path} has no {', '.join(missing)}: {wants}")
     for name, columns in TABLES.items():
         for number, row in enumerate(result[name]):
+            if isinstance(row, dict) and FORMERLY in row:
+                row["op"] = row.pop(FORMERLY)
             lacking = columns - row.keys() if isinstance(row, dict) else columns
             if lacking:
                 raise ValueError(f"{path}: row {number} of {name} has no {', '.join(sorted(lacking))}: {wants}")
     return result
+
+
+def same_machine(path: Path, machine: dict, other: str, want: dict) -> None:
+    """Refuse a file of another machine.
+
+    Raises:
+        ValueError: naming both and what differs.
+    """
+    for key in ("cpu", "torch"):
+        if machine.get(key) != want.get(key):
+            raise ValueError(
+                f"{path} is of another machine than {other}: {key} {machine.get(key)!r}, want {want.get(key)!r}"
+            )
 
 
 def read_together(paths: list[Path]) -> dict:
@@ -111,10 +135,7 @@ def read_together(paths: list[Path]) -> dict:
     """
     first, *rest = (read(path) for path in paths)
     for path, more in zip(paths[1:], rest, strict=True):
-        for key in ("cpu", "torch"):
-            if more["machine"].get(key) != first["machine"].get(key):
-                got, want = more["machine"].get(key), first["machine"].get(key)
-                raise ValueError(f"{path} is of another machine than {paths[0]}: {key} {got!r}, want {want!r}")
+        same_machine(path, more["machine"], str(paths[0]), first["machine"])
         for name in TABLES:
             first[name] += more[name]
     return first

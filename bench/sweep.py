@@ -1,4 +1,4 @@
-"""How time and saved memory of a training step of `mann_sequence` grow with one size while the others stay."""
+"""How time and saved memory of a training step grow with one size while the others stay."""
 
 import functools
 import math
@@ -6,37 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench import contestants, harness
+from bench import harness
 from bench.devices import attempt
-from bench.stems import Shape, inputs
-from bench.suites import DTYPES, MANN
+from bench.operators import DTYPES, Axis, Bench
 
-STEM = "mann_sequence"
 OUT_OF_TIME, OUT_OF_MEMORY = "out of time", "out of memory"
 #: For a point, in all sittings together: calls in turn for so long, and at least so many.
 SECONDS, ROUNDS = 0.6, 3
 #: A training step holds the gradients of what was kept as well.
 HELD = 2
-
-
-@dataclass(frozen=True)
-class Axis:
-    base: Shape
-    values: tuple[int, ...]
-    #: The values from which on this size dominates the time: the exponent is fitted there.
-    dominates: int
-    #: torch.compile has the step alone, so that one compilation does for every length.
-    compiled_once: bool = False
-
-
-SMALL = Shape(20, 4, 64, 64, 128, 40, 4)
-AXES = {
-    "T": Axis(SMALL, (20, 40, 80, 160, 320, 640, 1280, 3200), 160, compiled_once=True),
-    "N": Axis(Shape(8, 1, 20, 64, 32, 20, 4), (32, 128, 512, 2048, 8192, 16384, 32768, 65536), 8192),
-    "B": Axis(SMALL, (1, 4, 16, 64, 128, 256), 16),
-    "H": Axis(SMALL, (32, 64, 128, 256, 512, 1024), 256),
-    "R": Axis(SMALL, (1, 2, 4, 8, 16), 4),
-}
 
 
 @dataclass(frozen=True)
@@ -89,10 +67,11 @@ class Contestant:
             self.note = OUT_OF_TIME
 
 
-def entrants(axis: Axis, compiled: bool, graphs: bool) -> list[Contestant]:
-    found = [Contestant("mann_kernels", MANN.ours(STEM)), Contestant("eager", contestants.EAGER[STEM])]
+def entrants(bench: Bench, axis: Axis, compiled: bool, graphs: bool) -> list[Contestant]:
+    """Ours, the eager one and, where it is wanted, the compiled one; on a GPU each as a graph too."""
+    found = [Contestant("mann_kernels", bench.kernel()), Contestant("eager", bench.eager)]
     if axis.compiled_once or compiled:
-        found.append(Contestant("compile_step", contestants.compiled(STEM, loop=False)))
+        found.append(Contestant("compile_step", bench.compile(loop=False)))
     return found + [Contestant(f"{one.name} graph", one.function, one) for one in found if graphs]
 
 
@@ -100,13 +79,13 @@ class Point:
     """All contestants that run at one value, each on tensors of its own; notes on those that do not, or fail."""
 
     def __init__(
-        self, shape: Shape, value: int, everybody: list[Contestant], device, dtype: torch.dtype, bounds: Bounds
+        self, bench: Bench, shape, value: int, everybody: list[Contestant], device, dtype: torch.dtype, bounds: Bounds
     ):
-        self.value, self.device = value, device
+        self.bench, self.value, self.device = bench, value, device
         self.steps, self.saved, self.sittings = {}, {}, []
         running = [one for one in everybody if one.may_run(value, bounds)]
         self.notes = {one.name: one.note for one in everybody if one not in running}
-        drawn = inputs(STEM, shape) if running else {}
+        drawn = bench.inputs(shape, 0) if running else {}
         for one in running:
             make = functools.partial(self.make, one, drawn, dtype)
             if one.plain is None:
@@ -126,7 +105,7 @@ class Point:
 
     def make(self, one: Contestant, drawn: dict, dtype: torch.dtype):
         """A training step on tensors of its own; on the way it is compiled, or what it saves is noted."""
-        work = harness.Work(STEM, drawn, dtype, self.device.device)
+        work = harness.Work(self.bench, drawn, dtype, self.device.device)
         step = functools.partial(work.train, one.function)
         if one.name == "compile_step":  # here and not while the clock runs; the hooks of saved_mb would compile it anew
             step()
@@ -150,15 +129,15 @@ class Point:
         return harness.statistics(times.get(name)) | {"saved_mb": saved, "note": note}
 
 
-def run(variable: str, device, dtype: str, threads: int, bounds: Bounds, values=None, compiled=False) -> list[dict]:
+def run(bench: Bench, variable: str, device, dtype: str, threads: int, bounds: Bounds, compiled=False) -> list[dict]:
     """A row for every value and contestant; those that were not run, or failed, say why in `note`."""
-    axis, points = AXES[variable], []
-    everybody = entrants(axis, compiled, device.has_graphs)
-    for value in values or axis.values:
+    axis, points = bench.axes[variable], []
+    everybody = entrants(bench, axis, compiled, device.has_graphs)
+    for value in axis.values:
         shape = replace(axis.base, **{variable: value})
-        points.append(Point(shape, value, everybody, device, DTYPES[dtype], bounds))
+        points.append(Point(bench, shape, value, everybody, device, DTYPES[dtype], bounds))
         if compiled and not axis.compiled_once:
-            renew(everybody)
+            renew(bench, everybody)
     for _ in range(1, device.sittings):
         for point in points:
             point.sit()
@@ -170,9 +149,9 @@ def run(variable: str, device, dtype: str, threads: int, bounds: Bounds, values=
     ]
 
 
-def renew(everybody: list[Contestant]) -> None:
+def renew(bench: Bench, everybody: list[Contestant]) -> None:
     """A compiled step of other sizes is compiled anew, or torch would make its sizes symbols."""
-    function = contestants.compiled(STEM, loop=False)
+    function = bench.compile(loop=False)
     for one in everybody:
         if one.name.startswith("compile_step"):
             one.function = function

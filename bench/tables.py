@@ -7,7 +7,7 @@ from bench.groups import grouped, is_ours, of_limit, times_of
 
 def failures_table(rows):
     table = Table(title="Verification failed: nothing is timed")
-    for column in ("stem", "device", "backend", "dtype", "shape", "quantity", "error", "budget"):
+    for column in ("op", "device", "backend", "dtype", "shape", "quantity", "error", "budget"):
         table.add_column(column)
     for row in rows:
         cells = (row[str(column.header)] for column in table.columns)
@@ -20,9 +20,9 @@ def number(value, form=".2f") -> str:
 
 
 def timings_table(rows):
-    """By device, dtype, stem, size and pass: the fastest first, and last, with a note, what could not be timed."""
+    """By device, dtype, operator, size and pass: the fastest first, and last, with a note, what could not be timed."""
     table = Table(title="Time and memory")
-    shown = ("device", "dtype", "stem", "shape", "pass")
+    shown = ("device", "dtype", "op", "shape", "pass")
     for column in shown:
         table.add_column(column, no_wrap=True)
     table.add_column("contestant", min_width=25)  # as long as the longest name; a note after it may take several lines
@@ -52,7 +52,7 @@ def timings_table(rows):
 
 def sweep_table(rows):
     """By size and value: time and memory, or why there is none."""
-    table = Table(title="Growth: a training step of mann_sequence")
+    table = Table(title="Growth: a training step")
     for column in ("device", "size", "value", "contestant", "median ms", "q1 - q3", "saved MiB"):
         table.add_column(
             column, justify="left" if column in ("device", "size", "contestant") else "right", no_wrap=True

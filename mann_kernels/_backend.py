@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from mann_kernels import _library
 
@@ -53,7 +54,8 @@ def backend(name: str):
         ValueError: for another name.
         RuntimeError: from an operator called in the block, if this implementation cannot run it; nothing falls back.
 
-    The request holds for the whole process, and for the backward pass of what is run in the block.
+    The request holds for the whole process, and for the backward pass of what is run in the block. What torch.utils.checkpoint
+    is to run again must have the block inside: run again on another implementation, it is an error of torch's.
     """
     global _requested
     if name not in NAMES:
@@ -144,7 +146,13 @@ def default(stem: str, device: str, dtype: torch.dtype) -> tuple[str, str | None
 
 
 #: Why no kernel runs in torch.func.vmap, grad, jacrev and the like, where plain PyTorch does the right thing.
-TRANSFORMED = "the kernels have no rules for the transforms of torch.func"
+TRANSFORMED = "the kernels have no rules for the transforms of torch.func and for forward-mode differentiation"
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is active, one that torch.autograd builds on them, or a level of dual numbers."""
+    # the first is what torch.autograd.Function itself asks
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @functools.cache
@@ -155,14 +163,13 @@ def _warn_once(stem: str, device: str, why: str) -> None:
 def select(stem: str, tensor: torch.Tensor) -> str:
     """The name of the implementation for this call of `stem`, decided by one of its tensors."""
     device, dtype = tensor.device.type, tensor.dtype
-    transformed = torch._C._are_functorch_transforms_active()  # what torch.autograd.Function itself asks
     if _requested is not None:
-        refused = transformed and _requested != "reference"
+        refused = transformed() and _requested != "reference"
         why = TRANSFORMED if refused else missing(_requested, stem, device, dtype)
         if why is not None:
             raise RuntimeError(f"backend {_requested!r} was asked for, but cannot run {stem}: {why}")
         return _requested
-    name, why = ("reference", TRANSFORMED) if transformed else default(stem, device, dtype)
+    name, why = ("reference", TRANSFORMED) if transformed() else default(stem, device, dtype)
     if why is not None and not torch.compiler.is_compiling():
         _warn_once(stem, device, why)
     return name

@@ -10,7 +10,18 @@ import importlib.util
 
 import torch
 
-_LIBRARIES = {name: torch.library.Library(name, "DEF") for name in ("mann", "mann_triton")}
+
+def _new_library(name: str) -> torch.library.Library:
+    """The library of this namespace. Imported again, after the package left sys.modules, it takes the place of the old one,
+    which is kept where it outlives the package; the compiled kernels stay registered."""
+    namespace = getattr(torch.ops, name)
+    if "_library" in vars(namespace):
+        namespace._library._destroy()
+    namespace._library = torch.library.Library(name, "DEF")
+    return namespace._library
+
+
+_LIBRARIES = {name: _new_library(name) for name in ("mann", "mann_triton")}
 
 #: Why the compiled CPU kernels are missing, or None when they are loaded.
 cpp_missing: str | None = None
@@ -30,20 +41,28 @@ ISAS = ("baseline", "avx2", "avx512")
 _cpu_isa = None
 
 
-def define(schema: str, fake) -> None:
-    """Declare the operator `<schema>` and the function that computes its output shapes."""
+def define(schema: str, fake, default=None) -> None:
+    """Declare the operator `<schema>`, the function that computes its output shapes and what runs where there is no kernel."""
     name = schema.split("(")[0]
     for namespace, library in _LIBRARIES.items():
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    if default is not None:
+        _LIBRARIES["mann"].impl(name, default, "CompositeExplicitAutograd")
     _LIBRARIES["mann_triton"].impl(name, functools.partial(_run_triton, name), "CompositeExplicitAutograd")
+
+
+#: Operators of a stem beside its forward pass, `<stem>_<part>`.
+PARTS = ("backward", "sides")
 
 
 def _run_triton(name: str, *args):
     """The Triton kernels are imported here, at the first call. Triton launches on the current device: make it the tensors'."""
-    module = importlib.import_module(f"mann_kernels.triton.{name.removesuffix('_backward')}")
+    part = next((part for part in PARTS if name.endswith(f"_{part}")), "forward")
+    stem = name.removesuffix(f"_{part}")
+    module = importlib.import_module(f"mann_kernels.triton.{stem}")
     with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
-        return (module.backward if name.endswith("_backward") else module.forward)(*args)
+        return getattr(module, part)(*args)
 
 
 def operators(backend: str):

@@ -4,12 +4,23 @@
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from mann_kernels.modules import MANN, MANNState
+from mann_kernels.modules._init import check_sizes
+from mann_kernels.ops._check import number
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from mann_kernels.modules.mann import Behaviour, MemoryOptions
+
+#: What a `DNC` carries from call to call: controller_hidden, memory and read_vectors.
+Triple = tuple[Any, Any, torch.Tensor | None]
 
 __all__ = ["DNC", "LSTM", "load_tristandeleu"]
 
@@ -24,16 +35,18 @@ def _only(**arguments) -> None:
 class LSTM(nn.Module):
     """A MANN in the place of an nn.LSTM: the same arguments, shapes and states (Santoro et al. 2016, Hochreiter et al. 1997).
 
+    The arguments input_size, hidden_size, batch_first, proj_size, device and dtype are nn.LSTM's. Of num_layers, bias, dropout
+    and bidirectional only nn.LSTM's defaults can be had.
+
     Args:
-        input_size, hidden_size, batch_first, proj_size, device, dtype: as nn.LSTM.
-        num_layers, bias, dropout, bidirectional: as nn.LSTM; only its defaults can be had.
         options: those of MANN (num_slots, slot_size, num_heads, write, ...).
 
     Shapes:
         x [T, B, I] (or [B, T, I], [T, I], a PackedSequence) -> output [T, B, hidden_size], or proj_size, a linear map of the
         controller's h and the reads, and (h_n, c_n). h_n [1, B, hidden_size or proj_size] is the last output; c_n
         [1, B, cell_size] is all that goes on to the next call, memory included, as one tensor, so that code which detaches,
-        moves or reorders the two of them needs no change. hx may also be that of an nn.LSTM, both [1, B, hidden_size]: the
+        moves or reorders the two of them needs no change. It has the attributes of an nn.LSTM, `flatten_parameters` too, which
+        does nothing. hx may also be that of an nn.LSTM, both [1, B, hidden_size]: the
         controller begins there, with a fresh memory.
 
     Raises:
@@ -42,25 +55,49 @@ class LSTM(nn.Module):
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
-        dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0, device=None, dtype=None, **options,
+        dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        **options: "Unpack[MemoryOptions]",
     ):  # fmt: skip
         super().__init__()
         _only(
             num_layers=(num_layers, 1), bias=(bias, True), dropout=(dropout, 0.0), bidirectional=(bidirectional, False)
         )
         _only(controller=(options.get("controller", "lstm"), "lstm"))
-        kind = {"device": device, "dtype": dtype}
+        if not isinstance(proj_size, int) or isinstance(proj_size, bool):
+            raise TypeError(f"proj_size: got {type(proj_size).__name__}, want an int")
+        if not 0 <= proj_size < max(1, hidden_size):
+            raise ValueError(f"proj_size: got {proj_size}, want 0 (none) to {hidden_size - 1}, less than hidden_size")
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.mann = MANN(input_size, hidden_size, batch_first=batch_first, **kind, **options)
-        self.hidden_size, self.output_size = hidden_size, proj_size or hidden_size
+        self.mode, self.input_size, self.hidden_size, self.proj_size = "LSTM", input_size, hidden_size, proj_size
+        self.num_layers, self.bias, self.batch_first = num_layers, bias, batch_first
+        self.dropout, self.bidirectional = float(dropout), bidirectional
+        self.output_size = proj_size or hidden_size
         reads = self.mann.num_heads * self.mann.slot_size
         self.project = nn.Linear(hidden_size + reads, self.output_size, **kind)
+
+    def flatten_parameters(self) -> None:
+        """Nothing: the weights are where they should be. Called by code that is written for nn.LSTM."""
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """The parameters of the one layer, as nn.LSTM groups them; their names and shapes are MANN's."""
+        return [list(self.parameters())]
+
+    def reset_parameters(self) -> None:
+        """As when it was made."""
+        self.mann.reset_parameters()
+        self.project.reset_parameters()
 
     @property
     def cell_size(self) -> int:
         """Numbers of an example's state."""
         return sum(torch.Size(shape).numel() for shape in self.mann._state_shapes(1))
 
-    def forward(self, x: torch.Tensor | PackedSequence, hx: tuple[torch.Tensor, torch.Tensor] | None = None):
+    def forward(
+        self, x: torch.Tensor | PackedSequence, hx: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor | PackedSequence, tuple[torch.Tensor, torch.Tensor]]:
         alone = isinstance(x, torch.Tensor) and x.dim() == 2
         output, state = self.mann(x, None if hx is None else self._unpacked(hx, alone))
         if isinstance(output, PackedSequence):
@@ -93,16 +130,22 @@ class LSTM(nn.Module):
 
 
 class DNC(nn.Module):
-    """A MANN under the constructor, call and state of `dnc.DNC` (the PyPI package, 1.1.0 and 2.0): LRUA in the place of the
-    DNC's allocation and temporal links (Santoro et al. 2016), and the reads do reach the controller.
+    """Not a DNC, but a MANN under the constructor, call, state and attributes of `dnc.DNC` (the PyPI package, 1.1.0 and 2.0).
+
+    LRUA stands in the place of the DNC's allocation and temporal links (Santoro et al. 2016), and the reads do reach the
+    controller.
+
+    The arguments input_size, hidden_size and batch_first are that class's; output has input_size features. Of rnn_type,
+    num_layers, bias, dropout, bidirectional, nonlinearity, independent_linears and debug only the defaults can be had.
+    share_memory and clip change nothing: there is one layer, and nothing grows without bound.
 
     Args:
-        input_size, hidden_size, batch_first: as there; output has input_size features.
-        nr_cells, read_heads, cell_size: slots, heads and the width of a slot.
         num_hidden_layers: 1 here, where that class has 2.
-        rnn_type, num_layers, bias, dropout, bidirectional, nonlinearity, independent_linears, debug: only the values of the
-            signature can be had. share_memory and clip change nothing: there is one layer, and nothing grows without bound.
-        gpu_id: -1 is the CPU; or `device`.
+        nr_cells: slots of the memory.
+        read_heads: heads.
+        cell_size: the width of a slot.
+        gpu_id: -1 is the CPU.
+        device: in the place of gpu_id.
         options: those of MANN (write, key_strength, ...).
 
     Shapes:
@@ -119,20 +162,54 @@ class DNC(nn.Module):
         self, input_size: int, hidden_size: int, rnn_type: str = "lstm", num_layers: int = 1, num_hidden_layers: int = 1,
         bias: bool = True, batch_first: bool = True, dropout: float = 0, bidirectional: bool = False, nr_cells: int = 5,
         read_heads: int = 2, cell_size: int = 10, nonlinearity: str = "tanh", gpu_id: int = -1,
-        independent_linears: bool = False, share_memory: bool = True, debug: bool = False, clip: float = 20, device=None,
-        **options,
+        independent_linears: bool = False, share_memory: bool = True, debug: bool = False, clip: float = 20,
+        device: torch.device | str | None = None, **options: "Unpack[Behaviour]",
     ):  # fmt: skip
         super().__init__()
         _only(rnn_type=(rnn_type, "lstm"), num_layers=(num_layers, 1), num_hidden_layers=(num_hidden_layers, 1))
         _only(bias=(bias, True), dropout=(dropout, 0), bidirectional=(bidirectional, False), debug=(debug, False))
         _only(nonlinearity=(nonlinearity, "tanh"), independent_linears=(independent_linears, False))
+        check_sizes(nr_cells=nr_cells, read_heads=read_heads, cell_size=cell_size)
+        number("clip", clip, 0)
         device = f"cuda:{gpu_id}" if device is None and gpu_id >= 0 else device
+        self.input_size, self.hidden_size, self.rnn_type, self.num_layers = (
+            input_size,
+            hidden_size,
+            rnn_type,
+            num_layers,
+        )
+        self.num_hidden_layers, self.bias, self.batch_first, self.dropout = (
+            num_hidden_layers,
+            bias,
+            batch_first,
+            dropout,
+        )
+        self.bidirectional, self.nonlinearity, self.gpu_id = bidirectional, nonlinearity, gpu_id
+        self.nr_cells, self.read_heads, self.cell_size, self.w, self.r = (
+            nr_cells,
+            read_heads,
+            cell_size,
+            cell_size,
+            read_heads,
+        )
+        self.independent_linears, self.share_memory, self.debug, self.clip = (
+            independent_linears,
+            share_memory,
+            debug,
+            clip,
+        )
+        self.read_vectors_size, self.output_size = read_heads * cell_size, hidden_size
+        self.nn_input_size = input_size + self.read_vectors_size
+        self.nn_output_size = hidden_size + self.read_vectors_size
         self.mann = MANN(
             input_size, hidden_size, nr_cells, cell_size, read_heads, batch_first=batch_first, device=device, **options
         )
         self.output = nn.Linear(hidden_size + read_heads * cell_size, input_size, device=device)
 
-    def forward(self, input, hx=(None, None, None), reset_experience: bool = False, pass_through_memory: bool = True):
+    def forward(
+        self, input: torch.Tensor, hx: "Triple | None" = (None, None, None),
+        reset_experience: bool = False, pass_through_memory: bool = True,
+    ) -> "tuple[torch.Tensor, Triple]":  # fmt: skip
         _only(pass_through_memory=(pass_through_memory, True))
         if hx is not None and (not isinstance(hx, tuple | list) or len(hx) != 3):
             raise TypeError(f"hx: got {type(hx).__name__}, want (controller_hidden, memory, read_vectors) or None")

@@ -175,9 +175,11 @@ def _sharded_step(
 class ShardedMANN(MANN):
     """A MANN whose slots are spread over the ranks of a device mesh: the same layer, for memories that one device cannot hold.
 
+    Beside `mesh` the arguments are MANN's: input_size, hidden_size, num_slots, slot_size, num_heads, controller, batch_first,
+    write, key_strength, squash, lru, erase, decay, eps, memory_init, device and dtype.
+
     Args:
         mesh: a one-dimensional DeviceMesh, as `init_device_mesh("cuda", (world_size,))` or one dimension of a larger mesh.
-        All others are MANN's.
 
     Shapes:
         Those of MANN. In the state `memory` [B, N, W], `usage` [B, N] and `read_weights` [B, R, N] are DTensors sharded over
@@ -193,12 +195,37 @@ class ShardedMANN(MANN):
     as torch has it; in 2.10 it is not.
     """
 
-    def __init__(self, *args, mesh: DeviceMesh, **kwargs):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int = 200,
+        num_slots: int = 128,
+        slot_size: int = 40,
+        num_heads: int = 4,
+        controller: str = "lstm",
+        *,
+        mesh: DeviceMesh,
+        batch_first: bool = False,
+        write: str = "key",
+        key_strength: bool = False,
+        squash: str = "tanh",
+        lru: str = "per_head",
+        erase: str = "least",
+        decay: float = 0.99,
+        eps: float = 1e-6,
+        memory_init: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         if not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh: got {type(mesh).__name__}, want a torch.distributed.device_mesh.DeviceMesh")
         if mesh.ndim != 1:
             raise ValueError(f"mesh: got {mesh.ndim} dimensions, want 1 (index a larger mesh by the name of one)")
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            input_size, hidden_size, num_slots, slot_size, num_heads, controller,
+            batch_first=batch_first, write=write, key_strength=key_strength, squash=squash, lru=lru, erase=erase,
+            decay=decay, eps=eps, memory_init=memory_init, device=device, dtype=dtype,
+        )  # fmt: skip
         self.mesh = mesh
         with torch.no_grad():
             for parameter in self.parameters():
@@ -228,13 +255,10 @@ class ShardedMANN(MANN):
                 )
         return state
 
-    @property
-    def _sequences(self):
+    def _episode(self, *arguments, **options):
+        sequence = reference.mann_sequence if self.controller == "lstm" else reference.lrua_sequence
         step = functools.partial(_sharded_step, slots=self.num_slots, group=self.mesh.get_group())
-        return {
-            "lstm": functools.partial(reference.mann_sequence, one_step=step),
-            "feedforward": functools.partial(reference.lrua_sequence, one_step=step),
-        }
+        return sequence(*arguments, **options, one_step=step)
 
     def _run(self, x, state, lengths):
         local = state._replace(**{name: _Local.apply(getattr(state, name), dim) for name, dim in SLOTS.items()})

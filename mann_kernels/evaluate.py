@@ -8,13 +8,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mann_kernels._paths import about
 from mann_kernels.modules import MANN
 from mann_kernels.tasks import PRESENTATIONS, GPRegression, OmniglotEpisodes
 from mann_kernels.train import build
-from mann_kernels.train.checkpoint import load_weights, read_facts, write_atomically
+from mann_kernels.train.checkpoint import UNREADABLE, load_weights, read_facts, write_atomically
 from mann_kernels.train.log import as_png, plot_log, read_log
 from mann_kernels.train.loop import measure
-from mann_kernels.train.settings import Settings
+from mann_kernels.train.settings import MOST, Settings
+from mann_kernels.train.told import SEED, told
 
 #: Santoro et al. 2016, tables 1 and 2: 5 classes, % right at the 1st, 2nd, 3rd, 4th, 5th and 10th presentation.
 PAPER = {
@@ -33,36 +35,43 @@ console = Console()
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="checkpoint.safetensors of a run, or the run's folder.")],
     data: Annotated[Path | None, typer.Option(help="Omniglot, for the tasks that are made of it.")] = None,
-    tasks: Annotated[int, typer.Option(min=2, help="Test tasks.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of the test tasks.")] = 1,
+    tasks: Annotated[int, typer.Option(min=2, max=MOST, help="Test tasks.")] = 2000,
+    seed: Annotated[int, typer.Option(**SEED, help="Of the test tasks.")] = 1,
     turns: Annotated[bool, typer.Option("--turns", help="omniglot: quarter turns of the test classes too.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures: the training, and one task.")] = None,
 ):
     """Test a trained learner on tasks it has never seen: the mean of each score and its 95 % confidence interval."""
-    checkpoint = checkpoint / "checkpoint.safetensors" if checkpoint.is_dir() else checkpoint
-    if not checkpoint.is_file():
-        raise typer.BadParameter(f"CHECKPOINT: {checkpoint}: no such file, want the checkpoint of a run")
-    try:
+    with told():
+        with about(checkpoint, "cannot be read"):
+            checkpoint = checkpoint / "checkpoint.safetensors" if checkpoint.is_dir() else checkpoint
+            there = checkpoint.is_file()
+        if not there:
+            raise ValueError(f"CHECKPOINT: {checkpoint}: no such file, want the checkpoint of a run")
         facts = read_facts(checkpoint)
-        settings = Settings(**facts["settings"])
+        with about(checkpoint, UNREADABLE):
+            settings = Settings(**facts["settings"])
+            settings.check()
         _, test_tasks = build.tasks(settings, data)
         learner = build.learner(settings, test_tasks)
         load_weights(checkpoint, learner)
         build.on_device(learner, device)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
+        rows = read_log(checkpoint.parent / "log.csv") if plots is not None else []
+        if plots is not None:  # before the long part
+            with about(plots, "cannot be used as a folder"):
+                plots.mkdir(parents=True, exist_ok=True)
     if isinstance(test_tasks, OmniglotEpisodes):
         test_tasks.turns = turns
     torch.set_num_threads(settings.threads)
-    found = measure(learner, test_tasks, tasks, seed, device)
-    show(found, settings, facts["update"], tasks)
-    if plots is not None:
-        rows = read_log(checkpoint.parent / "log.csv")
+    with told(status=1):
+        found = measure(learner, test_tasks, tasks, seed, device)
+        show(found, settings, facts["update"], tasks)
         if rows:
-            plots.mkdir(parents=True, exist_ok=True)
-            write_atomically(plots / "training.png", plot_log(rows, list(found), settings.title()))
-        draw(learner, test_tasks, plots, seed, device)
+            with about(checkpoint.parent / "log.csv", "cannot be drawn"):
+                picture = plot_log(rows, list(found), settings.title())
+            write_atomically(plots / "training.png", picture)
+        if plots is not None:
+            draw(learner, test_tasks, plots, seed, device)
 
 
 def show(found: dict[str, tuple[float, float]], settings: Settings, update: int, tasks: int) -> None:
@@ -87,7 +96,6 @@ def draw(learner, test_tasks, plots: Path, seed: int, device: str) -> None:
     """What there is to be seen of test tasks, as PNGs: a Gaussian process's likelihoods, a MANN's memory in one episode."""
     from mann_kernels.visualize import draw_episode
 
-    plots.mkdir(parents=True, exist_ok=True)
     batch = test_tasks.sample(100, torch.Generator().manual_seed(seed)).to(device)
     if isinstance(test_tasks, GPRegression):
         write_atomically(

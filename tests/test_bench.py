@@ -1,6 +1,8 @@
 import functools
 import json
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,15 +12,16 @@ from typer.testing import CliRunner
 
 import mann_kernels
 from bench import __main__ as front
-from bench import contestants, devices, harness, metanet_update, store
-from bench.counts import work
-from bench.episodes import omniglot
-from bench.stems import SHAPES, Shape, inputs
-from bench.suites import MANN, METANET, SUITES, Case, suite_of
+from bench import bench_metanet_update, devices, harness, operators, run, store
+from bench.bench_content_address import address
+from bench.mann import SHAPES, Shape
+from bench.operators import Case
 from mann_kernels import _backend
 
 TINY = Shape(3, 2, 4, 5, 9, 6, 2)
 CPU = devices.Cpu()
+BENCHES = operators.operators()
+ADDRESS, MANN, UPDATE = (BENCHES[op] for op in ("content_address", "mann_sequence", "metanet_update"))
 
 
 def invoke(*arguments):
@@ -27,22 +30,22 @@ def invoke(*arguments):
 
 @pytest.mark.parametrize("stem", _backend.STEMS)
 def test_eager_contestant_is_right(stem):
-    suite = suite_of(stem)
-    drawn = suite.inputs(stem, suite.verified(stem)[0]).values()
-    want = suite.plain(stem)(*drawn)
-    for function in (suite.eager[stem], *suite.alternatives.get(stem, {}).values()):
+    bench = BENCHES[stem]
+    drawn = bench.inputs(bench.verified[0], 0).values()
+    want = bench.reference()(*drawn)
+    for function in (bench.eager, *bench.alternatives.values()):
         for a, b in zip(function(*drawn), want, strict=True):
             torch.testing.assert_close(a, b, check_dtype=False)
 
 
-@pytest.mark.parametrize("stem", [*_backend.STEMS, metanet_update.STEM])
-def test_kernels_verify(stem):
-    rows = harness.verify([stem], CPU)
+@pytest.mark.parametrize("op", BENCHES)
+def test_kernels_verify(op):
+    rows = harness.verify([BENCHES[op]], CPU)
     assert all(row["ok"] for row in rows)
-    whole = stem == metanet_update.STEM
+    whole = op == UPDATE.op
     assert {row["dtype"] for row in rows} == ({"float64"} if whole else {"float32", "float64", "bfloat16"})
     assert {row["backend"] for row in rows} == {"cpp"}
-    assert set(rows[0]) == {"stem", "device", "backend", "dtype", "shape", "quantity", "error", "budget", "ok"}
+    assert set(rows[0]) == {"op", "device", "backend", "dtype", "shape", "quantity", "error", "budget", "ok"}
 
 
 def test_a_gradient_one_percent_off_is_refused():
@@ -55,29 +58,26 @@ def test_a_gradient_one_percent_off_is_refused():
         def backward(ctx, grad):
             return grad * 1.01
 
-    rows = harness.verify(
-        ["content_address"],
-        CPU,
-        {"content_address": lambda memory, key: mann_kernels.content_address(Wrong.apply(memory), key)},
-    )
+    wrong = {ADDRESS.op: lambda memory, key: mann_kernels.content_address(Wrong.apply(memory), key)}
+    rows = harness.verify([ADDRESS], CPU, candidates=wrong)
     assert {row["quantity"] for row in rows if not row["ok"]} == {"dmemory"}
 
 
 def test_a_whole_update_with_one_wrong_gradient_is_refused():
     def wrong(*tensors):
         tensors = [*tensors[:2], tensors[2] + 0.01 * (tensors[2] - tensors[2].detach()), *tensors[3:]]
-        return metanet_update.ours(*tensors)
+        return bench_metanet_update.ours(*tensors)
 
-    rows = harness.verify([metanet_update.STEM], CPU, {metanet_update.STEM: wrong})
+    rows = harness.verify([UPDATE], CPU, candidates={UPDATE.op: wrong})
     assert len(rows) == 2 * 36
     assert {row["quantity"] for row in rows if not row["ok"]} == {"dbase_learner.0.weight"}
 
 
 def test_nothing_is_timed_after_a_failed_verification(monkeypatch, tmp_path):
-    row = dict.fromkeys(("stem", "device", "backend", "dtype", "shape", "quantity"), "x")
+    row = dict.fromkeys(("op", "device", "backend", "dtype", "shape", "quantity"), "x")
     row |= {"error": 1.0, "budget": 0.0, "ok": False}
-    monkeypatch.setattr(front.harness, "verify", lambda stems, device: [row])
-    monkeypatch.setattr(front.harness, "Comparison", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(harness, "verify", lambda benches, device, dtypes: [row])
+    monkeypatch.setattr(harness, "Comparison", lambda *args: pytest.fail("timed"))
     result = invoke("--quick", "--device", "cpu", "--json", tmp_path / "out.json")
     assert result.exit_code == 1
     assert not (tmp_path / "out.json").exists()
@@ -85,7 +85,7 @@ def test_nothing_is_timed_after_a_failed_verification(monkeypatch, tmp_path):
 
 def test_verify_only_writes_json(tmp_path):
     path = tmp_path / "out.json"
-    result = invoke("--device", "cpu", "--verify-only", "--stem", "content_address", "--json", path)
+    result = invoke("--device", "cpu", "--verify-only", "--op", "content_address", "--json", path)
     assert result.exit_code == 0, result.output
     written = json.loads(path.read_text())
     assert {"machine", *store.TABLES} <= set(written)
@@ -93,40 +93,40 @@ def test_verify_only_writes_json(tmp_path):
     assert {row["device"] for row in written["verification"]} == {"cpu"}
 
 
-@pytest.mark.parametrize("arguments", [("--stem", "x"), ("--shape", "x"), ("--suite", "x"), ("--device", "x")])
+@pytest.mark.parametrize("arguments", [("--op", "x"), ("--shape", "x"), ("--suite", "x"), ("--device", "x")])
 def test_unknown_options(arguments):
     assert invoke(*arguments).exit_code == 2
 
 
 def test_nothing_to_time(monkeypatch):
     monkeypatch.setattr(_backend, "default", lambda stem, device, dtype, sizes=None: ("reference", "no compiler"))
-    result = invoke("--device", "cpu", "--stem", "content_address")
+    result = invoke("--device", "cpu", "--op", "content_address")
     assert result.exit_code == 1
     assert "Not timed on cpu: content_address: no compiler" in result.output
     assert result.output.endswith("Nothing was timed\n")
 
 
-def test_every_suite_is_complete():
-    for suite in SUITES.values():
-        assert set(suite.stems) == set(suite.eager) >= set(suite.alternatives)
-        assert set(suite.usual) == {"cpu", "cuda"}
-        assert set().union(*suite.usual.values()) <= set(suite.shapes)
-        assert all(suite_of(stem) is suite for stem in suite.stems)
-        planned = list(suite.plan(suite.stems, suite.shapes, False))
-        assert {case.stem for case in planned} == set(suite.stems)
-        assert all(set(suite.operators(stem)) <= set(_backend.STEMS) for stem in suite.stems)
-    named = sorted(stem for suite in SUITES.values() for stem in suite.stems)
-    assert named == sorted([*_backend.STEMS, metanet_update.STEM])
-    planned = {stem: [case.name for case in METANET.plan([stem], METANET.shapes, True)] for stem in METANET.stems}
-    assert planned["augmented_linear"] == ["fc 64-64", "fc 64-5"]
-    assert planned["generate_fast_weights"] == planned["summarize_gradients"] == ["omniglot", "miniimagenet"]
+def test_every_operator_has_a_bench():
+    assert list(BENCHES) == [*_backend.STEMS, UPDATE.op]
+    assert {bench.suite for bench in BENCHES.values()} == {"mann", "metanet"}
+    for op, bench in BENCHES.items():
+        assert set(bench.parts or (op,)) <= set(_backend.STEMS)
+        assert bench.planned("cuda", quick=True)[0].name == bench.cases(False)[0].name
+    names = {op: [case.name for case in bench.planned("cpu", quick=True)] for op, bench in BENCHES.items()}
+    assert names["augmented_linear"] == ["fc 64-64", "fc 64-5"]
+    assert names["augmented_conv2d"] == ["conv 28", "conv 7", "conv 2"]
+    assert names["mann_sequence"] == ["paper", "paper@T=6", "wide"]
+    assert [case.name for case in MANN.planned("cpu", True, ["single"])] == ["single"]
+    everything = [case.name for case in MANN.planned("cuda", quick=False)]
+    assert {"long", "batch", "single@T=12"} <= set(everything)
+    assert "batch" not in [case.name for case in MANN.planned("cpu", quick=False)]
 
 
 @pytest.mark.compiles
 @pytest.mark.parametrize(("quick", "passes"), [(False, {"fwd", "fwd+bwd"}), (True, {"fwd+bwd"})])
 def test_rows_of_timings(quick, passes, monkeypatch):
     monkeypatch.setattr(devices.Cpu, "seconds", 0.3)
-    rows = harness.time_case(MANN, Case("content_address", "tiny", TINY), CPU, "float32", 1, quick)
+    rows = harness.time_case(ADDRESS, Case("tiny", TINY), CPU, "float32", 1, quick)
     assert {row["contestant"] for row in rows} == {"mann_kernels", "eager", "compile_step"}
     assert {row["pass"] for row in rows} == passes
     assert all(row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] for row in rows)
@@ -135,37 +135,37 @@ def test_rows_of_timings(quick, passes, monkeypatch):
 
 
 def test_saved_bytes_of_a_known_graph():
-    work = harness.Work("content_address", inputs("content_address", TINY), torch.float32)
+    work = harness.Work(ADDRESS, ADDRESS.inputs(TINY, 0), torch.float32)
     # of exp only its result [B, N, W] is kept
     assert harness.saved_mb(work, lambda memory, key: memory.exp()) == pytest.approx(2 * 9 * 6 * 4 / 2**20)
 
 
 @pytest.mark.parametrize(("shape", "less"), [("long", 6), ("wide", 15)])
 def test_less_is_saved_for_backward(shape, less):
-    work = harness.Work("mann_sequence", inputs("mann_sequence", replace(SHAPES[shape], B=2)), torch.float32)
-    kinds = (mann_kernels.mann_sequence, contestants.EAGER["mann_sequence"])
+    work = harness.Work(MANN, MANN.inputs(replace(SHAPES[shape], B=2), 0), torch.float32)
+    kinds = (mann_kernels.mann_sequence, MANN.eager)
     ours, eager = (harness.saved_mb(work, function) for function in kinds)
     assert ours * less < eager
 
 
 def test_work_grows_with_the_shape():
     paper = SHAPES["paper"]
-    one, whole = (work(stem, paper, 4, set())["fwd"].flops for stem in ("lrua_step", "lrua_sequence"))
+    one, whole = (BENCHES[op].work(paper, 4)["fwd"].flops for op in ("lrua_step", "lrua_sequence"))
     assert whole == 50 * one
 
 
-def test_omniglot_episodes(tmp_path):
+def test_real_episodes_take_the_place_of_the_input(tmp_path):
     images = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((7, 3, 20, 20), np.uint8)
-    np.savez(tmp_path / "data.npz", images=images)
-    x = omniglot(tmp_path / "data.npz", 12, 3)
-    assert x.shape == (12, 3, 405)
+    np.savez(tmp_path / "data.npz", images=images, class_vinyals=np.zeros(7, np.uint8))
+    shape = replace(SHAPES["paper"], T=40, B=3)
+    x = MANN.real(tmp_path / "data.npz", shape)["x"]
+    assert x.shape == (40, 3, 405)
     assert (x[0, :, 400:] == 0).all()
-    assert (x[1:, :, 400:].sum(-1) == 1).all()
-    for b in range(3):  # the label of a step stands beside the next one, one label for each class
-        seen = {(float(x[t, b, 0]), int(x[t + 1, b, 400:].argmax())) for t in range(11)}
-        assert len({image for image, _ in seen}) == len(seen) == len({label for _, label in seen})
-    with pytest.raises(SystemExit, match="cannot read images"):
-        omniglot(tmp_path / "none.npz", 2, 1)
+    assert (x[1:15, :, 400:].sum(-1) == 1).all()
+    assert torch.equal(x[15:30], x[:15])  # there are no more images
+    assert MANN.real(tmp_path / "data.npz", TINY) == {}
+    with pytest.raises(SystemExit, match=r"--data: .*none.npz: no such file"):
+        MANN.real(tmp_path / "none.npz", shape)
 
 
 def test_all_sittings_count():
@@ -199,10 +199,90 @@ def test_what_was_compiled_stays_compiled(monkeypatch):
     """Comparisons are all made before they are timed again: compiling for one must not undo another's."""
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    made = [
-        (contestants.compiled_anew(contestants.address), size) for size in range(2, 14)
-    ]  # more than torch keeps for one
+    made = [(operators.compiled_anew(address), size) for size in range(2, 14)]  # more than torch keeps for one
     for compiled in (len(made), len(made)):
         for function, size in made:
             function(torch.ones(1, size, 3), torch.ones(1, 2, 3))
         assert counter.frame_count == compiled
+
+
+def test_a_run_that_is_cut_short_keeps_what_it_has(monkeypatch, tmp_path):
+    """By the user, by its minutes or by a lost device; and it can be gone on with."""
+    ends = {"second": KeyboardInterrupt, "third": devices.DeviceLost("gone"), "fourth": run.TimeUp}
+    made = []
+
+    class Comparison:
+        def __init__(self, bench, case, *rest):
+            made.append(case.name)
+            if case.name in ends:
+                raise ends[case.name]
+            self.name = case.name
+
+        def sit(self):
+            pass
+
+        def rows(self):
+            row = dict.fromkeys(store.TABLES["timings"]) | {"threads": 1, "same_work": True, "op": ADDRESS.op}
+            row |= {"shape": self.name, "pass": "fwd", "device": "cpu", "dtype": "float32", "median_ms": 1.0}
+            more = dict.fromkeys(("q1_ms", "q3_ms", "min_ms", "max_ms", "mean_ms", "stddev_ms"), 1.0)
+            return [row | more | {"contestant": "mann_kernels", "rounds": 3}]
+
+    names = ("first", "second", "third", "fourth", "fifth")
+    few = replace(ADDRESS, cases=lambda quick: [Case(name, TINY) for name in names])
+    monkeypatch.setattr(front, "operators", lambda: {ADDRESS.op: few})
+    monkeypatch.setattr(harness, "Comparison", Comparison)
+    path, left = tmp_path / "a.json", list(names)
+    for code, said in (
+        (130, "interrupted"),
+        (1, "does not answer any more. gone"),
+        (0, "ended after 9 minutes"),
+        (0, None),
+    ):
+        made.clear()
+        more = ("--resume",) if path.exists() else ()
+        more += ("--minutes", "9") if said and "ended" in said else ()
+        result = invoke("--device", "cpu", "--json", path, *more)
+        assert result.exit_code == code, result.output
+        assert made[0] == left[0]  # what is there is not done again
+        kept = store.read(path)
+        assert {row["shape"] for row in kept["timings"]} == set(names) - set(left) | set(made) - set(ends)
+        assert all(row["ok"] for row in kept["verification"])
+        assert (said or "") in kept["machine"].get("stopped", "")
+        ends.pop(made[-1], None)
+        left = [name for name in names if name not in {row["shape"] for row in kept["timings"]}]
+    assert left == []
+
+
+def test_the_minutes_end_a_run_wherever_it_is(monkeypatch, tmp_path):
+    """In a contestant too, whose failures are notes otherwise."""
+
+    def endless(*tensors):
+        while True:
+            time.sleep(0.01)
+
+    few = replace(ADDRESS, cases=lambda quick: [Case("tiny", TINY)], eager=endless)
+    monkeypatch.setattr(front, "operators", lambda: {ADDRESS.op: few})
+    result = invoke("--device", "cpu", "--minutes", "0.05", "--json", tmp_path / "a.json")
+    assert result.exit_code == 1, result.output
+    assert "Stopped: ended after 0.05 minutes" in result.output
+    assert store.read(tmp_path / "a.json")["machine"]["stopped"] == "ended after 0.05 minutes"
+
+
+def test_what_matters_most_comes_first(monkeypatch):
+    gpu = SimpleNamespace(type="cuda", timed=("float32", "bfloat16"), has_graphs=True)
+    monkeypatch.setattr(run, "with_kernels", lambda benches, device, console: benches)
+    planned = run.Run.jobs(
+        SimpleNamespace(where=[CPU, gpu], timings=[], console=None),
+        run.Selection(list(BENCHES.values()), None, False, None),
+        in_parts=True,
+    )
+    assert (planned[0].bench.op, planned[0].case.name, planned[0].part) == ("mann_sequence", "paper", "graphs")
+    assert [job.part for job in planned if job.device is gpu][-1] == "compiled"
+    parts = list(dict.fromkeys((job.device.type, job.part) for job in planned))
+    assert parts == [("cuda", part) for part in ("graphs", "plain", "compiled")] + [
+        ("cpu", "plain"),
+        ("cpu", "compiled"),
+    ]
+    ranks = [job.case.rank for job in planned if job.device is gpu and job.part == "graphs"]
+    assert ranks == sorted(ranks)
+    assert {job.bench.op for job in planned[:4]} == {"mann_sequence", "metanet_update"}

@@ -10,13 +10,15 @@ from fake_cuda import PROPERTIES, FakeCuda
 from typer.testing import CliRunner
 
 from bench import __main__ as front
-from bench import contestants, devices, harness, limits, metanet_update, peers, pictures, store, sweep, tables
-from bench.metanet_augmented import ALTERNATIVES
-from bench.stems import Shape, inputs
-from bench.suites import MANN, METANET, Case, kernels_of, suite_of
+from bench import devices, harness, limits, peers, pictures, store, sweep, tables
+from bench.bench_content_address import address
+from bench.mann import Shape
+from bench.operators import Axis, Case, kernels_of, operators
 from mann_kernels import _backend, _library
 
 TINY = Shape(3, 2, 4, 5, 9, 6, 2)
+ADDRESS, MANN, UPDATE = (operators()[op] for op in ("content_address", "mann_sequence", "metanet_update"))
+METANET = [op for op, bench in operators().items() if bench.suite == "metanet"]
 CPU = devices.Cpu()
 
 
@@ -113,10 +115,10 @@ def test_inputs_are_taken_in_turn_from_several_sets(gpu):
 
     def watched(memory, key):
         seen.append((memory.data_ptr(), float(memory.detach().sum())))
-        return contestants.address(memory, key)
+        return address(memory, key)
 
-    rows_on_gpu(gpu, "content_address", content_address=watched)
-    drawn = [float(inputs("content_address", TINY, seed)["memory"].float().sum()) for seed in range(gpu.input_sets)]
+    rows_on_gpu(gpu, "content_address", eager=watched)
+    drawn = [float(ADDRESS.inputs(TINY, seed)["memory"].float().sum()) for seed in range(gpu.input_sets)]
     assert len(set(drawn)) == gpu.input_sets
     assert {round(total, 3) for _, total in seen} == {round(total, 3) for total in drawn}
     made = harness.in_turn([(lambda i=i: i, lambda i=i: -i) for i in range(3)])
@@ -142,27 +144,27 @@ def test_a_lost_device_ends_the_run(gpu, fake, monkeypatch):
         devices.attempt(gpu, lambda: (_ for _ in ()).throw(RuntimeError("boom")))
     del fake.broken["synchronize"]
 
-    def lost(stems, device):
+    def lost(benches, device, dtypes):
         raise devices.DeviceLost("cuda: gone")
 
     monkeypatch.setattr(front, "devices", lambda wanted: [gpu])
-    monkeypatch.setattr(front.harness, "verify", lost)
-    result = invoke("--device", "cuda", "--stem", "content_address")
+    monkeypatch.setattr(harness, "verify", lost)
+    result = invoke("--device", "cuda", "--op", "content_address")
     assert result.exit_code == 1
     assert "does not answer any more. cuda: gone" in " ".join(result.output.split())
 
 
-def rows_on_gpu(gpu, stem, dtype="float32", shape=TINY, **eager):
+def rows_on_gpu(gpu, op, dtype="float32", shape=TINY, **changes):
     """A run of a tiny case on the stand-in, without the minutes of compiling."""
-    known = suite_of(stem)
-    suite = replace(known, eager=known.eager | eager, compiled=lambda stem, loop: suite.eager[stem])
-    return harness.time_case(suite, Case(stem, "tiny", shape), gpu, dtype, 1, quick=False)
+    bench = replace(operators()[op], **changes)
+    quick = replace(bench, compiled=lambda loop: bench.eager)
+    return harness.time_case(quick, Case("tiny", shape), gpu, dtype, 1, quick=False)
 
 
 @pytest.mark.parametrize("dtype", devices.Cuda.timed)
 def test_rows_of_a_gpu(gpu, fake, dtype):
     rows = rows_on_gpu(gpu, "mann_sequence", dtype)
-    plain = ["mann_kernels", "eager", *peers.ALTERNATIVES["mann_sequence"], "compile_step", "lstm", "gemm_floor"]
+    plain = ["mann_kernels", "eager", *peers.ALTERNATIVES, "compile_step", "lstm", "gemm_floor"]
     assert [row["contestant"] for row in rows] == [*plain, *(f"{name} graph" for name in plain)] * 2
     assert {(row["device"], row["dtype"], row["note"]) for row in rows} == {("cuda", dtype, None)}
     assert all(row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] and row["rounds"] >= 3 for row in rows)
@@ -185,36 +187,38 @@ def test_cuda_and_triton_kernels_are_verified_and_timed_beside_each_other(gpu, m
     monkeypatch.setattr(_library, "cuda_kernels", frozenset(["content_address"]))
     monkeypatch.setattr(_library, "cuda_missing", None)
     monkeypatch.setattr(_backend, "select", select)
-    rows = harness.verify(["content_address"], gpu)
+    second = next(iter({"triton", "cuda"} - {_backend.default("content_address", "cuda", torch.float32)[0]}))
+    rows = harness.verify([ADDRESS], gpu)
     assert all(row["ok"] for row in rows)
     found = {dtype: {row["backend"] for row in rows if row["dtype"] == dtype} for dtype in gpu.verified}
     both, one = {"triton", "cuda"}, {"triton"}
     assert found == {"float32": both, "bfloat16": both, "float64": one, "float16": one}
-    assert set(asked) == {None, "cuda"}
+    assert set(asked) == {None, second}
     asked.clear()
     rows = rows_on_gpu(gpu, "content_address")
-    plain = ["mann_kernels", "mann_kernels cuda", "eager", "compile_step"]
+    plain = ["mann_kernels", f"mann_kernels {second}", "eager", "compile_step"]
     assert [row["contestant"] for row in rows] == [*plain, *(f"{name} graph" for name in plain)] * 2
     assert {row["note"] for row in rows} == {None}
-    assert set(asked) == {None, "cuda"}
+    assert set(asked) == {None, second}
 
 
-@pytest.mark.parametrize("stem", METANET.stems)
-def test_rows_of_metanet_on_a_gpu(gpu, stem):
-    rows = rows_on_gpu(gpu, stem, shape=METANET.verified(stem)[0])
-    plain = ["mann_kernels", "eager", *ALTERNATIVES.get(stem, {}), "compile_step"]
+@pytest.mark.parametrize("op", METANET)
+def test_rows_of_metanet_on_a_gpu(gpu, op):
+    bench = operators()[op]
+    rows = rows_on_gpu(gpu, op, shape=bench.verified[0])
+    plain = ["mann_kernels", "eager", *bench.alternatives, "compile_step"]
     assert [row["contestant"] for row in rows] == [*plain, *(f"{name} graph" for name in plain)] * 2
     assert {(row["device"], row["note"]) for row in rows} == {("cuda", None)}
     kept = {row["contestant"] for row in rows if row["saved_mb"] is not None}
     # torch.func, in a whole update written out, does not run under hooks on what is saved
-    assert kept == set(plain) - {"compile_step"} - ({"eager"} if stem == metanet_update.STEM else set())
+    assert kept == set(plain) - {"compile_step"} - ({"eager"} if bench is UPDATE else set())
     assert {row["contestant"] for row in rows if row["peak_mb"] is not None} == set(plain)
 
 
 def test_a_sweep_has_graphs_too(gpu, fake, monkeypatch):
     monkeypatch.setattr(sweep, "SECONDS", 0.0)
-    monkeypatch.setitem(sweep.AXES, "T", sweep.Axis(base=TINY, values=(2, 4), dominates=2))
-    rows = sweep.run("T", gpu, "float32", 1, sweep.Bounds())
+    short = replace(MANN, axes={"T": Axis(TINY, (2, 4), 2)})
+    rows = sweep.run(short, "T", gpu, "float32", 1, sweep.Bounds())
     plain = ["mann_kernels", "eager"]
     assert [row["contestant"] for row in rows] == [*plain, *(f"{name} graph" for name in plain)] * 2
     assert {row["note"] for row in rows} == {None}
@@ -226,7 +230,7 @@ def test_a_sweep_has_graphs_too(gpu, fake, monkeypatch):
     # one that has taken too long is not called any more, not for a capture either, however short its graph is
     fake.log.clear()
     monkeypatch.setattr(gpu, "measure", lambda function: 0.1 if isinstance(function, devices.Replay) else 2000.0)
-    rows = sweep.run("T", gpu, "float32", 1, sweep.Bounds(seconds=1))
+    rows = sweep.run(short, "T", gpu, "float32", 1, sweep.Bounds(seconds=1))
     assert [row["note"] for row in rows[4:]] == [sweep.OUT_OF_TIME] * 4
     assert fake.log.count("graph") == 2
 
@@ -235,7 +239,7 @@ def test_out_of_memory_is_a_row(gpu):
     def too_large(memory, key):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
 
-    rows = rows_on_gpu(gpu, "content_address", content_address=too_large)
+    rows = rows_on_gpu(gpu, "content_address", eager=too_large)
     notes = {row["contestant"]: row["note"] for row in rows}
     assert notes["mann_kernels"] is notes["mann_kernels graph"] is None
     assert notes["eager"] == notes["eager graph"] == notes["compile_step"] == "out of memory"
@@ -262,7 +266,7 @@ def test_a_kernel_that_raises_is_not_verified(gpu):
     def broken(memory, key):
         raise ValueError("OutOfResources: shared memory")
 
-    rows = harness.verify(["content_address"], gpu, {"content_address": broken})
+    rows = harness.verify([ADDRESS], gpu, candidates={ADDRESS.op: broken})
     assert {(row["ok"], row["device"], row["backend"]) for row in rows} == {(False, "cuda", "triton")}
     assert rows[0]["quantity"] == "ValueError: OutOfResources: shared memory"
     assert tables.failures_table(rows).row_count == len(rows) == 4 * 3
@@ -272,12 +276,12 @@ def test_a_whole_run_on_a_gpu(gpu, monkeypatch, tmp_path):
     """The front end with both devices: everything is verified first; one of ours that cannot be timed fails the run."""
     order = []
     monkeypatch.setattr(front, "devices", lambda wanted: [CPU, gpu])
-    monkeypatch.setattr(front.harness, "verify", lambda stems, device: order.append(("verify", device.type)) or [])
+    monkeypatch.setattr(harness, "verify", lambda benches, device, dtypes: order.append(("verify", device.type)) or [])
 
     class Comparison:
-        def __init__(self, suite, case, device, dtype, threads, quick, x):
+        def __init__(self, bench, case, device, dtype, threads, quick, data, part):
             order.append((device.type, dtype, case.name))
-            self.head = {"stem": case.stem, "shape": case.name, "pass": "fwd", "device": device.type, "dtype": dtype}
+            self.head = {"op": bench.op, "shape": case.name, "pass": "fwd", "device": device.type, "dtype": dtype}
             self.sittings = 0
 
         def sit(self):
@@ -289,9 +293,9 @@ def test_a_whole_run_on_a_gpu(gpu, monkeypatch, tmp_path):
             note = "out of memory" if row["shape"] == "wide" else "slow"
             return [row | {"contestant": "mann_kernels", "note": note}]
 
-    monkeypatch.setattr(front.harness, "Comparison", Comparison)
+    monkeypatch.setattr(harness, "Comparison", Comparison)
     path = tmp_path / "out.json"
-    result = invoke("--stem", "lrua_step", "--json", path)
+    result = invoke("--op", "lrua_step", "--json", path)
     assert result.exit_code == 1, result.output
     assert order[:2] == [("verify", "cpu"), ("verify", "cuda")]
     assert order[2:4] == [("cpu", "float32", "paper"), ("cpu", "float32", "wide")]
@@ -331,11 +335,11 @@ def test_the_bench_on_a_real_gpu():
     """What the tests above do with a stand-in."""
     gpu = devices.Cuda()
     assert gpu.problem() is None
-    assert all(row["ok"] for row in harness.verify(["content_address"], gpu))
-    suite = replace(MANN, compiled=lambda stem, loop: MANN.eager[stem])
+    assert all(row["ok"] for row in harness.verify([ADDRESS], gpu))
+    quick = replace(MANN, compiled=lambda loop: MANN.eager)
     for dtype in gpu.timed:
-        ours = kernels_of("mann_sequence", gpu.type, getattr(torch, dtype), TINY)
-        rows = harness.time_case(suite, Case("mann_sequence", "tiny", TINY), gpu, dtype, 1, quick=True)
-        assert len(rows) == (len(ours) + 4 + len(peers.ALTERNATIVES["mann_sequence"])) * 2
+        ours = kernels_of(MANN, gpu.type, getattr(torch, dtype))
+        rows = harness.time_case(quick, Case("tiny", TINY), gpu, dtype, 1, quick=True)
+        assert len(rows) == (len(ours) + 4 + len(peers.ALTERNATIVES)) * 2
         assert {row["note"] for row in rows} == {None}
         assert all(0 < row["median_ms"] < 1e3 for row in rows)

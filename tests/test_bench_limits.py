@@ -3,12 +3,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import devices, limits
-from bench.counts import INDEX_BYTES, Work, sizes, work
+from bench.counts import INDEX_BYTES, Work
 from bench.harness import PASSES
 from bench.harness import Work as Run
-from bench.metanet_augmented import LayerShape
-from bench.stems import Shape
-from bench.suites import suite_of
+from bench.layers import LayerShape
+from bench.mann import Shape
+from bench.operators import operators
 from mann_kernels import _backend
 
 TINY = Shape(3, 2, 4, 5, 9, 6, 2)
@@ -21,7 +21,7 @@ LAYERS = {
 def shapes(stem):
     """Beside what verification has: an input without a gradient, images that are smaller than the memory is deep. What is
     one by one by one is no matrix product to torch."""
-    known = [shape for shape in suite_of(stem).verified(stem)[:2] if shape != LayerShape(1, 1, 1, 1, 1)]
+    known = [shape for shape in operators()[stem].verified[:2] if shape != LayerShape(1, 1, 1, 1, 1)]
     return [*known, *LAYERS.get(stem, ())]
 
 
@@ -33,12 +33,12 @@ def counted(run, function):
 
 @pytest.mark.parametrize("stem", _backend.STEMS)
 def test_products_are_those_of_the_cheapest_contestant(stem):
-    suite = suite_of(stem)
+    bench = operators()[stem]
     # Others of mann_sequence multiply by broadcasting, which torch does not count.
-    functions = [suite.eager[stem], *(suite.alternatives.get(stem, {}).values() if stem in LAYERS else ())]
+    functions = [bench.eager, *(bench.alternatives.values() if stem in LAYERS else ())]
     for shape in shapes(stem):
-        run = Run(stem, suite.inputs(stem, shape), torch.float32)
-        want = work(stem, shape, 4, suite.constant(stem))
+        run = Run(bench, bench.inputs(shape, 0), torch.float32)
+        want = bench.work(shape, 4)
         found = [(counted(run.forward, function), counted(run.train, function)) for function in functions]
         forward, train = (want[name].flops for name in PASSES)
         assert min(first for first, _ in found) == forward
@@ -50,33 +50,32 @@ def test_products_are_those_of_the_cheapest_contestant(stem):
 
 @pytest.mark.parametrize("stem", _backend.STEMS)
 def test_bytes_are_those_of_the_tensors(stem):
-    suite = suite_of(stem)
+    bench = operators()[stem]
     for shape in shapes(stem):
-        run = Run(stem, suite.inputs(stem, shape), torch.float32)
-        results = suite.plain(stem)(*run.tensors.values())
+        run = Run(bench, bench.inputs(shape, 0), torch.float32)
+        results = bench.reference()(*run.tensors.values())
         results = results if isinstance(results, tuple) else (results,)
-        known = sizes(stem, shape)
+        known = bench.sizes(shape)
         assert list(known.inputs) == [name for name, t in run.tensors.items() if t.is_floating_point()]
         moved = sum(t.nbytes for t in (*run.tensors.values(), *results))
         trained = moved + results[0].nbytes + sum(leaf.nbytes for leaf in run.leaves if leaf.is_floating_point())
-        found = work(stem, shape, 4, suite.constant(stem))
+        found = bench.work(shape, 4)
         assert (found["fwd"].bytes, found["fwd+bwd"].bytes) == (moved, trained)
 
 
 def test_a_hand_count():
     # 2 x 2 x 9 x 6 multiply-adds match all heads with all slots
-    constant = suite_of("content_address").constant("content_address")
-    found = work("content_address", TINY, 4, constant)
+    found = operators()["content_address"].work(TINY, 4)
     assert found["fwd"] == Work(2 * 216, 4 * (108 + 24 + 36))
     assert found["fwd+bwd"] == Work(3 * 2 * 216, 4 * (108 + 24 + 36) + 4 * (36 + 108 + 24))
-    found = work("lrua_write_weights", TINY, 2, {"usage"})
+    found = operators()["lrua_write_weights"].work(TINY, 2)
     assert found["fwd"] == Work(0, 2 * (18 + 36 + 4 + 36) + 4 * INDEX_BYTES)
-    assert work("metanet_update", 64, 4, set()) is None
+    assert operators()["metanet_update"].work(64, 4) is None
 
 
 def test_a_hand_count_of_a_pooled_layer():
     """One channel in (data: no gradient), one out, 4 x 4 places pooled to 2 x 2, one row that two examples take as it is."""
-    found = work("augmented_conv2d", LayerShape(2, 1, 1, 1, 4), 4, {"x"})
+    found = operators()["augmented_conv2d"].work(LayerShape(2, 1, 1, 1, 4), 4)
     # the slow product, the row's product, the mixing; then the gradients of both weights, of the rows and of the mixture
     forward, backward = 2 * (288 + 288 + 32), 2 * (72 + 72 + 2 * 8)
     assert (found["fwd"].flops, found["fwd+bwd"].flops) == (forward, forward + backward)

@@ -1,16 +1,18 @@
 import sys
-from types import ModuleType, SimpleNamespace
+from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import contestants, harness, peers
+from bench import harness, peers
 from bench.devices import Cpu
-from bench.stems import Shape, inputs
-from bench.suites import MANN, Case
+from bench.mann import Shape
+from bench.operators import Case, operators
 
 TINY = Shape(3, 2, 4, 5, 9, 6, 2)
+MANN = operators()["mann_sequence"]
 
 
 @pytest.fixture(autouse=True)
@@ -20,11 +22,11 @@ def anew():
     peers.why_no_sam.cache_clear()
 
 
-@pytest.mark.parametrize("name", peers.ALTERNATIVES["mann_sequence"])
+@pytest.mark.parametrize("name", peers.ALTERNATIVES)
 def test_other_ways_to_write_it_have_the_same_gradients(name):
-    drawn = inputs("mann_sequence", TINY)
-    functions = (peers.ALTERNATIVES["mann_sequence"][name], MANN.plain("mann_sequence"))
-    found, want = (harness.Work("mann_sequence", drawn, torch.float64).results(function) for function in functions)
+    drawn = MANN.inputs(TINY, 0)
+    functions = (peers.ALTERNATIVES[name], MANN.reference())
+    found, want = (harness.Work(MANN, drawn, torch.float64).results(function) for function in functions)
     assert found.keys() == want.keys()
     for quantity in want:
         torch.testing.assert_close(found[quantity], want[quantity], msg=quantity)
@@ -50,8 +52,8 @@ class Products(TorchDispatchMode):
     ],
 )
 def test_products_are_those_of_the_code_it_is_named_after(name, products):
-    function = peers.ALTERNATIVES["mann_sequence"][name]
-    work = harness.Work("mann_sequence", inputs("mann_sequence", TINY), torch.float32)
+    function = peers.ALTERNATIVES[name]
+    work = harness.Work(MANN, MANN.inputs(TINY, 0), torch.float32)
     with Products() as found:
         work.loss(function)
     assert found.count == TINY.T * products
@@ -61,8 +63,8 @@ def test_without_the_package_a_notice_says_so(monkeypatch):
     monkeypatch.setattr(peers, "INSTALLED", False)
     assert peers.others(TINY, torch.zeros(3, 2, 4)) == {}
     assert "pip install -e .[peers]" in peers.notices()[0]
-    assert MANN.notices(["mann_sequence"]) == peers.notices()
-    assert MANN.notices(["lrua_step"]) == []
+    assert MANN.notices() == peers.notices()
+    assert operators()["lrua_step"].notices() == []
 
 
 class Stub(torch.nn.Module):
@@ -89,10 +91,9 @@ def test_a_peer_is_timed_as_other_work(monkeypatch):
     monkeypatch.setattr(peers, "INSTALLED", True)
     assert peers.notices() == ["Left out: SAM of the package dnc (ModuleNotFoundError: No module named 'pyflann')"]
     assert peers.module("DNC", TINY, torch.device("cpu")).sizes["nr_cells"] == 9
-    suite = SimpleNamespace(**{name: getattr(MANN, name) for name in MANN.__dataclass_fields__})
-    suite.compiled = lambda stem, loop: MANN.eager[stem]
+    quick = replace(MANN, compiled=lambda loop: MANN.eager)
     monkeypatch.setattr(harness.limits, "peak", lambda *args: harness.limits.Peak(1e9, 1e9))
-    rows = harness.time_case(suite, Case("mann_sequence", "tiny", TINY, heavy=True), Cpu(), "float32", 1, quick=True)
+    rows = harness.time_case(quick, Case("tiny", TINY, heavy=True), Cpu(), "float32", 1, quick=True)
     kinds = {row["contestant"]: row["same_work"] for row in rows}
     assert kinds["dnc"] is kinds["lstm"] is False
     assert kinds["heads_apart"]
@@ -108,6 +109,6 @@ def test_a_peer_is_timed_as_other_work(monkeypatch):
 
 def test_the_real_package():
     pytest.importorskip("dnc", reason="the package dnc is an extra (peers)")
-    forward, train = contestants.others("mann_sequence", TINY, {"x": torch.zeros(3, 2, 4)})["dnc"]()
+    forward, train = MANN.others(TINY, {"x": torch.zeros(3, 2, 4)})["dnc"]()
     forward()
     train()

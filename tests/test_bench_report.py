@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 import mann_kernels
 from bench import __main__ as front
-from bench import groups, limits, report, store, sweep, tables
-from bench.suites import MANN
+from bench import groups, harness, limits, report, store, sweep, tables
+from bench.operators import operators
 
 MACHINE = {"cpu": "A Chip (TM) 9", "cores": 2, "threads": 1, "torch": "2.13.0", "python": "3.11"}
 MACHINE |= {"devices": {"cpu": {}}, "date": "2026-01-02T03:04:05+00:00", "limits": {"cpu": {"float32": {"x": 50.0}}}}
 VERIFIED = {
-    "stem": "lrua_step",
+    "op": "lrua_step",
     "device": "cpu",
     "backend": "cpp",
     "dtype": "float32",
@@ -35,7 +35,7 @@ def invoke(*arguments):
 
 
 def row(contestant, median, shape="paper", spread=0.1, **more):
-    found = dict.fromkeys(store.TABLES["timings"]) | {"stem": "lrua_step", "shape": shape, "pass": "fwd+bwd"}
+    found = dict.fromkeys(store.TABLES["timings"]) | {"op": "lrua_step", "shape": shape, "pass": "fwd+bwd"}
     found |= {
         "contestant": contestant,
         "threads": 1,
@@ -95,13 +95,14 @@ def test_a_page_that_needs_nothing_beside_it(tmp_path):
     assert (tmp_path / "page" / "gains.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "page" / "report.html").read_text()
     order = [
-        "Verification",
+        ">all right.<",
+        "fastest other way",
         "lrua_step",
+        "data:image/png;base64",
+        ">Verification<",
         ">right<",
         "The machine",
         ">A Chip (TM) 9<",
-        "fastest other way",
-        "data:image/png;base64",
     ]
     places = [page.index(word) for word in order]
     assert places == sorted(places)
@@ -121,7 +122,7 @@ def test_how_far_to_trust_a_ratio_is_beside_it(tmp_path):
 
 def test_a_long_note_leaves_the_table_readable():
     console = Console(width=front.WIDE, file=io.StringIO())
-    long = {"stem": "generate_fast_weights", "shape": "omniglot 5-way 1-shot", "saved_mb": 398.4, "peak_mb": 689.2}
+    long = {"op": "generate_fast_weights", "shape": "omniglot 5-way 1-shot", "saved_mb": 398.4, "peak_mb": 689.2}
     failed = row("eager", None, note="AcceleratorError: " + "failed, " * 30)
     named = [one | long for one in (row("mann_kernels triton graph", 4.0), failed)]
     console.print(tables.timings_table([*TIMINGS, *named]))
@@ -161,13 +162,31 @@ def test_results_that_are_none(tmp_path):
             ValueError, match=r"a.json has no .*verification.*want a file that `python -m bench --json` wrote"
         ):
             store.read(path)
-    path.write_text(json.dumps({"machine": {}, "verification": [], "sweep": [], "timings": [{"stem": "x"}]}))
+    path.write_text(json.dumps({"machine": {}, "verification": [], "sweep": [], "timings": [{"op": "x"}]}))
     with pytest.raises(ValueError, match=r"row 0 of timings has no bytes, compile_s"):
         store.read(path)
     result = invoke("report", path, "--out", tmp_path)
     assert result.exit_code == 2
     assert "row0oftimings" in "".join(result.output.replace("│", "").split())
     assert not (tmp_path / "report.html").exists()
+
+
+def test_files_of_earlier_versions_are_read(tmp_path):
+    """They call an operator "stem"; and the ones that are kept here are such."""
+    path = written(tmp_path / "a.json", TIMINGS)
+    found = json.loads(path.read_text())
+    for row in (*found["timings"], *found["verification"]):
+        row["stem"] = row.pop("op")
+    path.write_text(json.dumps(found))
+    assert store.read(path)["timings"] == TIMINGS
+    for kept in store.HISTORY.glob("*.json"):
+        assert store.read(kept)["machine"]["torch"]
+
+
+def test_a_run_that_was_cut_short_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(MACHINE, "stopped", "interrupted")
+    invoke("report", written(tmp_path / "a.json", TIMINGS), "--out", tmp_path)
+    assert "The run did not reach its end: interrupted." in (tmp_path / "report.html").read_text()
 
 
 def test_several_files_of_one_machine(tmp_path, monkeypatch):
@@ -217,8 +236,9 @@ def uncompiled(monkeypatch):
     """The suite without the seconds that compiling takes."""
     monkeypatch.setattr(limits, "SIDE", {"cpu": 64})
     monkeypatch.setattr(limits, "COPIED", {"cpu": 2**12})
-    quick = replace(MANN, compiled=lambda stem, loop: MANN.eager[stem])
-    monkeypatch.setitem(front.SUITES, "mann", quick)
+    bench = operators()["content_address"]
+    quick = replace(bench, compiled=lambda loop: bench.eager)
+    monkeypatch.setattr(front, "operators", lambda: {bench.op: quick})
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch, uncompiled, tmp_path):
@@ -234,9 +254,9 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, uncompiled, tmp_path):
             return grad * 1.01
 
     monkeypatch.setattr(mann_kernels, "content_address", lambda memory, key: right(Wrong.apply(memory), key))
-    monkeypatch.setattr(front.harness, "Comparison", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(harness, "Comparison", lambda *args: pytest.fail("timed"))
     path = tmp_path / "a.json"
-    result = invoke("--quick", "--device", "cpu", "--stem", "content_address", "--shape", "paper", "--json", path)
+    result = invoke("--quick", "--device", "cpu", "--op", "content_address", "--shape", "paper", "--json", path)
     assert result.exit_code == 1
     assert "Verification failed: nothing is timed" in result.output
     assert "dmemory" in result.output
@@ -252,7 +272,7 @@ def test_a_slow_kernel_is_a_loss(monkeypatch, uncompiled, tmp_path):
 
     monkeypatch.setattr(mann_kernels, "content_address", slow)
     path = tmp_path / "a.json"
-    result = invoke("--quick", "--device", "cpu", "--stem", "content_address", "--shape", "paper", "--json", path)
+    result = invoke("--quick", "--device", "cpu", "--op", "content_address", "--shape", "paper", "--json", path)
     assert result.exit_code == 0, result.output  # a time never fails a run
     stored = store.read(path)
     for group in groups.grouped(stored["timings"]):

@@ -7,10 +7,12 @@ from typer.testing import CliRunner
 
 import mann_kernels
 from bench import __main__ as front
-from bench import contestants, devices, harness, limits, sweep
-from bench.stems import Shape, inputs
+from bench import devices, harness, limits, sweep
+from bench.mann import Shape
+from bench.operators import Axis, operators
 
 TINY = Shape(3, 2, 4, 5, 9, 6, 2)
+MANN = operators()["mann_sequence"]
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +28,13 @@ def test_the_exponent_of_a_power_law():
     assert sweep.predicted([], 8) == 0
 
 
-def axis(monkeypatch, **known):
-    monkeypatch.setitem(
-        sweep.AXES, "T", sweep.Axis(**({"base": TINY, "values": (2, 4, 8, 16), "dominates": 4} | known))
-    )
+#: The operator with a short axis.
+SHORT = replace(MANN, axes={"T": Axis(TINY, (2, 4, 8, 16), 4)})
 
 
 def entrants(monkeypatch, called, slow=lambda T: 0.0):
     """Ours, and one whose calls are counted by T and take as long as is said."""
-    ours, eager = (contestants.EAGER[sweep.STEM],) * 2
+    ours, eager = (MANN.eager,) * 2
     clock = [0.0]
 
     def tired(x, *rest):
@@ -49,15 +49,16 @@ def entrants(monkeypatch, called, slow=lambda T: 0.0):
             return (clock[0] - before) * 1e3 + 0.001
 
     named = (("mann_kernels", ours), ("eager", tired))
-    monkeypatch.setattr(sweep, "entrants", lambda axis, compiled, graphs: [sweep.Contestant(*one) for one in named])
+    monkeypatch.setattr(
+        sweep, "entrants", lambda bench, axis, compiled, graphs: [sweep.Contestant(*one) for one in named]
+    )
     return Clock()
 
 
 def test_a_point_that_would_take_too_long_is_not_run(monkeypatch):
     called = []
-    axis(monkeypatch)
     device = entrants(monkeypatch, called, lambda T: 0.3 * T)
-    rows = sweep.run("T", device, "float32", 1, sweep.Bounds(seconds=1.5))
+    rows = sweep.run(SHORT, "T", device, "float32", 1, sweep.Bounds(seconds=1.5))
     notes = {row["value"]: row["note"] for row in rows if row["contestant"] == "eager"}
     # 0.6 s and 1.2 s are measured; 2.4 s is foreseen
     assert notes == {2: None, 4: None, 8: sweep.OUT_OF_TIME, 16: sweep.OUT_OF_TIME}
@@ -69,19 +70,17 @@ def test_a_point_that_would_take_too_long_is_not_run(monkeypatch):
 
 def test_a_point_that_would_hold_too_much_is_not_run(monkeypatch):
     called = []
-    axis(monkeypatch)
     device = entrants(monkeypatch, called)
-    work = harness.Work(sweep.STEM, inputs(sweep.STEM, TINY.at(4)), torch.float32)
-    saved = harness.saved_mb(work, contestants.EAGER[sweep.STEM])
-    rows = sweep.run("T", device, "float32", 1, sweep.Bounds(memory_mb=1.5 * sweep.HELD * saved))
+    work = harness.Work(MANN, MANN.inputs(TINY.at(4), 0), torch.float32)
+    saved = harness.saved_mb(work, MANN.eager)
+    rows = sweep.run(SHORT, "T", device, "float32", 1, sweep.Bounds(memory_mb=1.5 * sweep.HELD * saved))
     notes = {row["value"]: row["note"] for row in rows if row["contestant"] == "eager"}
     assert notes == {2: None, 4: None, 8: sweep.OUT_OF_MEMORY, 16: sweep.OUT_OF_MEMORY}
     assert set(called) == {2, 4}
 
 
 def test_exponents_are_fitted_where_the_size_dominates(monkeypatch):
-    axis(monkeypatch)
-    rows = sweep.run("T", entrants(monkeypatch, [], lambda T: 0.01 * T), "float32", 1, sweep.Bounds())
+    rows = sweep.run(SHORT, "T", entrants(monkeypatch, [], lambda T: 0.01 * T), "float32", 1, sweep.Bounds())
     for row in rows:
         if row["contestant"] == "eager" and row["value"] == 2:
             row["min_ms"] = 1e9  # outside of the range
@@ -93,7 +92,7 @@ def test_exponents_are_fitted_where_the_size_dominates(monkeypatch):
 
 def saved_bytes(function, T, N, W):
     shape = Shape(T, 2, 5, 7, N, W, 2)
-    work = harness.Work(sweep.STEM, inputs(sweep.STEM, shape), torch.float32)
+    work = harness.Work(MANN, MANN.inputs(shape, 0), torch.float32)
     return harness.saved_mb(work, function) * 2**20
 
 
@@ -107,15 +106,14 @@ def test_no_memory_is_saved_for_a_step():
     assert 0 < few == many
     wider = [of_a_step(mann_kernels.mann_sequence, N, 64) for N in (64, 512)]
     assert few < wider[0] == wider[1] < 64 * 16 * 4  # less than the smallest memory of one example
-    assert of_a_step(contestants.EAGER[sweep.STEM], 512, 64) > 2 * 512 * 64 * 4
+    assert of_a_step(MANN.eager, 512, 64) > 2 * 512 * 64 * 4
 
 
 def test_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(limits, "SIDE", {"cpu": 64})
     monkeypatch.setattr(limits, "COPIED", {"cpu": 2**12})
-    for name, values in (("T", (2, 4)), ("N", (4, 8))):
-        known = replace(sweep.AXES[name], base=TINY, values=values, dominates=2, compiled_once=False)
-        monkeypatch.setitem(sweep.AXES, name, known)
+    few = {name: Axis(TINY, values, 2) for name, values in (("T", (2, 4)), ("N", (4, 8)))}
+    monkeypatch.setattr(front, "operators", lambda: {MANN.op: replace(MANN, axes=few)})
     path = tmp_path / "a.json"
     arguments = ["sweep", "--device", "cpu", "--variable", "T", "--variable", "N", "--json", str(path)]
     result = CliRunner().invoke(front.app, arguments)

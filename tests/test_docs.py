@@ -1,6 +1,7 @@
 """What the documentation shows runs: every block of Python of a page in order, the examples at a small size."""
 
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -40,11 +41,33 @@ def test_the_code_of_a_page_runs(path):
         exec(compile(block, str(path), "exec"), names)
 
 
+@pytest.mark.compiles
+def test_the_notebook_runs():
+    """Every cell in order; in so few updates it only has to be better than chance."""
+    notebook = json.loads((ROOT / "docs/examples/quick_start.ipynb").read_text())
+    names: dict = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(
+                compile("".join(cell["source"]).replace("UPDATES = 400", "UPDATES = 120"), "quick_start", "exec"), names
+            )
+    assert names["accuracy"] > 0.65
+
+
 def test_there_is_code_to_run():
     counts = {path.stem: len(blocks_of(path)) for path in [ROOT / "README.md", *PAGES]}
     assert counts["README"] >= 2
     assert counts["index"] >= 4
     assert counts["migrate"] >= 5
+
+
+def test_the_readme_is_one_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    assert len(text.split()) <= 900
+    for target in re.findall(r"\]\(([^)h][^)]*)\)", text):
+        assert (ROOT / target).exists(), target
 
 
 def why_no_lstm():
@@ -102,7 +125,7 @@ def public_names():
                 yield pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
 
 
-@pytest.mark.parametrize("thing", public_names())
+@pytest.mark.parametrize("thing", list(public_names()))
 def test_every_public_name_is_documented(thing):
     """Shapes or the kind of each argument, what is raised, and for what computes, where it comes from."""
     text = inspect.getdoc(thing) or ""

@@ -8,9 +8,9 @@ from stem import DEVICES, matches, on_gpu, run
 from test_properties import class_of
 
 import mann_kernels
-from bench import contestants, devices, harness
-from bench.stems import SHAPES, Shape, inputs
-from bench.suites import MANN, suite_of
+from bench import devices, harness
+from bench.mann import SHAPES, Shape
+from bench.operators import operators
 from mann_kernels import _backend
 
 #: (B, N, W, R): as many slots as there may be, and rows and heads as wide; each beside odd sizes.
@@ -33,7 +33,7 @@ def replays_of(device, make):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("stem", MANN.stems)
+@pytest.mark.parametrize("stem", [op for op, bench in operators().items() if bench.suite == "mann"])
 def test_large_sizes(stem, device):
     for seed, size in enumerate(LARGE):
         matches(stem, inputs_of(stem, seed, size, **few_steps(stem)).on(device), torch.float32)
@@ -166,13 +166,13 @@ def test_another_device(stem, device):
 @pytest.mark.parametrize("stem", _backend.STEMS)
 def test_nothing_waits_for_the_device(stem, device):
     """A training step only launches: torch raises where the host would wait."""
-    suite = suite_of(stem)
-    work = harness.Work(stem, suite.inputs(stem, suite.verified(stem)[0]), torch.float32, device)
-    work.train(suite.ours(stem))
+    bench = operators()[stem]
+    work = harness.Work(bench, bench.inputs(bench.verified[0], 0), torch.float32, device)
+    work.train(bench.kernel())
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        work.train(suite.ours(stem))
+        work.train(bench.kernel())
     finally:
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
@@ -200,8 +200,8 @@ def test_launches_of_an_episode(device, T, B, monkeypatch):
     """At the paper's sizes so many kernels each way, whatever the length, ours among them."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # a kernel for each empty tensor
     shape = SHAPES["paper"].at(T)
-    drawn = inputs("mann_sequence", Shape(shape.T, B, shape.I, shape.H, shape.N, shape.W, shape.R))
-    work = harness.Work("mann_sequence", drawn, torch.float32, device)
+    drawn = operators()["mann_sequence"].inputs(Shape(shape.T, B, shape.I, shape.H, shape.N, shape.W, shape.R), 0)
+    work = harness.Work(operators()["mann_sequence"], drawn, torch.float32, device)
     work.train(mann_kernels.mann_sequence)
     outputs, forward = launched(device, lambda: mann_kernels.mann_sequence(*work.tensors.values()))
     _, backward = launched(device, lambda: torch.autograd.grad(outputs[0], work.leaves, work.weights))
@@ -218,9 +218,9 @@ def test_launches_of_an_episode(device, T, B, monkeypatch):
 @pytest.mark.parametrize("stem", SEQUENCES)
 def test_a_training_step_needs_less_memory_than_the_loop(stem, device):
     place = devices.Cuda() if device == "cuda" else devices.Cpu()
-    shape = SHAPES["wide"]
-    work = harness.Work(stem, inputs(stem, Shape(24, 2, 8, 16, shape.N, shape.W, shape.R)), torch.float32, device)
-    kinds = (getattr(mann_kernels, stem), contestants.EAGER[stem])
+    shape, bench = SHAPES["wide"], operators()[stem]
+    work = harness.Work(bench, bench.inputs(Shape(24, 2, 8, 16, shape.N, shape.W, shape.R), 0), torch.float32, device)
+    kinds = (getattr(mann_kernels, stem), bench.eager)
     ours, eager = (harness.peak_mb(work, function, place) for function in kinds)
     assert ours * 3 < eager
 

@@ -1,5 +1,6 @@
 import ast
 import contextlib
+import inspect
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from test_properties import class_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mann_kernels
-from mann_kernels import _backend, _library
+from mann_kernels import _backend, _library, compat, distributed
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +27,7 @@ def test_every_stem_stands_everywhere():
     stems = set(_backend.STEMS)
     assert names("mann_kernels/ops", "*.py") == stems
     assert names("mann_kernels/reference", "*.py") == stems
-    assert names("bench", "bench_*.py", "bench_") == stems
+    assert stems <= names("bench", "bench_*.py", "bench_")
     assert stems <= names("tests", "test_*.py", "test_")
     assert stems <= names("csrc/cpu", "*.cpp")
 
@@ -40,6 +41,31 @@ def test_imports_point_one_way():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom) and node.module:
                     assert not any(node.module.startswith(f"mann_kernels.{word}") for word in words), path
+
+
+def public_callables():
+    """(name, signature) of every public function, class and method."""
+    made = [getattr(mann_kernels, name) for name in mann_kernels.__all__]
+    made += [compat.LSTM, compat.DNC, compat.load_tristandeleu, distributed.ShardedMANN]
+    for each in (one for one in made if callable(one)):
+        yield each.__name__, inspect.signature(each)
+        for name, member in vars(each).items() if inspect.isclass(each) else ():
+            if not name.startswith("_") and callable(getattr(each, name)):
+                yield (
+                    f"{each.__name__}.{name}",
+                    inspect.signature(member.__func__ if hasattr(member, "__func__") else member),
+                )
+
+
+def test_every_public_argument_is_spelled_out():
+    """With its type: an editor shows it. What a preset hands on is a typed dictionary; `to` takes what torch.Tensor.to takes."""
+    for name, signature in public_callables():
+        for argument in signature.parameters.values():
+            if argument.name in ("self", "cls"):
+                continue
+            assert argument.annotation is not argument.empty, (name, str(signature))
+            if argument.kind is argument.VAR_KEYWORD and not name.endswith(".to"):
+                assert "Unpack[" in str(argument.annotation), (name, str(signature))
 
 
 SCRIPT = """

@@ -1,6 +1,7 @@
 """The training loop, its checkpoints and the command, on a small file of made-up characters."""
 
 import csv
+import os
 from dataclasses import replace
 
 import kills
@@ -13,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from mann_kernels.tasks import FewShotTasks, load_omniglot
-from mann_kernels.train import checkpoint, loop
+from mann_kernels.train import loop
 from mann_kernels.train.loop import Run, mean_and_half_width
 from mann_kernels.train.settings import Settings
 
@@ -103,7 +104,7 @@ def test_stopped_around_a_checkpoint(data, tmp_path, monkeypatch, moment):
     whole = make(data, tmp_path / "whole")
     drain(whole, 10)
     run, calls = make(data, tmp_path / "parts"), []
-    target, name = ((loop, "save_checkpoint"), (checkpoint.os, "replace"))[moment == "within"]
+    target, name = ((loop, "save_checkpoint"), (os, "replace"))[moment == "within"]
     keep = getattr(target, name)
 
     def stop(*args):

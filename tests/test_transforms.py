@@ -4,7 +4,10 @@ import pytest
 import torch
 from stem import on_gpu
 from test_properties import class_of
+from torch.autograd import forward_ad
+from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.utils._pytree import tree_leaves
 
 import mann_kernels
 from mann_kernels import MANN, MetaNet, _backend
@@ -115,3 +118,68 @@ def test_it_is_said_that_no_kernel_runs():
         pytest.raises(RuntimeError, match="cannot run content_address: the kernels have no"),
     ):
         vmap(mann_kernels.content_address)(*x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stem", _backend.STEMS)
+def test_batched_backward_passes(stem, device):
+    """Transforms that torch.autograd makes of its own: vectorised Jacobians and Hessians, gradients in batches, dual numbers."""
+    tests, function = class_of(stem), getattr(mann_kernels, stem)
+    size = {"size": (3, 3)} if stem == "augmented_conv2d" else {}
+    for options in tests.options:
+        inputs = tests.inputs(1, 2, 4, 2, 1, **options, **size, **({"T": 2} if stem.endswith("sequence") else {})).on(
+            device
+        )
+        names = [n for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and n != "usage"]
+        rest = {name: value for name, value in inputs.items() if name not in names}
+        tensors = tuple(inputs[name] for name in names)
+
+        def scalar(*tensors, names=names, rest=rest):
+            outputs = by_position(function, names, rest)(*tensors)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            return torch.stack([output.sin().sum() for output in outputs if output.requires_grad])
+
+        def compare(run, tensors=tensors, options=options):
+            got = run(tensors)
+            with mann_kernels.backend("reference"):
+                want = run(tensors)
+            for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+                assert (a is None) == (b is None)
+                assert a is None or torch.allclose(a, b, rtol=1e-8, atol=1e-10), options
+
+        def batched(tensors, scalar=scalar):
+            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+            outputs = scalar(*leaves)
+            batch = torch.randn(3, len(outputs), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+                device
+            )
+            return torch.autograd.grad(outputs, leaves, batch, is_grads_batched=True, allow_unused=True)
+
+        def pushed(tensors, names=names, rest=rest):
+            with forward_ad.dual_level():
+                dual = [forward_ad.make_dual(tensor.detach(), torch.ones_like(tensor)) for tensor in tensors]
+                outputs = tree_leaves(by_position(function, names, rest)(*dual))
+                return [forward_ad.unpack_dual(output).tangent for output in outputs]
+
+        compare(lambda tensors, scalar=scalar: jacobian(scalar, tensors, vectorize=True))
+        compare(lambda tensors, scalar=scalar: jacobian(scalar, tensors, vectorize=True, create_graph=True))
+        compare(batched)
+        compare(pushed)
+
+
+def test_vectorized_hessian():
+    model, x = mann(), torch.randn(2, 2, 6, dtype=torch.float64)
+
+    def loss(x):
+        return model(x)[0].square().sum()
+
+    assert torch.allclose(hessian(loss, x, vectorize=True), hessian(loss, x), atol=1e-10)
+    assert torch.allclose(
+        hessian(loss, x, vectorize=True, outer_jacobian_strategy="forward-mode"), hessian(loss, x), atol=1e-10
+    )
+
+
+def test_a_kernel_that_was_asked_for_does_not_run_on_dual_numbers():
+    x = torch.randn(2, 2, 6, dtype=torch.float64)
+    with forward_ad.dual_level(), mann_kernels.backend("cpp"), pytest.raises(RuntimeError, match="cannot run mann_seq"):
+        mann()(forward_ad.make_dual(x, x))

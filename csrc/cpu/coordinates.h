@@ -63,15 +63,25 @@ template <typename T> struct Preprocessing {
             const Vec<T> g = load(grads + i), size = absolute(g), zero{};
             const Vec<T> slope = load(dmagnitude + i) / ((size + eps) * p);
             const Vec<T> signed_slope = g > 0 ? slope : (g < 0 ? -slope : zero);
-            const Vec<T> through_log = log_size(g) >= -1 ? signed_slope : zero;
-            const Vec<T> through_sign = size * scale <= 1 ? load(dsign + i) * scale : zero;
+            const Vec<T> through_log = between_ends_of_log(g) ? signed_slope : zero;
+            const Vec<T> through_sign = between_ends_of_sign(g) ? load(dsign + i) * scale : zero;
             store(dgrads + i, through_log + through_sign);
+        }
+    }
+    // 1 where backward lets a gradient through the feature, else 0.
+    void sides(const T *grads, T *of_magnitude, T *of_sign) const {
+        for (int64_t i = 0; i < kBlock<T>; i += kLanes<T>) {
+            const Vec<T> g = load(grads + i), zero{}, one = zero + 1;
+            store(of_magnitude + i, between_ends_of_log(g) ? one : zero);
+            store(of_sign + i, between_ends_of_sign(g) ? one : zero);
         }
     }
 
   private:
     static Vec<T> absolute(Vec<T> g) { return g < 0 ? -g : g; }
     Vec<T> log_size(Vec<T> g) const { return natural_log(absolute(g) + eps) / p; }
+    auto between_ends_of_log(Vec<T> g) const { return log_size(g) >= -1; }
+    auto between_ends_of_sign(Vec<T> g) const { return absolute(g) * scale <= 1; }
 };
 
 // f(j, v, sum over k of weight[j * row_stride + k * inner_stride] * in[k]) for each of the `rows` sums and each vector

@@ -9,8 +9,9 @@ struct FastWeightsArgs {
     const void *grads;           // [P]
     const void *weight1, *bias1; // [D, 2], [D]
     const void *weight2, *bias2; // [D, D], [D]
-    const void *weight3, *bias3; // [1, D], [1]
+    const void *weight3, *bias3; // [1, D], [1]; null for sides
     void *fast;                  // [P] out, forward only
+    uint8_t *sides;              // [2 + 2D, P] out, of sides only
     const void *dfast;           // [P], of the fast weights; backward only, as is all that follows
     void *dgrads;                // [P] out
     void *sums;                  // [chunks, packed()] of arithmetic type, the weight gradients of each chunk, out
@@ -48,7 +49,7 @@ template <typename T> struct Layers {
         T *blocks = one + (a.packed() + kMostLanes - 1) / kMostLanes * kMostLanes;
         put_columns<S>(a.weight1, D, 2, 0, 3, one), put_columns<S>(a.bias1, D, 1, 2, 3, one);
         put_columns<S>(a.weight2, D, D, 0, D + 1, two), put_columns<S>(a.bias2, D, 1, D, D + 1, two);
-        put_columns<S>(a.weight3, 1, D, 0, D + 1, three), put_columns<S>(a.bias3, 1, 1, D, D + 1, three);
+        if (a.weight3) put_columns<S>(a.weight3, 1, D, 0, D + 1, three), put_columns<S>(a.bias3, 1, 1, D, D + 1, three);
         constexpr int64_t C = kBlock<T>;
         T *hidden1 = blocks + 3 * C, *hidden2 = hidden1 + (D + 1) * C, *grads = hidden2 + (D + 1) * C;
         fill_row(blocks + 2 * C, T(1)), fill_row(hidden1 + D * C, T(1)), fill_row(hidden2 + D * C, T(1));
@@ -79,6 +80,28 @@ template <typename S> void generate_fast_weights(const FastWeightsArgs &a, int64
             multiply(1, a.D + 1, layers.three, 0, 1, layers.hidden2,
                      [&](int64_t, int v, Vec<T> sum) { store(layers.grads + v * kLanes<T>, sum); });
             convert(layers.grads, static_cast<S *>(a.fast) + first, count);
+        });
+    }
+}
+
+// Where backward lets a gradient through: at the two features, the first hidden layer and the second; 1 or 0.
+template <typename S>
+void generate_fast_weights_sides(const FastWeightsArgs &a, int64_t begin, int64_t end, void *scratch) {
+    using T = Arith<S>;
+    const auto layers = Layers<T>::take(a, std::type_identity<S>{}, scratch);
+    const Preprocessing<T> preprocessing(a.p);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+        in_blocks<T>(a.P, chunk, [&](int64_t first, int64_t count) {
+            const auto put = [&](const T *rows, int64_t number, int64_t row) {
+                for (int64_t j = 0; j < number; ++j)
+                    for (int64_t i = 0; i < count; ++i)
+                        a.sides[(row + j) * a.P + first + i] = !(rows[j * kBlock<T> + i] <= 0); // NaN passes
+            };
+            load_row(static_cast<const S *>(a.grads) + first, count, layers.grads);
+            layers.hidden(preprocessing);
+            put(layers.hidden1, a.D, 2), put(layers.hidden2, a.D, 2 + a.D);
+            preprocessing.sides(layers.grads, layers.features, layers.features + kBlock<T>);
+            put(layers.features, 2, 0);
         });
     }
 }
@@ -139,6 +162,7 @@ template <typename S> void generate_fast_weights_total(const FastWeightsArgs &a,
 } // namespace mann
 
 MANN_KERNEL(generate_fast_weights, FastWeightsArgs)
+MANN_KERNEL(generate_fast_weights_sides, FastWeightsArgs)
 MANN_KERNEL(generate_fast_weights_backward, FastWeightsArgs)
 MANN_KERNEL(generate_fast_weights_total, FastWeightsArgs)
 
@@ -147,9 +171,8 @@ MANN_KERNEL(generate_fast_weights_total, FastWeightsArgs)
 
 namespace mann {
 
-static FastWeightsArgs fast_weights_args(Call &call, const Tensor &grads, const Tensor &weight1, const Tensor &bias1,
-                                         const Tensor &weight2, const Tensor &bias2, const Tensor &weight3,
-                                         const Tensor &bias3, double p) {
+static FastWeightsArgs hidden_layers_args(Call &call, const Tensor &grads, const Tensor &weight1, const Tensor &bias1,
+                                          const Tensor &weight2, const Tensor &bias2, double p) {
     STD_TORCH_CHECK(grads.dim() == 1 && bias1.dim() == 1, "generate_fast_weights: wrong number of dimensions");
     FastWeightsArgs args{};
     const int64_t P = args.P = grads.size(0), D = args.D = bias1.size(0);
@@ -157,8 +180,26 @@ static FastWeightsArgs fast_weights_args(Call &call, const Tensor &grads, const 
     args.grads = call.in(grads, "grads", {P});
     args.weight1 = call.in(weight1, "weight1", {D, 2}), args.bias1 = call.in(bias1, "bias1", {D});
     args.weight2 = call.in(weight2, "weight2", {D, D}), args.bias2 = call.in(bias2, "bias2", {D});
-    args.weight3 = call.in(weight3, "weight3", {1, D}), args.bias3 = call.in(bias3, "bias3", {1});
     return args;
+}
+
+static FastWeightsArgs fast_weights_args(Call &call, const Tensor &grads, const Tensor &weight1, const Tensor &bias1,
+                                         const Tensor &weight2, const Tensor &bias2, const Tensor &weight3,
+                                         const Tensor &bias3, double p) {
+    FastWeightsArgs args = hidden_layers_args(call, grads, weight1, bias1, weight2, bias2, p);
+    args.weight3 = call.in(weight3, "weight3", {1, args.D}), args.bias3 = call.in(bias3, "bias3", {1});
+    return args;
+}
+
+static Tensor generate_fast_weights_sides_cpu(Tensor grads, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,
+                                              double p) {
+    Call call(grads);
+    FastWeightsArgs args = hidden_layers_args(call, grads, weight1, bias1, weight2, bias2, p);
+    Tensor sides = call.empty({2 + 2 * args.D, args.P}, ScalarType::Byte);
+    args.sides = static_cast<uint8_t *>(out(sides));
+    call.run(generate_fast_weights_sides_pick(), &args, chunks_of(args.P), fast_weights_scratch(args),
+             double(args.P) * args.packed());
+    return sides;
 }
 
 static Tensor generate_fast_weights_cpu(Tensor grads, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,
@@ -195,6 +236,7 @@ generate_fast_weights_backward_cpu(Tensor dfast, Tensor grads, Tensor weight1, T
 
 STABLE_TORCH_LIBRARY_IMPL(mann, CPU, m) {
     m.impl("generate_fast_weights", TORCH_BOX(&mann::generate_fast_weights_cpu));
+    m.impl("generate_fast_weights_sides", TORCH_BOX(&mann::generate_fast_weights_sides_cpu));
     m.impl("generate_fast_weights_backward", TORCH_BOX(&mann::generate_fast_weights_backward_cpu));
 }
 #endif

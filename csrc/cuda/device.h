@@ -249,6 +249,15 @@ MANN_INLINE void cluster_barrier() {
     cluster_wait();
 }
 
+// First thing in a kernel that is launched as one that follows another (Grid::follows): the next may start, then this
+// one waits until what it follows has ended, and sees what that wrote.
+MANN_INLINE void after_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // d += a b by a warp, on tensor cores: [16, 8] += [16, 16] [16, 8] in bfloat16, each thread with its share of the three
 // as in PTX's mma.m16n8k16.
 MANN_INLINE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {

@@ -12,7 +12,7 @@ namespace mann::cuda {
 
 constexpr int kMaxDynamicShared = 8, kNonPortableCluster = 14; // CUfunction_attribute
 constexpr int kMultiprocessors = 16, kCapabilityMajor = 75, kCapabilityMinor = 76, kSharedOptin = 97; // of a device
-constexpr int kClusterDimension = 4; // CUlaunchAttributeID
+constexpr int kClusterDimension = 4, kProgrammaticSerialization = 6; // CUlaunchAttributeID
 
 struct alignas(8) LaunchAttribute {
     int id;
@@ -20,6 +20,7 @@ struct alignas(8) LaunchAttribute {
     union {
         char all[64];
         unsigned cluster[3];
+        int allowed;
     } value;
 };
 struct LaunchConfig {

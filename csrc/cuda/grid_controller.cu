@@ -28,6 +28,7 @@ MANN_INLINE int64_t row_of(const ControllerSizes &s, int64_t b) { return s.step 
 
 using LstmStepArgs = LstmStep<S>;
 MANN_KERNEL(lstm_step, kControllerThreads, LstmStepArgs) {
+    after_previous();
     MANN_SHARED(T, gates, kControllerWarps * kExamples);
     const LstmStep<S> &a = args;
     const ControllerSizes &s = a.sizes;
@@ -87,6 +88,7 @@ MANN_INLINE T activated(int p, T x) {
 }
 using HeadRowsArgs = HeadRows<S>;
 MANN_KERNEL(head_rows, kControllerThreads, HeadRowsArgs) {
+    after_previous();
     const HeadRows<S> &a = args;
     const int p = int(blockIdx.y) * kControllerWarps + warp_of_block();
     const int64_t r0 = int64_t(blockIdx.x) * kExamples;
@@ -111,6 +113,7 @@ MANN_KERNEL(head_rows, kControllerThreads, HeadRowsArgs) {
 
 using CellsAgainArgs = CellsAgain<S>;
 MANN_KERNEL(cells_again, kControllerThreads, CellsAgainArgs) {
+    after_previous();
     const CellsAgain<S> &a = args;
     const ControllerSizes &s = a.sizes;
     const int64_t at = int64_t(blockIdx.x) * kControllerThreads + threadIdx.x;
@@ -128,6 +131,7 @@ MANN_KERNEL(cells_again, kControllerThreads, CellsAgainArgs) {
 
 using LstmBackwardArgs = LstmBackward<S>;
 MANN_KERNEL(lstm_backward, kControllerThreads, LstmBackwardArgs) {
+    after_previous();
     MANN_SHARED(T, sums, kExamples * kControllerThreads);
     const LstmBackward<S> &a = args;
     const ControllerSizes &s = a.sizes;
@@ -160,7 +164,7 @@ MANN_KERNEL(lstm_backward, kControllerThreads, LstmBackwardArgs) {
         if (a.dh1) dh += to_arith(a.dh1[at]);
         if (a.dc1) dc = to_arith(a.dc1[at]);
     } else {
-#pragma unroll 4
+#pragma unroll 12
         for (int part = 0; part < a.parts; ++part) dh += a.carried[(part * s.B + b) * kRecurrent + unit];
         dc = a.dc[at];
     }
@@ -178,6 +182,7 @@ MANN_KERNEL(lstm_backward, kControllerThreads, LstmBackwardArgs) {
 
 using StateBackwardArgs = StateBackward<S>;
 MANN_KERNEL(state_backward, kControllerThreads, StateBackwardArgs) {
+    after_previous();
     MANN_SHARED(T, sums, kExamples * kControllerThreads);
     constexpr int groups = (kRecurrent + 31) / 32;
     const StateBackward<S> &a = args;

@@ -30,8 +30,8 @@ class Finisher {
         const int64_t enough = divide_up(8 * call.on().multiprocessors, std::max<int64_t>(s.B, 1));
         all_.blocks = int(std::max<int64_t>(std::min(divide_up(most_, kControllerThreads), enough), 1));
         if (count_ > 0)
-            call.launch(call.build("grid_finish.cu"), "finish", {s.B * all_.blocks, kControllerThreads, 1, 0, count_},
-                        all_);
+            call.launch(call.build("grid_finish.cu"), "finish",
+                        {s.B * all_.blocks, kControllerThreads, 1, 0, count_, s.T > 0}, all_);
     }
 
   private:
@@ -98,7 +98,7 @@ class Forward {
         choose.sizes = write_.sizes, choose.choosers = plan_.choosers, choose.chooser_slots = plan_.chooser_slots;
         choose.usage = a_.usage, choose.candidate_usage = const_cast<void *>(write_.candidate_usage);
         choose.candidate_slots = out<int32_t>(candidates_);
-        if (s_.T > 0) launch_use(call_, build_, choose);
+        if (s_.T > 0) launch_use(call_, build_, choose, 1, false);
     }
 
     Call &call_;
@@ -117,8 +117,9 @@ class Forward {
 // back one by one.
 class Backward {
   public:
-    Backward(Call &call, const GridSizes &s, const GridBackward &a)
-        : call_(call), s_(s), a_(a), o_(s.memory), narrow_(call.dtype() != call.arithmetic()),
+    // follows: something of this call was launched before.
+    Backward(Call &call, const GridSizes &s, const GridBackward &a, bool follows)
+        : call_(call), s_(s), a_(a), o_(s.memory), narrow_(call.dtype() != call.arithmetic()), follows_(follows),
           ring_(std::max<int64_t>(std::min(s.T, s.checkpoint_every), 1)),
           forward_plan_(memory_plan(call, s.B, s.N, o_.W, o_.R, kMostForward, {a.memory, a.saved_memory})),
           plan_(memory_plan(call, s.B, s.N, o_.W, o_.R, kMostBackward, {a.memory, a.dmemory1, a.dmemory})),
@@ -174,7 +175,8 @@ class Backward {
         for (int64_t t = start; t < stop; ++t) {
             write_.sizes.step = int(t);
             write_.memory_copy = set_aside(t) ? restart_of(t) : nullptr;
-            launch_write(call_, forward_, write_);
+            launch_write(call_, forward_, write_, follows_);
+            follows_ = true;
         }
         use_.sizes.step = int(start);
         launch_use(call_, forward_, use_, stop - start);
@@ -209,6 +211,7 @@ class Backward {
     const GridBackward &a_;
     const MemoryOptions &o_;
     const bool narrow_;
+    bool follows_;
     const int64_t ring_;
     const MemoryPlan forward_plan_, plan_;
     const Build forward_, backward_;
@@ -234,9 +237,9 @@ Build controller_build(const Call &call, const GridSizes &s, const GridControlle
     build.set("MANN_H", c.H).set("MANN_W", s.memory.W).set("MANN_R", s.memory.R);
     return build.set("MANN_BETA", s.memory.beta).set("MANN_ADD", s.memory.add).set("MANN_SQUASH", c.squash);
 }
-void launch_heads(Call &call, const Build &build, const GridSizes &s, const HeadRows<void> &a) {
+void launch_heads(Call &call, const Build &build, const GridSizes &s, const HeadRows<void> &a, bool follows) {
     const int64_t blocks = divide_up(a.count, kExamples), rows = divide_up(s.memory.head(), kControllerWarps);
-    call.launch(build, "head_rows", {blocks, kControllerThreads, 1, 0, rows}, a);
+    call.launch(build, "head_rows", {blocks, kControllerThreads, 1, 0, rows, follows}, a);
 }
 
 } // namespace
@@ -250,7 +253,7 @@ void grid_lrua_forward(Call &call, const GridSizes &s, const GridForward &a) {
 }
 
 void grid_lrua_backward(Call &call, const GridSizes &s, const GridBackward &a) {
-    Backward backward(call, s, a);
+    Backward backward(call, s, a, false);
     for_segments(s, [&](int64_t start, int64_t stop) {
         backward.take_again(start, stop);
         for (int64_t t = stop - 1; t >= start; --t) backward.take_back(t);
@@ -278,10 +281,10 @@ void grid_mann_forward(Call &call, const GridSizes &s, GridForward a, const Grid
         const bool copied = c.saved_c && (t + 1) % s.checkpoint_every == 0 && t + 1 < s.T;
         lstm.sizes = controller_sizes(s, t);
         lstm.saved_c = copied ? offset(c.saved_c, t / s.checkpoint_every * B * H, bytes) : nullptr;
-        call.launch(build, "lstm_step", {divide_up(H, kUnits), kControllerThreads, 1, 0, divide_up(B, kExamples)},
+        call.launch(build, "lstm_step", {divide_up(H, kUnits), kControllerThreads, 1, 0, divide_up(B, kExamples), true},
                     lstm);
         heads.first = a.head.first = t * B;
-        launch_heads(call, build, s, heads);
+        launch_heads(call, build, s, heads, true);
         forward.set_head(a.head);
         forward.step(t);
     }
@@ -300,7 +303,7 @@ void grid_mann_backward(Call &call, const GridSizes &s, GridBackward a, const Gr
     HeadRows<void> heads{};
     heads.count = s.T * B, heads.output = c.output_in, heads.weight_head = c.weight_head, heads.bias_head = c.bias_head;
     heads.row = call.scratch(s.T * B * o.head());
-    launch_heads(call, build, s, heads);
+    launch_heads(call, build, s, heads, false);
     a.head = {}, a.head.row = heads.row, a.head.head = o.head();
     a.dreads = c.doutput, a.dreads_row = K, a.dreads_at = H;
     const int64_t columns = divide_up(K, 32), most = divide_up(4 * H, kControllerWarps);
@@ -314,7 +317,7 @@ void grid_mann_backward(Call &call, const GridSizes &s, GridBackward a, const Gr
     StateBackward<void> state{};
     state.dgates = c.dgates, state.weight_hh = c.weight_hh, state.parts = int(parts);
     state.carried = const_cast<void *>(lstm.carried);
-    Backward backward(call, s, a);
+    Backward backward(call, s, a, true);
     backward.carry(lstm.carried, parts, K, H, c.dreads1);
     backward.squash(c.squash);
     const int64_t groups = divide_up(B, kExamples);
@@ -322,14 +325,15 @@ void grid_mann_backward(Call &call, const GridSizes &s, GridBackward a, const Gr
         const void *saved = offset(c.saved_c, (start / s.checkpoint_every - 1) * B * H, bytes);
         cells.sizes = controller_sizes(s), cells.start = lstm.start = int(start), cells.stop = int(stop);
         cells.c0 = c.c, cells.saved_c = start == 0 ? nullptr : saved;
-        call.launch(build, "cells_again", {divide_up(B * H, kControllerThreads), kControllerThreads}, cells);
+        call.launch(build, "cells_again", {divide_up(B * H, kControllerThreads), kControllerThreads, 1, 0, 1, true},
+                    cells);
         backward.take_again(start, stop);
         for (int64_t t = stop - 1; t >= start; --t) {
             lstm.sizes = state.sizes = controller_sizes(s, t);
             backward.take_back(t);
             backward.give(t, t + 1);
-            call.launch(build, "lstm_backward", {divide_up(H, 32), kControllerThreads, 1, 0, groups}, lstm);
-            call.launch(build, "state_backward", {columns * parts, kControllerThreads, 1, 0, groups}, state);
+            call.launch(build, "lstm_backward", {divide_up(H, 32), kControllerThreads, 1, 0, groups, true}, lstm);
+            call.launch(build, "state_backward", {columns * parts, kControllerThreads, 1, 0, groups, true}, state);
         }
     });
     Finisher finisher;

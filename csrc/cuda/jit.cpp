@@ -177,7 +177,7 @@ Function &function_of(const Device &device, const Build &build, const char *kern
 }
 
 struct Launch {
-    LaunchAttribute cluster{};
+    LaunchAttribute attributes[2]{};
     LaunchConfig config{};
     Function &function;
 
@@ -191,12 +191,19 @@ struct Launch {
             driver().check(driver().set_attribute(function.handle, kNonPortableCluster, 1), kernel);
             function.cluster = grid.cluster;
         }
-        cluster.id = kClusterDimension;
-        cluster.value.cluster[0] = unsigned(grid.cluster), cluster.value.cluster[1] = cluster.value.cluster[2] = 1;
         config.grid[0] = unsigned(grid.blocks), config.grid[1] = unsigned(grid.blocks_y), config.grid[2] = 1;
         config.block[0] = unsigned(grid.threads), config.block[1] = config.block[2] = 1;
         config.shared_bytes = unsigned(grid.shared_bytes), config.stream = stream;
-        config.attributes = &cluster, config.attribute_count = grid.cluster > 1;
+        config.attributes = attributes;
+        if (grid.cluster > 1) {
+            LaunchAttribute &cluster = attributes[config.attribute_count++];
+            cluster.id = kClusterDimension, cluster.value.cluster[0] = unsigned(grid.cluster);
+            cluster.value.cluster[1] = cluster.value.cluster[2] = 1;
+        }
+        if (grid.follows && device.capability >= 90) {
+            LaunchAttribute &follows = attributes[config.attribute_count++];
+            follows.id = kProgrammaticSerialization, follows.value.allowed = 1;
+        }
     }
 };
 

@@ -27,13 +27,15 @@ class Build {
 };
 
 // How many blocks (x, y), of how many threads, in clusters of how many blocks along x, with how many bytes of dynamic
-// shared memory each.
+// shared memory each; follows: may be started before the launch ahead of it in the stream has ended, for which it waits
+// itself: after_previous() of device.h.
 struct Grid {
     int64_t blocks;
     int threads;
     int cluster = 1;
     int64_t shared_bytes = 0;
     int64_t blocks_y = 1;
+    bool follows = false;
 };
 
 struct Device {

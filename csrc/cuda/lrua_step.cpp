@@ -50,7 +50,7 @@ lrua_step_cuda(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, Ten
     use.usage1 = write.usage1, use.usage_out = narrow ? out(usage1) : nullptr;
     use.weights = out(read_weights1), use.reads = out(reads), use.reads_row = R * W;
     const Build build = memory_build(call, "memory_forward.cu", plan, o);
-    launch_use(call, build, choose);
+    launch_use(call, build, choose, 1, false);
     launch_write(call, build, write);
     launch_use(call, build, use);
     return {reads, memory1, usage1, read_weights1, least_used};
@@ -97,7 +97,7 @@ lrua_step_backward_cuda(Tensor dreads, std::optional<Tensor> dmemory1, std::opti
     sum.dkey = out(dkey), sum.dgate = out(dgate), sum.dbeta = out(dbeta), sum.dadd = out(dadd);
     const Build forward = memory_build(call, "memory_forward.cu", forward_plan, o);
     const Build backward = memory_build(call, "memory_backward.cu", plan, o);
-    launch_write(call, forward, write);
+    launch_write(call, forward, write, false);
     launch_use(call, forward, use);
     launch_backward(call, backward, back);
     launch_sum(call, backward, o, sum);

@@ -79,6 +79,34 @@ bool held_backward(const MannSizes &s, int64_t units, const RowShape &shape) {
 
 } // namespace
 
+MannPlan lrua_plan(const MannSizes &s, int64_t shared_limit, int multiprocessors) {
+    MannPlan best;
+    double least = 0;
+    for (int parts = 1; parts <= 16; parts *= 2) {
+        if (is_forced && parts != forced.parts) continue;
+        const RowShape shape(s, parts);
+        const int64_t R = padded(s.R), words = s.words(), head = padded(s.head());
+        const int64_t common = s.W * R * (s.write_add ? 3 : 2) + 16 * R + head + (kWarps + 3 * parts) * words + 512 +
+                               (2 * kWarps + 16 * parts) * s.R;
+        MannPlan p{parts, 1, parts, false, false, 0, 0};
+        p.forward_bytes = (common + shape.slots + 8 * parts * s.R) * s.number_bytes + 1024;
+        p.backward_bytes = (common + 3 * parts * (head + R) + (s.write_add ? 2 : 1) * kWarps * words +
+                            6 * kWarps * s.R + 2 * words + 4 * R) *
+                               s.number_bytes +
+                           1024;
+        const bool fits = std::max(p.forward_bytes, p.backward_bytes) <= shared_limit;
+        if (!fits || divided(s.N, shape.slots) != parts || (parts > 1 && s.N < parts * s.R)) continue;
+        if (shape.rows * shape.columns > 40 || s.R > 16) continue;
+        // Two exchanges a step forward, two backward.
+        const double clocks = 15 * double(shape.slots * words) / 128 + (parts > 1 ? 4 * 1100 : 0) + 7000 +
+                              double(6 * s.R * shape.rows) * 12 * std::log2(double(shape.lanes));
+        const int64_t at_once = clusters_at_once(parts, multiprocessors);
+        const double whole = clocks * double(divided(std::max<int64_t>(s.B, 1), at_once));
+        if (best.blocks == 0 || whole < least) best = p, least = whole;
+    }
+    return best;
+}
+
 MannPlan mann_plan(const MannSizes &s, int64_t shared_limit, int multiprocessors) {
     const auto filled = [&](MannPlan p) {
         p.forward_bytes = shared_bytes(s, p, false), p.backward_bytes = shared_bytes(s, p, true);

@@ -24,5 +24,7 @@ struct MannPlan {
 };
 
 MannPlan mann_plan(const MannSizes &sizes, int64_t shared_limit, int multiprocessors);
+// The same for lrua_sequence, whose clusters take an example each: as many blocks as parts, and no H.
+MannPlan lrua_plan(const MannSizes &sizes, int64_t shared_limit, int multiprocessors);
 
 } // namespace mann::cuda

@@ -39,6 +39,7 @@ static Build build_of(const Call &call, const char *source, const MannSizes &s, 
         .set("MANN_WRITE_ADD", o.write_add)
         .set("MANN_KEY_STRENGTH", o.key_strength)
         .set("MANN_SQUASH", o.squash)
+        .set("MANN_SOFTPLUS", 1)
         .set("MANN_SHARED_LRU", o.shared)
         .set("MANN_ERASE_ALL", o.erase_all);
 }

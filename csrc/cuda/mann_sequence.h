@@ -2,6 +2,8 @@
 // units; words = R * W; a head is key, gate, strength and add, as far as there are these.
 #pragma once
 
+#include "restart.h"
+
 namespace mann::cuda {
 
 template <typename S> struct MannForward {
@@ -41,9 +43,5 @@ template <typename S> struct MannBackward {
     S *dgates, *dhead;     // [T, B, 4H], [T, B, head], out
     S *dh, *dc, *dreads, *dmemory, *dread_weights; // of the state before the first step, out
 };
-
-// Undoing writes rounds, and small rows would drown in what was written to them later: while the steps of a segment are
-// taken again, every so many of them the memory is set aside, to go on from there on the way back.
-constexpr int kRestartEvery = 8;
 
 } // namespace mann::cuda

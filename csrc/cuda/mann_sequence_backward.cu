@@ -12,6 +12,7 @@
 // are sent; those of h's may still be in use when the next arrive: they have two buffers, and as many mailboxes.
 #include "controller.h"
 #include "mann_sequence.h"
+#include "parts.h"
 #include "rows_backward.h"
 
 namespace mann::cuda {
@@ -24,8 +25,8 @@ struct BackwardShared {
     alignas(16) T dhead_parts[kOwners][kSent];
     alignas(16) T dh_parts[2][kBlocks][kUnits][kExamples];
     alignas(16) T dread_parts[kBlocks][kWords];
-    alignas(16) T sum_parts[2][kParts][2 * R];
-    Mailbox dhead_box, dh_box[2], dread_box, sum_box[2];
+    PartSums sums;
+    Mailbox dhead_box, dh_box[2], dread_box;
     // Of the block.
     alignas(16) T weight_hh[MANN_HELD ? 1 : kUnits][MANN_HELD ? 1 : kRecurrent][4];
     alignas(16) T weight_head[kUnits][kHeadPadded];
@@ -35,12 +36,11 @@ struct BackwardShared {
     alignas(16) T dreads[W][kHeads];
     alignas(16) Step step;
     T raw_head[kHead], bias_head[kHead], doutput[kWords], output[kWords], overwritten[kWords], carried[kWords];
-    T warp_dkey[kRowWarps][kWords], warp_dadd[kWriteAdd ? kRowWarps : 1][kWords], warp_scalars[kRowWarps][4 * R];
-    T warp_sums[kWarps][R], warp_tops[kWarps][R];
-    T means[kHeads], mean_parts[kHeads], total[kHeads], top[kHeads];
+    WarpGradients warps;
+    T means[kHeads], mean_parts[kHeads];
 };
 constexpr int kDheadBytes = kOwners * kSent * sizeof(T);
-constexpr int kDreadBytes = kBlocks * kWords * sizeof(T), kSumBytes = kParts * 2 * R * sizeof(T);
+constexpr int kDreadBytes = kBlocks * kWords * sizeof(T);
 
 struct Backward {
     const MannBackward<S> &a;
@@ -75,7 +75,7 @@ struct Backward {
         if (threadIdx.x == 0) {
             mailbox_open(&s.dhead_box, kDheadBytes);
             mailbox_open(&s.dh_box[0], dh_bytes()), mailbox_open(&s.dh_box[1], dh_bytes());
-            mailbox_open(&s.sum_box[0], kSumBytes), mailbox_open(&s.sum_box[1], kSumBytes);
+            open_sums(s.sums);
             mailbox_open(&s.dread_box, kDreadBytes);
         }
         if constexpr (MANN_HELD) {
@@ -169,43 +169,6 @@ struct Backward {
     MANN_INLINE void make_step() {
         make_head(s.step, [&](int p) { return s.raw_head[p]; });
     }
-    // The sums of warp_sums over the warps and the parts of the example, to total; with tops, of numbers that are
-    // relative to these. Barrier before and after.
-    MANN_INLINE void exchange_sums(bool with_tops) {
-        __syncthreads();
-        const int buffer = exchanges & 1, h = int(threadIdx.x) % R, to = int(threadIdx.x) / R;
-        if (int(threadIdx.x) < kParts * R) {
-            T top = with_tops ? s.warp_tops[0][h] : T(0), sum = 0;
-            for (int w = 1; with_tops && w < kRowWarps; ++w) top = s.warp_tops[w][h] > top ? s.warp_tops[w][h] : top;
-            for (int w = 0; w < kRowWarps; ++w)
-                sum += with_tops ? s.warp_sums[w][h] * exponential(s.warp_tops[w][h] - top) : s.warp_sums[w][h];
-            if constexpr (kParts == 1) {
-                s.total[h] = sum, s.top[h] = top;
-            } else {
-                const int rank = share.owned() * kParts + to;
-                send(&s.sum_parts[buffer][share.part()][h], rank, &s.sum_box[buffer], sum);
-                send(&s.sum_parts[buffer][share.part()][R + h], rank, &s.sum_box[buffer], top);
-            }
-        }
-        if constexpr (kParts > 1) {
-            mailbox_wait(&s.sum_box[buffer], exchanges / 2);
-            if (threadIdx.x == 0) mailbox_expect(&s.sum_box[buffer], kSumBytes);
-            if (int(threadIdx.x) < R) {
-                T top = s.sum_parts[buffer][0][R + h], sum = 0;
-#pragma unroll
-                for (int p = 1; p < kParts; ++p)
-                    top = s.sum_parts[buffer][p][R + h] > top ? s.sum_parts[buffer][p][R + h] : top;
-#pragma unroll
-                for (int p = 0; p < kParts; ++p) {
-                    const T x = s.sum_parts[buffer][p][h];
-                    sum += with_tops ? x * exponential(s.sum_parts[buffer][p][R + h] - top) : x;
-                }
-                s.total[h] = sum, s.top[h] = top;
-            }
-            ++exchanges;
-        }
-        __syncthreads();
-    }
     MANN_INLINE void take_steps_again(int start, int stop) {
         if (start >= owned_length) return;
         const int64_t copy = row(start / a.checkpoint_every - 1, share.example());
@@ -225,26 +188,16 @@ struct Backward {
             make_step();
             __syncthreads();
             rows.give_overwritten(s.step, a.overwritten + record * kWords);
-            rows.write_and_match(s.step, T(a.eps), s.warp_tops[0]);
-            if (warp_of_block() < kRowWarps) rows.sum_exps(s.warp_sums[0]);
-            exchange_sums(kKeyStrength);
-            T scale[R];
-#pragma unroll
-            for (int h = 0; h < R; ++h) {
-                scale[h] = 1 / s.total[h];
-                if (kKeyStrength)
-                    scale[h] *=
-                        warp_of_block() < kRowWarps ? exponential(s.warp_tops[warp_of_block()][h] - s.top[h]) : T(0);
-            }
-            rows.normalise(scale, T(0));
+            rows.write_and_match(s.step, T(a.eps), s.sums.tops[0]);
+            finish_again(rows, s.sums, share.owned() * kParts, exchanges);
             rows.give_record(a.weights + record * N * kHeads);
             if ((j + 1) % kRestartEvery == 0)
                 rows.give_memory(a.restarts + row(j / kRestartEvery, share.example()) * N * W);
         }
         if (owned_length <= stop && a.dread_weights1) { // the means of the step that is undone first
-            if (warp_of_block() < kRowWarps) rows.sum_means(s.warp_sums[0]);
-            exchange_sums(false);
-            if (int(threadIdx.x) < R) s.mean_parts[threadIdx.x] = s.total[threadIdx.x];
+            if (warp_of_block() < kRowWarps) rows.sum_means(s.sums.sums[0]);
+            exchange_sums(s.sums, share.owned() * kParts, share.part(), exchanges, false);
+            if (int(threadIdx.x) < R) s.mean_parts[threadIdx.x] = s.sums.total[threadIdx.x];
         }
         __syncthreads();
     }
@@ -301,11 +254,10 @@ struct Backward {
     // all blocks.
     MANN_INLINE void forget(int t) {
         if (t < owned_length) {
-            if (warp_of_block() < kRowWarps)
-                rows.undo(s.step, s.dreads, s.means, s.overwritten, T(a.eps), s.warp_dkey[0], s.warp_dadd[0],
-                          s.warp_scalars[0]);
+            if (warp_of_block() < kRowWarps) rows.undo(s.step, s.dreads, s.means, s.overwritten, T(a.eps), s.warps);
             __syncthreads();
-            sum_warps();
+            for (int p = thread_again(); p < kHead + R; p += kThreads)
+                s.own_dhead[p] = head_gradient(s.warps, s.step, p);
         }
         __syncthreads();
         for (int i = thread_again(); i < kSent / 4 * kBlocks; i += kThreads) {
@@ -314,40 +266,6 @@ struct Backward {
                  reinterpret_cast<const Four<T> *>(s.own_dhead)[p]);
         }
     }
-    MANN_INLINE T scalar(int which, int h) const {
-        T sum = 0;
-#pragma unroll
-        for (int w = 0; w < kRowWarps; ++w) sum += s.warp_scalars[w][which * R + h];
-        return sum;
-    }
-    MANN_INLINE void sum_warps() {
-        for (int p = thread_again(); p < kHead + R; p += kThreads) {
-            T sum = 0;
-            if (p < kWords) {
-                const int h = p / W, w = p % W;
-                const T key = s.step.key[w][h];
-#pragma unroll
-                for (int i = 0; i < kRowWarps; ++i) sum += s.warp_dkey[i][p];
-                sum -= scalar(0, h) * key;
-                if (kSquash) sum *= 1 - key * key;
-            } else if (p < kBetaAt) {
-                const T gate = s.step.gate[p - kWords];
-                sum = scalar(2, p - kWords) * gate * (1 - gate);
-            } else if (kKeyStrength && p < kAddAt) {
-                sum = scalar(1, p - kBetaAt) * -exponential_minus_one(-s.step.beta[p - kBetaAt]);
-            } else if (p < kHead) {
-                const int k = p - kAddAt;
-                const T add = s.step.add[kWriteAdd ? k % W : 0][k / W];
-#pragma unroll
-                for (int i = 0; kWriteAdd && i < kRowWarps; ++i) sum += s.warp_dadd[i][k];
-                if (kSquash) sum *= 1 - add * add;
-            } else {
-                sum = scalar(3, p - kHead);
-            }
-            s.own_dhead[p] = sum;
-        }
-    }
-
     MANN_INLINE void receive_heads(int t) {
         mailbox_wait(&s.dhead_box, undone);
         if (threadIdx.x == 0 && t > 0) mailbox_expect(&s.dhead_box, kDheadBytes);

@@ -11,6 +11,7 @@
 // arrives: it has two buffers, and as many mailboxes.
 #include "controller.h"
 #include "mann_sequence.h"
+#include "parts.h"
 
 namespace mann::cuda {
 
@@ -32,8 +33,8 @@ struct ForwardShared {
     alignas(16) T own_part[kPart]; // of read_parts
     alignas(16) T bias_head[kHeadPadded];
     alignas(16) Step step;
-    T warp_reads[kRowWarps][kWords], warp_sums[kWarps][R], warp_tops[kWarps][R];
-    T usage[kSlots], scale[R];
+    WarpSums warps;
+    T usage[kSlots];
     Candidate chosen[R];
 };
 static_assert(sizeof(Candidate) == sizeof(Four<T>));
@@ -262,13 +263,13 @@ struct Forward {
                 return sum;
             });
             __syncthreads();
-            rows.write_and_match(s.step, T(a.eps), s.warp_tops[0]);
+            rows.write_and_match(s.step, T(a.eps), s.warps.tops[0]);
             if (warp_of_block() < kRowWarps) {
-                rows.sum_exps(s.warp_sums[0]);
-                rows.sum_rows(s.warp_reads[0]);
+                rows.sum_exps(s.warps.sums[0]);
+                rows.sum_rows(s.warps.reads[0]);
             }
             __syncthreads();
-            sum_warps();
+            sum_warps(s.warps, s.own_part);
         }
         __syncthreads();
         for (int i = thread_again(); i < kPart / 4 * kBlocks; i += kThreads) {
@@ -276,78 +277,18 @@ struct Forward {
             send(&s.read_parts[share.rank][4 * p], to, &s.reads_box, reinterpret_cast<const Four<T> *>(s.own_part)[p]);
         }
     }
-    // The sums of the warps, to own_part.
-    MANN_INLINE void sum_warps() {
-        for (int p = thread_again(); p < kTopAt; p += kThreads) {
-            const int h = p < kWords ? p / W : p - kWords;
-            T top = 0, sum = 0;
-            if (kKeyStrength) {
-                top = s.warp_tops[0][h];
-#pragma unroll
-                for (int w = 1; w < kRowWarps; ++w) top = s.warp_tops[w][h] > top ? s.warp_tops[w][h] : top;
-                if (p >= kWords) s.own_part[kTopAt + h] = top;
-            }
-#pragma unroll
-            for (int w = 0; w < kRowWarps; ++w) {
-                const T x = p < kWords ? s.warp_reads[w][p] : s.warp_sums[w][h];
-                sum += kKeyStrength ? x * exponential(s.warp_tops[w][h] - top) : x;
-            }
-            s.own_part[p] = sum;
-        }
-    }
-
-    // The reads of step t from their parts; what makes read weights of the powers, to scale.
+    // The reads of step t from their parts, for every example; read weights and usage of the owned one.
     MANN_INLINE void receive_reads(int t) {
         mailbox_wait(&s.reads_box, t);
         if (threadIdx.x == 0 && t + 1 < a.steps) mailbox_expect(&s.reads_box, kReadsBytes);
         for (int i = thread_again(); i < kWords * kExamples; i += kThreads) {
-            const int e = i % kExamples, k = i / kExamples, h = k / W;
-            const Total total = total_of(e, h);
-            T sum = 0;
-#pragma unroll
-            for (int part = 0; part < kParts; ++part) sum += s.read_parts[e * kParts + part][k] * total.factor[part];
-            s.reads[k][e] = rounded_to<S>(sum);
+            const int e = i % kExamples, k = i / kExamples;
+            s.reads[k][e] = rounded_to<S>(read_of(&s.read_parts[e * kParts], k));
         }
         if (share.owns() && t < owned_length) {
-            T scale[R];
-#pragma unroll
-            for (int h = 0; h < R; ++h) {
-                const Total total = total_of(share.owned(), h);
-                scale[h] = total.factor[0];
-#pragma unroll
-                for (int part = 1; part < kParts; ++part)
-                    scale[h] = share.part() == part ? total.factor[part] : scale[h];
-                if (kKeyStrength) {
-                    const T own = s.warp_tops[warp_of_block()][h], top = s.own_part[kTopAt + h];
-                    scale[h] *= warp_of_block() < kRowWarps ? exponential(own - top) : T(0);
-                }
-            }
-            rows.normalise(scale, T(a.decay));
+            finish_step(rows, &s.read_parts[share.owned() * kParts], s.warps, T(a.decay));
             rows.give_usage(s.usage);
         }
-    }
-    struct Total {
-        T factor[kParts]; // that makes shares of the reads of what a part has summed
-    };
-    MANN_INLINE Total total_of(int e, int h) const {
-        Total total;
-        T top = 0, sum = 0;
-        const auto part_of = [&](int part) { return s.read_parts[e * kParts + part]; };
-        if (kKeyStrength) {
-            top = part_of(0)[kTopAt + h];
-#pragma unroll
-            for (int part = 1; part < kParts; ++part)
-                top = part_of(part)[kTopAt + h] > top ? part_of(part)[kTopAt + h] : top;
-        }
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-            total.factor[part] = kKeyStrength ? exponential(part_of(part)[kTopAt + h] - top) : T(1);
-            sum += part_of(part)[kSumAt + h] * total.factor[part];
-        }
-        const T scale = 1 / sum;
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) total.factor[part] *= scale;
-        return total;
     }
     MANN_INLINE void store_reads(int t) const {
         if (!share.is_real() || share.part() != 0) return;

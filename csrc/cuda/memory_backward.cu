@@ -4,7 +4,7 @@
 
 namespace mann::cuda {
 
-constexpr int kAtOnce = kColumns >= 8 ? 1 : 2;
+constexpr int kAtOnce = 1; // rows that a warp's lanes have under way; two blocks of a multiprocessor hide the rest
 constexpr int kSharedColumns = kParts > 1 ? 1 : kMemoryWarps * kWords;
 // Where the logit is not the cosine, it is made again.
 constexpr bool kDots = kBeta || !kWrite;
@@ -53,7 +53,7 @@ struct BackwardTile {
             if (a.dreads1) sum += to_arith(a.dreads1[int64_t(b) * kWords + word]);
         } else if (a.carried) {
             const T *carried = a.carried + b * a.carried_row + a.carried_at + word;
-#pragma unroll 4
+#pragma unroll 12
             for (int part = 0; part < a.carried_parts; ++part) sum += carried[part * s.B * a.carried_row];
         }
         return sum;
@@ -65,6 +65,7 @@ struct BackwardTile {
         if (last_step && parts) parts += int64_t(b) * count * kHeads;
         for (int h = warp_of_block(); h < kHeads; h += kMemoryWarps) {
             T sum = 0;
+#pragma unroll 10
             for (int part = lane_of_warp(); part < count; part += 32) sum += parts[part * kHeads + h];
             for (int w = lane_of_warp(); kWrite && w < kWidth; w += 32)
                 sum += (kParts > 1 ? dread(h, w) : words[h * kWidth + w]) * a.reads[ring * kWords + h * kWidth + w];
@@ -223,6 +224,7 @@ struct BackwardTile {
                 dkey[h][i] = 0;
                 if constexpr (kAdd) dadd[h][i] = 0;
             }
+        previous.only_slot = now.only_slot = s.N == 1;
         if (s.step == a.before.start) {
             previous.plain = of_example(a.before.weights, kHeads);
             previous.plain_t = of_example(a.before.weights_t, kHeads);
@@ -250,8 +252,12 @@ struct BackwardTile {
     }
 };
 
+// Two blocks to a multiprocessor where their registers go round.
+constexpr int kBlocks = kHeads * kColumns * (3 + 2 * kAdd) + 2 * kColumns <= 76 ? 2 : 1;
+#define MANN_BACKWARD_BOUNDS kMemoryThreads, kBlocks
 using MemoryBackwardArgs = MemoryBackward<S>;
-MANN_KERNEL(memory_backward, kMemoryThreads, MemoryBackwardArgs) {
+MANN_KERNEL(memory_backward, MANN_BACKWARD_BOUNDS, MemoryBackwardArgs) {
+    after_previous();
     MANN_SHARED(int32_t, slots, kHeads);
     MANN_SHARED(T, mean, kHeads);
     MANN_SHARED(T, shared_own, kMemoryWarps * kHeads);
@@ -298,36 +304,34 @@ MANN_KERNEL(memory_backward, kMemoryThreads, MemoryBackwardArgs) {
     tile.give(shared_columns, shared_own);
 }
 
-// Column `column` of a head at a step: a lane has a column, a warp every 16th part.
+// kReadColumns columns of a head at a step, the parts of each shared by the other threads.
 using MemorySumArgs = MemorySum<S>;
 MANN_KERNEL(memory_sum, kSumThreads, MemorySumArgs) {
-    constexpr int warps = kSumThreads / 32, groups = (kHead + 31) / 32, add_at = kHead - kWords;
-    MANN_SHARED(T, sums, 2 * kSumThreads);
+    after_previous();
+    constexpr int blocks = (kHead + kReadColumns - 1) / kReadColumns, groups = kSumThreads / kReadColumns;
+    constexpr int add_at = kHead - kWords;
+    MANN_SHARED(T, shared, kSumThreads / 32 * kReadColumns);
     const MemorySum<S> &a = args;
     const MemorySizes &s = a.sizes;
-    const int b = int(blockIdx.x) / groups, step = s.step + int(blockIdx.y);
-    const int column = int(blockIdx.x) % groups * 32 + lane_of_warp(), h = min(column / kWidth, kHeads - 1);
+    const int b = int(blockIdx.x) / blocks, step = s.step + int(blockIdx.y);
+    const int column = int(blockIdx.x) % blocks * kReadColumns + int(threadIdx.x) % kReadColumns;
+    const int h = min(column / kWidth, kHeads - 1);
     const int64_t at = int64_t(step) * s.B + b;
     const bool real = step < length_of(s, b), is_key = column < kWords;
     const T *found = a.found + (step % s.ring * s.B + b) * s.parts * kBackwardPart;
-    T sum = 0, factor = 0;
-#pragma unroll 8
-    for (int part = warp_of_block(); real && part < s.parts; part += warps) {
+    const T key = is_key ? head_key(a.head, at, h, column % kWidth) : T(0);
+    T sum = 0;
+#pragma unroll 5
+    for (int part = int(threadIdx.x) / kReadColumns; real && part < s.parts; part += groups) {
         const T *row = found + int64_t(part) * kBackwardPart;
-        if (column < kHead && (kWrite || is_key || column >= kWords + kHeads)) sum += row[column];
-        if (is_key) factor += row[kHead + h];
+        if (is_key) sum += row[column] - row[kHead + h] * key;
+        else if (column < kHead && (kWrite || column >= kWords + kHeads)) sum += row[column];
     }
-    sums[threadIdx.x] = sum, sums[kSumThreads + threadIdx.x] = factor;
-    __syncthreads();
-    if (warp_of_block() != 0 || column >= kHead) return;
-#pragma unroll
-    for (int warp = 1; warp < warps; ++warp)
-        sum += sums[warp * 32 + lane_of_warp()], factor += sums[kSumThreads + warp * 32 + lane_of_warp()];
+    sum = sum_columns<kReadColumns>(sum, shared);
+    if (int(threadIdx.x) >= kReadColumns || column >= kHead) return;
     S *target = nullptr;
     int64_t place = 0;
     if (is_key) {
-        const T key = head_key(a.head, at, h, column % kWidth);
-        sum -= factor * key;
         if (a.squash) sum *= 1 - key * key;
         target = a.dkey, place = at * kWords + column;
     } else if (column < kWords + kHeads) {

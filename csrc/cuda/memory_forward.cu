@@ -32,6 +32,7 @@ struct WriteTile {
           logits(a.logits + ring(s.step) * kHeads * s.N), usage1(of_example(a.usage1, 1)),
           memory1(of_example(a.memory1, kWidth)) {
         if constexpr (!kWrite) return;
+        previous.only_slot = slots_of_example == 1;
         if (!starts()) previous.logits = a.logits + ring(s.step - 1) * kHeads * s.N;
         else if (a.before.weights) previous.plain = of_example(a.before.weights, kHeads);
         else previous.plain_t = of_example(a.before.weights_t, kHeads);
@@ -228,6 +229,7 @@ MANN_INLINE void choose(const MemoryWrite<S> &a, int b, int32_t *slots) {
 
 using MemoryWriteArgs = MemoryWrite<S>;
 MANN_KERNEL(memory_write, kMemoryThreads, MemoryWriteArgs) {
+    after_previous();
     MANN_SHARED(int32_t, slots, kHeads);
     MANN_SHARED(T, totals, 2 * kHeads);
     MANN_SHARED(T, shared_own, kMemoryWarps * kHeads);
@@ -282,43 +284,76 @@ MANN_KERNEL(memory_write, kMemoryThreads, MemoryWriteArgs) {
     tile_of.give(shared_columns, shared_own, tile);
 }
 
-// A block of memory_use that goes over slots.
+// A block of memory_use that goes over slots: some of each thread at once.
+constexpr int kSlotsAtOnce = kHeads <= 4 ? 4 : (kHeads <= 8 ? 2 : 1);
 struct UseSlots {
     const MemoryUse<S> &a;
     const MemorySizes &s;
-    const int b, step, chunk;
+    const int b, step, chunk, slots_of_example;
     const int64_t ring;
-    const bool last_step;
+    const bool weights_out, means_out, usage_wanted;
+    T loaded[kSlotsAtOnce][kHeads], usage[kSlotsAtOnce], dweight[kSlotsAtOnce][kHeads];
 
-    MANN_INLINE T weight_of(int h, int n, const T *totals) const {
-        const int64_t in_example = int64_t(h) * s.N + n;
-        if (a.weights_in) return to_arith(a.weights_in[b * kHeads * s.N + in_example]);
-        return exponential(a.logits[ring * kHeads * s.N + in_example] - totals[2 * h]) * totals[2 * h + 1];
+    MANN_INLINE UseSlots(const MemoryUse<S> &args, int example, int step, int chunk)
+        : a(args), s(a.sizes), b(example), step(step), chunk(chunk), slots_of_example(int(s.N)),
+          ring(step % s.ring * s.B + example), weights_out(a.weights && step + 1 == length_of(s, example)),
+          means_out(a.dweights && step + 1 == length_of(s, example)), usage_wanted(a.usage1 || a.candidate_slots) {}
+
+    MANN_INLINE bool idle() const { return !weights_out && !means_out && !a.weights_copy && !usage_wanted; }
+    MANN_INLINE int first() const { return chunk * a.chooser_slots + int(threadIdx.x); }
+    MANN_INLINE int last() const { return min((chunk + 1) * a.chooser_slots, slots_of_example); }
+    template <typename X> MANN_INLINE X *of_example(X *all, int numbers) const { return all + b * s.N * numbers; }
+
+    MANN_INLINE void load(int from) {
+        const T *logits = a.logits + ring * kHeads * s.N;
+#pragma unroll
+        for (int u = 0; u < kSlotsAtOnce; ++u) {
+            const int n = from + u * kMemoryThreads;
+            if (n >= last()) break;
+#pragma unroll
+            for (int h = 0; h < kHeads; ++h) {
+                const int at = h * slots_of_example + n;
+                if (a.weights_in) loaded[u][h] = to_arith(of_example(a.weights_in, kHeads)[at]);
+                else if (a.logits) loaded[u][h] = logits[at];
+                if (means_out) dweight[u][h] = to_arith(of_example(a.dweights, kHeads)[at]);
+            }
+            if (usage_wanted) usage[u] = a.usage ? T(to_arith(of_example(a.usage, 1)[n])) : of_example(a.usage1, 1)[n];
+        }
     }
-    MANN_INLINE void run(const T *totals, T *shared, int32_t *shared_slots) const {
-        const bool weights_out = a.weights && last_step, means_out = a.dweights && last_step;
-        if (!weights_out && !means_out && !a.weights_copy && !a.usage1 && !a.candidate_slots) return;
-        Least least;
-        T means[kHeads] = {};
-        const int first = chunk * a.chooser_slots, last = min(first + a.chooser_slots, int(s.N));
-        for (int n = first + int(threadIdx.x); n < last; n += kMemoryThreads) {
+    MANN_INLINE T weight_of(T logit, const T *total) const {
+        return slots_of_example == 1 ? T(1) : exponential(logit - total[0]) * total[1];
+    }
+    MANN_INLINE void use(int from, const T *totals, Least &least, T (&means)[kHeads]) const {
+#pragma unroll
+        for (int u = 0; u < kSlotsAtOnce; ++u) {
+            const int n = from + u * kMemoryThreads;
+            if (n >= last()) break;
             T read = 0;
 #pragma unroll
             for (int h = 0; h < kHeads; ++h) {
                 if (!a.logits && !a.weights_in) break;
-                const T weight = weight_of(h, n, totals);
-                const int64_t at = (int64_t(b) * kHeads + h) * s.N + n;
+                const int at = h * slots_of_example + n;
+                const T weight = a.weights_in ? loaded[u][h] : weight_of(loaded[u][h], totals + 2 * h);
                 read += weight;
-                if (weights_out) a.weights[at] = to_storage<S>(weight);
-                if (a.weights_copy) a.weights_copy[at] = weight;
-                if (means_out) means[h] += weight * to_arith(a.dweights[at]);
+                if (weights_out) of_example(a.weights, kHeads)[at] = to_storage<S>(weight);
+                if (a.weights_copy) of_example(a.weights_copy, kHeads)[at] = weight;
+                if (means_out) means[h] += weight * dweight[u][h];
             }
-            if (!a.candidate_slots && !a.usage1) continue;
-            T usage = a.usage ? to_arith(a.usage[b * s.N + n]) : a.usage1[b * s.N + n];
-            if (a.logits) usage += read; // eq. 5
-            if (a.logits && a.usage1) a.usage1[b * s.N + n] = usage;
-            if (a.usage_out) a.usage_out[b * s.N + n] = to_storage<S>(usage);
-            if (a.candidate_slots) least.see(usage, n);
+            if (!usage_wanted) continue;
+            const T now = a.logits ? usage[u] + read : usage[u]; // eq. 5
+            if (a.logits && a.usage1) of_example(a.usage1, 1)[n] = now;
+            if (a.usage_out) of_example(a.usage_out, 1)[n] = to_storage<S>(now);
+            if (a.candidate_slots) least.see(now, n);
+        }
+    }
+    // After load() of the first slots.
+    MANN_INLINE void run(const T *totals, T *shared, int32_t *shared_slots) {
+        Least least;
+        T means[kHeads] = {};
+        for (int from = first(); from < last();) {
+            use(from, totals, least, means);
+            from += kSlotsAtOnce * kMemoryThreads;
+            if (from < last()) load(from);
         }
         if (a.candidate_slots) choose_of_block(least, shared, shared_slots);
         if (means_out) give_means(means, shared);
@@ -356,24 +391,22 @@ struct UseSlots {
     }
 };
 
-// 32 columns of the reads: a lane has a column, a warp every eighth part.
+// kReadColumns columns of the reads, the parts of each shared by the other threads.
 MANN_INLINE void use_reads(const MemoryUse<S> &a, int b, int step, int reader, const T *totals, T *shared) {
+    constexpr int groups = kMemoryThreads / kReadColumns;
     const MemorySizes &s = a.sizes;
     const int64_t ring = step % s.ring * s.B + b;
-    const int column = reader * 32 + lane_of_warp(), h = min(column / kWidth, kHeads - 1);
+    const int column = reader * kReadColumns + int(threadIdx.x) % kReadColumns, h = min(column / kWidth, kHeads - 1);
     const T *found = a.found + ring * s.parts * kForwardPart;
     T sum = 0;
-#pragma unroll 8
-    for (int part = warp_of_block(); part < s.parts; part += kMemoryWarps) {
+#pragma unroll 10
+    for (int part = int(threadIdx.x) / kReadColumns; part < s.parts; part += groups) {
         const T *row = found + int64_t(part) * kForwardPart;
         const T scale = kBeta ? exponential(row[h] - totals[2 * h]) : T(1);
         if (column < kWords) sum += scale * row[2 * kHeads + column];
     }
-    shared[threadIdx.x] = sum;
-    __syncthreads();
-    if (warp_of_block() != 0 || column >= kWords) return;
-#pragma unroll
-    for (int warp = 1; warp < kMemoryWarps; ++warp) sum += shared[warp * 32 + lane_of_warp()];
+    sum = sum_columns<kReadColumns>(sum, shared);
+    if (int(threadIdx.x) >= kReadColumns || column >= kWords) return;
     sum *= totals[2 * h + 1];
     if (a.reads) a.reads[(int64_t(step) * s.B + b) * a.reads_row + a.reads_at + column] = to_storage<S>(sum);
     if (a.reads_copy) a.reads_copy[ring * kWords + column] = sum;
@@ -381,7 +414,8 @@ MANN_INLINE void use_reads(const MemoryUse<S> &a, int b, int step, int reader, c
 
 using MemoryUseArgs = MemoryUse<S>;
 MANN_KERNEL(memory_use, kMemoryThreads, MemoryUseArgs) {
-    constexpr int numbers = kMemoryWarps * (kHeads > 32 ? kHeads : 32);
+    after_previous();
+    constexpr int numbers = kMemoryWarps * (kHeads > kReadColumns ? kHeads : (kReadColumns > 2 ? kReadColumns : 2));
     MANN_SHARED(T, totals, 2 * kHeads);
     MANN_SHARED(T, shared, numbers);
     MANN_SHARED(int32_t, shared_slots, 2 * kMemoryWarps);
@@ -391,10 +425,15 @@ MANN_KERNEL(memory_use, kMemoryThreads, MemoryUseArgs) {
     const int step = s.step + int(blockIdx.y);
     const int64_t ring = step % s.ring * s.B + b;
     if (step >= length_of(s, b)) {
-        const int column = (block - a.choosers) * 32 + int(threadIdx.x);
-        if (block >= a.choosers && threadIdx.x < 32 && column < kWords && a.reads)
+        const int column = (block - a.choosers) * kReadColumns + int(threadIdx.x);
+        if (block >= a.choosers && threadIdx.x < kReadColumns && column < kWords && a.reads)
             a.reads[(int64_t(step) * s.B + b) * a.reads_row + a.reads_at + column] = to_storage<S>(T(0));
         return;
+    }
+    UseSlots slots(a, b, step, block);
+    if (block < a.choosers) {
+        if (slots.idle()) return;
+        if (slots.first() < slots.last()) slots.load(slots.first());
     }
     if (a.logits) {
         for (int h = warp_of_block(); h < kHeads; h += kMemoryWarps) {
@@ -402,12 +441,11 @@ MANN_KERNEL(memory_use, kMemoryThreads, MemoryUseArgs) {
             if (lane_of_warp() == 0) totals[2 * h] = sums.largest, totals[2 * h + 1] = sums.inverse;
         }
         __syncthreads();
-        if (a.totals && block == 0)
+        if (a.totals && block == a.choosers)
             for (int i = int(threadIdx.x); i < 2 * kHeads; i += kMemoryThreads)
                 a.totals[ring * 2 * kHeads + i] = totals[i];
     }
-    if (block < a.choosers)
-        UseSlots{a, s, b, step, block, ring, step + 1 == length_of(s, b)}.run(totals, shared, shared_slots);
+    if (block < a.choosers) slots.run(totals, shared, shared_slots);
     else use_reads(a, b, step, block - a.choosers, totals, shared);
 }
 

@@ -25,10 +25,10 @@ inline int64_t row_cost(int64_t W, int64_t R, int64_t vector, int64_t lanes, int
     const int64_t columns = divide_up(W, vector * lanes) * vector;
     int64_t steps = 0;
     while ((int64_t(1) << steps) < lanes) ++steps;
-    int64_t cost = lanes * (columns * (3 * R + 1) + 4 * (columns / vector) + steps * (2 * R + 1) + 2 * R +
-                            20 * divide_up(R, lanes) + 10);
-    if (R * columns > most) cost *= 2 + R * columns / most;
-    return cost;
+    const int64_t cost = lanes * (columns * (3 * R + 1) + 4 * (columns / vector) + steps * (2 * R + 1) + 2 * R +
+                                  20 * divide_up(R, lanes) + 10);
+    const int64_t kept = (R + 1) * columns;
+    return kept <= most ? cost : cost + cost * kept * kept / (most * most);
 }
 
 // rows: what goes in whole rows, and so decides how many numbers a load may have.
@@ -55,11 +55,11 @@ inline MemoryPlan memory_plan(const Call &call, int64_t B, int64_t N, int64_t W,
     };
     split(2 * kMemoryWarps * (32 / plan.lanes), plan.tiles, plan.tile_slots);
     split(4 * kMemoryThreads, plan.choosers, plan.chooser_slots);
-    plan.readers = int(divide_up(R * W, 32));
+    plan.readers = int(divide_up(R * W, kReadColumns));
     return plan;
 }
 // What a lane keeps of each head forward (key, sum of reads) and backward (key, dreads, dkey).
-constexpr int64_t kMostForward = 24, kMostBackward = 20;
+constexpr int64_t kMostForward = 30, kMostBackward = 25;
 
 struct MemoryOptions {
     int64_t W, R;
@@ -83,19 +83,22 @@ inline MemorySizes memory_sizes(const MemoryPlan &plan, int64_t B, int64_t N, in
 inline int64_t forward_part(const MemoryOptions &o) { return 2 * o.R + o.R * o.W; }
 inline int64_t backward_part(const MemoryOptions &o) { return o.head() + o.R; }
 
-inline void launch_write(Call &call, const Build &build, const MemoryWrite<void> &a) {
-    call.launch(build, "memory_write", {a.sizes.B * a.sizes.tiles, kMemoryThreads}, a);
+// The first launch of a call follows nobody.
+inline void launch_write(Call &call, const Build &build, const MemoryWrite<void> &a, bool follows = true) {
+    call.launch(build, "memory_write", {a.sizes.B * a.sizes.tiles, kMemoryThreads, 1, 0, 1, follows}, a);
 }
 // For `steps` steps from that of the arguments on.
-inline void launch_use(Call &call, const Build &build, const MemoryUse<void> &a, int64_t steps = 1) {
-    call.launch(build, "memory_use", {a.sizes.B * (a.choosers + a.readers), kMemoryThreads, 1, 0, steps}, a);
+inline void launch_use(Call &call, const Build &build, const MemoryUse<void> &a, int64_t steps = 1,
+                       bool follows = true) {
+    call.launch(build, "memory_use", {a.sizes.B * (a.choosers + a.readers), kMemoryThreads, 1, 0, steps, follows}, a);
 }
 inline void launch_backward(Call &call, const Build &build, const MemoryBackward<void> &a) {
-    call.launch(build, "memory_backward", {a.sizes.B * a.sizes.tiles, kMemoryThreads}, a);
+    call.launch(build, "memory_backward", {a.sizes.B * a.sizes.tiles, kMemoryThreads, 1, 0, 1, true}, a);
 }
 inline void launch_sum(Call &call, const Build &build, const MemoryOptions &o, const MemorySum<void> &a,
                        int64_t steps = 1) {
-    call.launch(build, "memory_sum", {a.sizes.B * divide_up(o.head(), 32), kSumThreads, 1, 0, steps}, a);
+    call.launch(build, "memory_sum", {a.sizes.B * divide_up(o.head(), kReadColumns), kSumThreads, 1, 0, steps, true},
+                a);
 }
 
 } // namespace mann::cuda

@@ -145,6 +145,7 @@ struct HeadColumns {
 struct Weights {
     const S *plain = nullptr;
     const T *plain_t = nullptr, *logits = nullptr;
+    bool only_slot = false;         // its weight is 1, exactly
     T largest[kOwn], inverse[kOwn]; // of the lane's own heads
 
     MANN_INLINE void take_totals(const T *totals) { // [R, 2]
@@ -157,7 +158,7 @@ struct Weights {
     // As they stand; `at` is a place in [R, N].
     MANN_INLINE T load(int at) const { return plain ? to_arith(plain[at]) : (plain_t ? plain_t[at] : logits[at]); }
     MANN_INLINE T weight(T loaded, int k) const {
-        return plain || plain_t ? loaded : exponential(loaded - largest[k]) * inverse[k];
+        return plain || plain_t ? loaded : only_slot ? T(1) : exponential(loaded - largest[k]) * inverse[k];
     }
 };
 
@@ -170,11 +171,26 @@ MANN_INLINE Totals sum_totals(const T *found, int parts, int h) {
     T largest = kBeta ? kLowest : T(0), sum = 0;
     for (int p = lane_of_warp(); kBeta && p < parts; p += 32) largest = larger(largest, found[int64_t(p) * row + h]);
     if (kBeta) largest = largest_of_warp(largest);
+#pragma unroll 10
     for (int p = lane_of_warp(); p < parts; p += 32) {
         const T part = found[int64_t(p) * row + kHeads + h];
         sum += kBeta ? part * exponential(found[int64_t(p) * row + h] - largest) : part;
     }
     return {largest, 1 / sum_over_warp(sum)};
+}
+
+// Of threads that stand `columns` to a row, row after row: the sum of a column to the thread of the first row that has
+// it. shared: [warps, columns].
+template <int columns> MANN_INLINE T sum_columns(T x, T *shared) {
+#pragma unroll
+    for (int d = columns; d < 32; d *= 2) x += __shfl_xor_sync(kWholeWarp, x, d);
+    if (lane_of_warp() < columns) shared[warp_of_block() * columns + lane_of_warp()] = x;
+    __syncthreads();
+    if (int(threadIdx.x) >= columns) return x;
+    x = 0;
+#pragma unroll 16
+    for (int warp = 0; warp < int(blockDim.x) / 32; ++warp) x += shared[warp * columns + int(threadIdx.x)];
+    return x;
 }
 
 // Whether usage a of slot i comes before b of slot j: ties to the lowest index, NaN last, no slot (-1) after all.

@@ -13,6 +13,8 @@
 namespace mann::cuda {
 
 constexpr int kMemoryThreads = 256, kMemoryWarps = kMemoryThreads / 32, kSumThreads = 512;
+// Of sums over parts: columns of a block.
+constexpr int kReadColumns = 8;
 
 // Of tile after tile (or warp after warp, MANN_PARTS to a tile) memory_write finds a part, 2 R + R W numbers:
 //     [largest logit: R][sum of exp: R][sum of exp * row: R, W]
@@ -69,10 +71,10 @@ template <typename S> struct MemoryUse {
     MemorySizes sizes;
     double eps;
     int choosers, chooser_slots; // blocks of an example that go over its slots, and slots of each
-    int readers;                 // further blocks, 32 columns of the reads each; 0: no reads
+    int readers;                 // further blocks, kReadColumns columns of the reads each; 0: no reads
     const Arith<S> *logits;      // [ring, B, R, N]; null: no weights, only the choice of slots
     const Arith<S> *found;       // [ring, B, parts, 2 R + R W]
-    Arith<S> *totals;            // [ring, B, R, 2] out, or null
+    Arith<S> *totals;            // [ring, B, R, 2] out by a block of the readers, or null
     const S *usage;              // [B, N], where there is nothing to add to; or null
     Arith<S> *usage1;            // [B, N] in, out: what was read is added; or null
     S *usage_out;                // [B, N] out; or null

@@ -14,6 +14,7 @@ using T = Arith<S>;
 
 constexpr int N = MANN_N, W = MANN_W, R = MANN_R;
 constexpr bool kWriteAdd = MANN_WRITE_ADD, kKeyStrength = MANN_KEY_STRENGTH, kSquash = MANN_SQUASH;
+constexpr bool kSoftplus = MANN_SOFTPLUS; // of key strengths, which are logits then
 constexpr bool kShared = MANN_SHARED_LRU, kEraseAll = MANN_ERASE_ALL;
 constexpr int kParts = MANN_PARTS; // blocks that share the slots of an example
 
@@ -131,7 +132,7 @@ template <typename Raw> MANN_INLINE void make_head(Step &step, Raw &&raw) {
             step.square[h] = square;
             step.gate[h] = h < R ? sigmoid(raw(kWords + h)) : T(0);
             const T x = kKeyStrength && h < R ? raw(kBetaAt + h) : T(0);
-            step.beta[h] = kKeyStrength ? softplus(x) : T(1);
+            step.beta[h] = !kKeyStrength ? T(1) : kSoftplus ? softplus(x) : x;
         }
     }
 }

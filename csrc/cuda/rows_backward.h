@@ -8,6 +8,14 @@ namespace mann::cuda {
 // What a part finds of the gradient of a head, and, for the step before, of what the softmax takes off every gradient.
 constexpr int kMeanAt = kHead, kSent = round_up(kHead + R, 4);
 
+// What the warps of a block leave of a step that was undone, each summed over its rows: of the gradient of key and add
+// (where the key is written, both in dkey); and a number a head of what takes the key's own part off that, of the
+// gradients of strength and gate, and of the means of the step before.
+struct WarpGradients {
+    T dkey[kRowWarps][kWords], dadd[kWriteAdd ? kRowWarps : 1][kWords];
+    T scalars[kRowWarps][4 * R];
+};
+
 struct RowsBackward : Rows {
     T dm[kRows][kColumns];
     T dweights[kRows][R]; // of the read weights of the step to be undone, but for what comes through its reads
@@ -86,12 +94,9 @@ struct RowsBackward : Rows {
         }
     }
 
-    // Undoes a step. dreads [W, kHeads] and means [R]: the sum over all slots of read weight times its gradient. The
-    // warp's sums over its rows: of the gradient of key and add to dkey, dadd [kWarps, R, W] (where the key is written,
-    // both to dkey), and to scalars [kWarps, 4, R] what takes the key's own part off that, the gradients of strength
-    // and gate, and the means of the step before.
+    // Undoes a step. dreads [W, kHeads] and means [R]: the sum over all slots of read weight times its gradient.
     MANN_INLINE void undo(const Step &step, const T (*dreads)[kHeads], const T *means, const T *overwritten, T eps,
-                          T *dkey, T *dadd, T *scalars) {
+                          WarpGradients &warps) {
         T read[kRows][R], write[kRows][R], squares[kRows], dots[kRows][R], through[kRows][R], shrink[kRows];
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
@@ -161,8 +166,8 @@ struct RowsBackward : Rows {
                     dm[i][j] = d, m[i][j] = before;
                 }
             }
-            give_sums(keys, first, dkey + warp_of_block() * kWords);
-            if (kWriteAdd) give_sums(adds, first, dadd + warp_of_block() * kWords);
+            give_sums(keys, first, warps.dkey[warp_of_block()]);
+            if (kWriteAdd) give_sums(adds, first, warps.dadd[kWriteAdd ? warp_of_block() : 0]);
         }
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
@@ -178,7 +183,7 @@ struct RowsBackward : Rows {
         const auto s = scatter_sums(sums, kLanes);
 #pragma unroll
         for (int i = 0; i < 4 * R; ++i)
-            if (i < s.length && s.mine && lane() == 0) scalars[warp_of_block() * 4 * R + s.first + i] = sums[i];
+            if (i < s.length && s.mine && lane() == 0) warps.scalars[warp_of_block()][s.first + i] = sums[i];
     }
     // Of a row that was written to as least used: exactly what stood there; and no gradient comes from before an
     // erasure.
@@ -195,5 +200,40 @@ struct RowsBackward : Rows {
         for (int j = 0; j < kColumns; ++j) dm[i][j] = erased ? T(0) : dm[i][j];
     }
 };
+
+// Number p of a part's share of the gradient of a head before its activations; from kMeanAt on, of the means.
+MANN_INLINE T head_gradient(const WarpGradients &warps, const Step &step, int p) {
+    const auto scalar = [&](int which, int h) {
+        T sum = 0;
+#pragma unroll
+        for (int w = 0; w < kRowWarps; ++w) sum += warps.scalars[w][which * R + h];
+        return sum;
+    };
+    T sum = 0;
+    if (p < kWords) {
+        const int h = p / W, w = p % W;
+        const T key = step.key[w][h];
+#pragma unroll
+        for (int i = 0; i < kRowWarps; ++i) sum += warps.dkey[i][p];
+        sum -= scalar(0, h) * key;
+        return kSquash ? sum * (1 - key * key) : sum;
+    }
+    if (p < kBetaAt) {
+        const T gate = step.gate[p - kWords];
+        return scalar(2, p - kWords) * gate * (1 - gate);
+    }
+    if (kKeyStrength && p < kAddAt) {
+        const T slope = kSoftplus ? -exponential_minus_one(-step.beta[p - kBetaAt]) : T(1);
+        return scalar(1, p - kBetaAt) * slope;
+    }
+    if (p < kHead) {
+        const int k = p - kAddAt;
+        const T add = step.add[kWriteAdd ? k % W : 0][k / W];
+#pragma unroll
+        for (int i = 0; kWriteAdd && i < kRowWarps; ++i) sum += warps.dadd[i][k];
+        return kSquash ? sum * (1 - add * add) : sum;
+    }
+    return scalar(3, p - kHead);
+}
 
 } // namespace mann::cuda

@@ -165,14 +165,13 @@ MANN_KERNEL(summarize_gradients_forward, kSizes.forward_threads, SummarizeForwar
 }
 
 // A state in shared or global memory: the inputs, then c.
+MANN_INLINE Two<T> *c_of(T *state, const Lane &lane, int j) {
+    return reinterpret_cast<Two<T> *>(state + kStateX + (lane.lane * kUnits + j) * 2);
+}
 MANN_INLINE void store(T *to, const Lane &lane, const State &state) {
     store_inputs(to, lane, state.x);
-    T *c = to + kStateX + lane.lane * 2 * kUnits;
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) *reinterpret_cast<Two<T> *>(c + 2 * i) = {{state.c[0][i], state.c[1][i]}};
-}
-MANN_INLINE Two<T> load_c(const T *from, const Lane &lane, int j) {
-    return *reinterpret_cast<const Two<T> *>(from + kStateX + (lane.lane * kUnits + j) * 2);
+    for (int i = 0; i < kUnits; ++i) *c_of(to, lane, i) = {{state.c[0][i], state.c[1][i]}};
 }
 
 // Of the gates' weights, the four gates of unit j in each part at a time; of weight_out and of bias_out.
@@ -182,12 +181,11 @@ static_assert(GradientSums::kNumbers == kSizes.sums);
 // What a step back needs of a tile.
 struct Back {
     T dh[2][kInputs], dc[2][kUnits]; // dh: of the step's output; after it, of all its inputs
-    T dfast[2];                      // where it is the last step, else zero
 };
 
-// One unit of each part, a step back: gates and c again, their gradients, and dc of before the step.
-MANN_INLINE void unit_back(const T (&gate)[2][4], const Two<T> &c, int j, Back &back, T &dweight_out,
-                           T (&dgate)[2][4]) {
+// One unit of each part, a step back: gates and c again, their gradients, and dc of before the step. c becomes the h of
+// after the step.
+MANN_INLINE void unit_back(const T (&gate)[2][4], Two<T> &c, int j, Back &back, T (&dgate)[2][4]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         // 2^100 is enough, and times another such still a number
@@ -200,18 +198,18 @@ MANN_INLINE void unit_back(const T (&gate)[2][4], const Two<T> &c, int j, Back &
         const auto squashed = hyperbolic_tangent_fraction(forget * c.at[r] + gate_in * candidate);
         const T out_and_squashed = fast_reciprocal(out * squashed.below);
         const T gate_out = squashed.below * out_and_squashed, bounded = squashed.above * (out * out_and_squashed);
-        dweight_out += back.dfast[r] * (gate_out * bounded);
         const auto grad =
             lstm_cell_backward(gate_in, forget, candidate, gate_out, c.at[r], bounded, back.dh[r][j], back.dc[r][j]);
         dgate[0][2 * r] = grad.gate_in, dgate[0][2 * r + 1] = grad.gate_forget;
         dgate[1][2 * r] = grad.cell, dgate[1][2 * r + 1] = grad.gate_out;
         back.dc[r][j] = grad.c;
+        c.at[r] = gate_out * bounded;
     }
 }
 
-// A step back of a tile, from its state before the step: dh and dc, and the gates' gradients to `stage`.
-MANN_INLINE void step_back(const T *forward, const T *backward, T *stage, const Lane &lane, const T *before, Back &back,
-                           T (&dweight_out)[kUnits + 1]) {
+// A step back of a tile, from its state before the step: dh and dc, and the gates' gradients to `stage`. The state's c
+// becomes the h of after the step.
+MANN_INLINE void step_back(const T *forward, const T *backward, T *stage, const Lane &lane, T *before, Back &back) {
     Left x[1][kPairs];
     load_inputs(before, lane, x[0]);
     T dx[kPairs][4] = {};
@@ -219,7 +217,9 @@ MANN_INLINE void step_back(const T *forward, const T *backward, T *stage, const 
     for (int j = 0; j < kUnits; ++j) {
         T gate[1][2][4], dgate[2][4];
         gates_of(forward, j, lane.lane, x, gate);
-        unit_back(gate[0], load_c(before, lane, j), j, back, dweight_out[j], dgate);
+        Two<T> *c = c_of(before, lane, j), found = *c;
+        unit_back(gate[0], found, j, back, dgate);
+        *c = found;
         stage_results(stage + j * 256, lane, dgate);
         Left left[2];
 #pragma unroll
@@ -295,28 +295,34 @@ MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBack
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            back.dfast[r] = here.load(args.dfast, r);
-            sums.beside[kUnits] += back.dfast[r];
+            const T dfast = here.load(args.dfast, r);
+            sums.beside[kUnits] += dfast;
 #pragma unroll
             for (int i = 0; i < kUnits; ++i) {
-                back.dh[r][i] =
-                    lane.unit(i) < D ? back.dfast[r] * to_arith(args.weights.weight_out[lane.unit(i)]) : T(0);
+                back.dh[r][i] = lane.unit(i) < D ? dfast * to_arith(args.weights.weight_out[lane.unit(i)]) : T(0);
                 back.dc[r][i] = 0;
             }
         }
         __syncwarp(); // the states are there, for other lanes too
 #pragma unroll 1
         for (int t = args.steps - 1; t >= 0; --t) {
+            T *before = states + int64_t(t) * kSizes.state;
+            step_back(forward, backward, stage, lane, before, back);
+            if (t + 1 == args.steps) {
+                const T dfast[2] = {here.load(args.dfast, 0), here.load(args.dfast, 1)};
+#pragma unroll
+                for (int j = 0; j < kUnits; ++j) {
+                    const Two<T> h = *c_of(before, lane, j);
+                    sums.beside[j] += dfast[0] * h.at[0] + dfast[1] * h.at[1];
+                }
+            }
             const T g[2] = {gradient(t, 0), gradient(t, 1)};
-            const T *before = states + int64_t(t) * kSizes.state;
-            step_back(forward, backward, stage, lane, before, back, sums.beside);
             __syncwarp(); // what is staged is there
             add_weight_gradients(stage, lane, before, sums);
             __syncwarp(); // nobody reads it any more
             const Features d[2] = {features_of(back.dh[0][kUnits], lane.part),
                                    features_of(back.dh[1][kUnits], lane.part)};
             store_dgrads(args.dgrads + int64_t(t) * args.count, here, lane, preprocessing, g, d);
-            back.dfast[0] = back.dfast[1] = 0;
             sums.first = false;
         }
     }

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from mann_kernels.modules._init import check_sizes, flag
+from mann_kernels.ops._check import eps_of_cosine
 from mann_kernels.ops.content_address import content_address
 
 
@@ -14,7 +16,8 @@ class ContentAddressing(nn.Module):
         key_strength: learn one factor per head on the similarities, `softplus(beta)`, 1 at first. Without it the factor
             is 1, as in the paper.
         eps: inside the root of the cosine's denominator.
-        device, dtype: of the parameter.
+        device: of the parameter.
+        dtype: of the parameter.
 
     Shapes: memory [B, N, W], key [B, R, W] -> reads [B, R, W], read_weights [B, R, N].
 
@@ -24,8 +27,14 @@ class ContentAddressing(nn.Module):
 
     beta: nn.Parameter | None
 
-    def __init__(self, num_heads: int = 1, *, key_strength: bool = False, eps: float = 1e-6, device=None, dtype=None):
+    def __init__(
+        self, num_heads: int = 1, *, key_strength: bool = False, eps: float = 1e-6,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__()
+        check_sizes(num_heads=num_heads)
+        flag("key_strength", key_strength)
+        eps_of_cosine(eps)
         self.num_heads, self.eps = num_heads, eps
         beta = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if key_strength else None
         self.register_parameter("beta", beta)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, with_autograd
+from mann_kernels.modules._init import HeStart, check_sizes, flag
 from mann_kernels.ops import augmented_conv2d, augmented_linear
 from mann_kernels.ops._check import choice
 
@@ -19,24 +21,58 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class _Augmented:
-    """What the augmented layers have in common beside nn.Linear and nn.Conv2d, which they extend."""
+class Tape:
+    """Where a pass without fast weights leaves what the gradients of its slow weights are made of.
 
-    weight: torch.Tensor
+    Attributes:
+        inputs, outputs: of the slow branch of each augmented layer, in order.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor] = []
+
+    def note(self, x: torch.Tensor, z: torch.Tensor) -> None:
+        """One layer's slow branch, z = slow(x)."""
+        self.inputs.append(x)
+        self.outputs.append(z if z.requires_grad else z.requires_grad_())
+
+
+class _Augmented(HeStart):
+    """What the augmented layers have in common beside nn.Linear and nn.Conv2d, which they extend.
+
+    A layer's weights are read when it is called, and once: hooks, parametrizations and shards put them there then.
+    """
 
     def _set_form(self, form: str, activation: str) -> None:
         choice("form", form, *FORMS)
         choice("activation", activation, *ACTIVATIONS)
         self.form, self.activation = form, activation
 
-    def _checked(self, x, fast, mix) -> None:
+    @property
+    def fast_shape(self) -> torch.Size:
+        """The shape of weight, and so of a fast weight, by the sizes of the layer: weight itself may be a shard."""
+        raise NotImplementedError
+
+    def _checked(self, fast, mix) -> None:
         if fast is None and mix is not None:
             raise ValueError("mix: got weights for a mixture without fast weights, want fast as well")
-        if isinstance(fast, torch.Tensor) and fast.shape[-self.weight.dim() :] != self.weight.shape:
+        if isinstance(fast, torch.Tensor) and fast.shape[-len(self.fast_shape) :] != self.fast_shape:
             raise ValueError(
-                f"fast: got shape {list(fast.shape)}, want [..., {', '.join(map(str, self.weight.shape))}], "
+                f"fast: got shape {list(fast.shape)}, want [..., {', '.join(map(str, self.fast_shape))}], "
                 "ending in the shape of weight"
             )
+
+    def _slow_only(self, x: torch.Tensor, tape: Tape | None) -> torch.Tensor:
+        """The layer without fast weights."""
+        z = self.slow(x)
+        if tape is not None:
+            tape.note(x, z)
+        return self.activate(z)
+
+    def slow(self, x: torch.Tensor) -> torch.Tensor:
+        """The slow branch alone, before its activation."""
+        raise NotImplementedError
 
     def activate(self, z: torch.Tensor) -> torch.Tensor:
         """From the slow branch alone, before its activation, to the layer's output: what zero fast weights give."""
@@ -46,8 +82,9 @@ class _Augmented:
 class AugmentedLinear(_Augmented, nn.Linear):
     """nn.Linear that takes fast weights beside its own (slow) ones (Munkhdalai & Yu 2017, section 3.3).
 
+    The arguments in_features, out_features, bias, device and dtype are nn.Linear's, and so are the parameters.
+
     Args:
-        in_features, out_features, bias, device, dtype: as nn.Linear, whose parameters it has.
         form: "output": `x W^T + b + x F^T`, no activation, so that without fast weights it is nn.Linear;
             "hidden": `act(x W^T + b) + act(x F^T)`, and `act(x W^T + b)` without fast weights.
         activation: "relu", "gelu", "tanh" or "identity", of the hidden form.
@@ -60,18 +97,29 @@ class AugmentedLinear(_Augmented, nn.Linear):
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *,
-        form: str = "output", activation: str = "relu", device=None, dtype=None,
+        form: str = "output", activation: str = "relu",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
+        check_sizes(in_features=in_features, out_features=out_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._set_form(form, activation)
 
     def forward(
-        self, x: torch.Tensor, fast: torch.Tensor | None = None, mix: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        fast: torch.Tensor | None = None,
+        mix: torch.Tensor | None = None,
+        *,
+        tape: Tape | None = None,
     ) -> torch.Tensor:
-        self._checked(x, fast, mix)
+        self._checked(fast, mix)
         if fast is None:
-            return self.activate(self.slow(x))
+            return self._slow_only(x, tape)
         return augmented_linear(x, self.weight, fast, mix, self.bias, form=self.form, activation=self.activation)
+
+    @property
+    def fast_shape(self) -> torch.Size:
+        return torch.Size([self.out_features, self.in_features])
 
     def slow(self, x: torch.Tensor) -> torch.Tensor:
         """`x W^T + b`."""
@@ -88,11 +136,13 @@ class AugmentedLinear(_Augmented, nn.Linear):
 class AugmentedConv2d(_Augmented, nn.Conv2d):
     """nn.Conv2d that takes fast weights beside its own (slow) ones (Munkhdalai & Yu 2017, section 3.3).
 
+    The arguments in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device and dtype
+    are nn.Conv2d's, and so are the parameters, for what mann_kernels.augmented_conv2d covers: square kernels, stride 1, equal
+    zero padding on all sides, no dilation, no groups.
+
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
-            nn.Conv2d, whose parameters it has, for what mann_kernels.augmented_conv2d covers: square kernels, stride 1,
-            equal zero padding on all sides, no dilation, no groups.
-        form, activation: as in AugmentedLinear.
+        form: "output" or "hidden", as in AugmentedLinear.
+        activation: as in AugmentedLinear.
         pool: a 2 x 2 max-pool in steps of 2 follows, of the sum; it keeps the odd last row and column (ceil mode).
 
     Shapes: x, fast and mix as in mann_kernels.augmented_conv2d; without fast x is [..., C, height, width].
@@ -104,26 +154,36 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, dilation: int = 1,
         groups: int = 1, bias: bool = True, padding_mode: str = "zeros", *,
-        form: str = "output", activation: str = "relu", pool: bool = False, device=None, dtype=None,
+        form: str = "output", activation: str = "relu", pool: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         wanted = {"stride": (stride, 1), "dilation": (dilation, 1), "groups": (groups, 1)}
         for name, (got, want) in (wanted | {"padding_mode": (padding_mode, "zeros")}).items():
             if got != want and got != (want, want):
                 raise ValueError(f"{name}: got {got!r}, want {want!r}, the only one that augmented_conv2d has")
         for name, size in {"kernel_size": kernel_size, "padding": padding}.items():
-            if not isinstance(size, int):
+            if not isinstance(size, int) or isinstance(size, bool):
                 raise TypeError(f"{name}: got {size!r}, want one int, the same in both directions")
-        kind = {"device": device, "dtype": dtype}
+        check_sizes(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size)
+        if padding < 0:
+            raise ValueError(f"padding: got {padding}, want at least 0")
+        flag("pool", pool)
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=bias, **kind)
         self._set_form(form, activation)
         self.pool = pool
 
     def forward(
-        self, x: torch.Tensor, fast: torch.Tensor | None = None, mix: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        fast: torch.Tensor | None = None,
+        mix: torch.Tensor | None = None,
+        *,
+        tape: Tape | None = None,
     ) -> torch.Tensor:
-        self._checked(x, fast, mix)
+        self._checked(fast, mix)
         if fast is None:
-            return self.activate(self.slow(x))
+            return self._slow_only(x, tape)
         options: dict[str, Any] = {
             "padding": self.padding[0],
             "form": self.form,
@@ -131,6 +191,10 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
             "pool": self.pool,
         }
         return augmented_conv2d(x, self.weight, fast, mix, self.bias, **options)
+
+    @property
+    def fast_shape(self) -> torch.Size:
+        return torch.Size([self.out_channels, self.in_channels, *self.kernel_size])
 
     def slow(self, x: torch.Tensor) -> torch.Tensor:
         """The convolution with the slow weights and the bias."""
@@ -150,7 +214,7 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
         patches = F.unfold(x.flatten(0, 1), self.kernel_size, padding=self.padding)  # type: ignore[arg-type]  # no string here
         # a product for each image, then the sum over the m of a loss: the patches stay where unfold put them
         each = dz.flatten(0, 1).flatten(2) @ patches.transpose(1, 2)
-        return each.unflatten(0, (n, m)).sum(1).unflatten(-1, self.weight.shape[1:])
+        return each.unflatten(0, (n, m)).sum(1).unflatten(-1, self.fast_shape[1:])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, form={self.form!r}, activation={self.activation!r}, pool={self.pool}"
@@ -164,6 +228,9 @@ class AugmentedSequential(nn.Sequential):
     layers see [G*L, ...].
     """
 
+    def __init__(self, *layers: nn.Module):
+        super().__init__(*layers)
+
     @property
     def augmented(self) -> list[AugmentedLinear | AugmentedConv2d]:
         """The layers that take fast weights, in order."""
@@ -172,37 +239,46 @@ class AugmentedSequential(nn.Sequential):
     @property
     def num_coordinates(self) -> int:
         """P: how many fast weights there are."""
-        return sum(layer.weight.numel() for layer in self.augmented)
+        return sum(layer.fast_shape.numel() for layer in self.augmented)
 
     def split(self, fast: torch.Tensor) -> list[torch.Tensor]:
         """[..., P] -> a view [..., *weight.shape] for each augmented layer."""
         if fast.shape[-1] != self.num_coordinates:
             raise ValueError(f"fast: got shape {list(fast.shape)}, want [..., P] with P={self.num_coordinates}")
-        shapes = [layer.weight.shape for layer in self.augmented]
+        shapes = [layer.fast_shape for layer in self.augmented]
         parts = fast.split([shape.numel() for shape in shapes], -1)
         return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def forward(
-        self, x: torch.Tensor, fast: Sequence[torch.Tensor] | None = None, mix: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        fast: Sequence[torch.Tensor] | None = None,
+        mix: torch.Tensor | None = None,
+        *,
+        tape: Tape | None = None,
     ) -> torch.Tensor:
         rest = None if fast is None else list(fast)
         if rest is not None and len(rest) != len(self.augmented):
             raise ValueError(f"fast: got {len(rest)} tensors, want {len(self.augmented)}, one for each augmented layer")
+        ours = True  # whether the next layer would get a tensor that is the caller's, or that autograd has kept
         for layer in self:
             if not isinstance(layer, _Augmented):
-                x = self._plain(layer, x)
+                x, ours = self._plain(layer, x.clone() if ours else x), False
             elif rest is None:
-                x = layer(x)
+                x, ours = layer(x, tape=tape), True
             else:
-                x = layer(x, rest.pop(0), mix)
+                x, ours = layer(x, rest.pop(0), mix), False
         return x
 
     @staticmethod
     def _plain(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """A layer of any make, which may write into what it gets."""
         return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     @torch.compiler.disable  # a gradient taken within the forward pass: torch.compile runs this part as it is
-    def loss_gradients(self, x: torch.Tensor, losses, *, create_graph: bool = False) -> list[torch.Tensor]:
+    def loss_gradients(
+        self, x: torch.Tensor, losses: Callable[[torch.Tensor], torch.Tensor], *, create_graph: bool = False
+    ) -> list[torch.Tensor]:
         """The gradients of many losses with respect to the slow weights of the augmented layers, from one pass.
 
         Args:
@@ -215,25 +291,30 @@ class AugmentedSequential(nn.Sequential):
             [G, n, *weight.shape] for each augmented layer.
 
         A layer's gradient for one loss is closed in the layer's inputs and the gradients at its outputs, and those of all
-        losses are the gradients of their sum.
+        losses are the gradients of their sum. Within torch.inference_mode too.
         """
         G, n, m = x.shape[:3]
-        inputs, outputs = [], []
-        with torch.enable_grad():
-            x = x.flatten(1, 2)
-            for layer in self:
-                if not isinstance(layer, (AugmentedLinear, AugmentedConv2d)):
-                    x = self._plain(layer, x)
-                    continue
-                inputs.append(x)
-                z = layer.slow(x)
-                outputs.append(z if z.requires_grad else z.requires_grad_())
-                x = layer.activate(z)
-            total = losses(x.unflatten(1, (n, m))).sum()
-            gradients = torch.autograd.grad(total, outputs, create_graph=create_graph)
+        tape = Tape()
+        with with_autograd():
+            output = called_with_autograd(self, autograd_takes(x).flatten(1, 2), tape=tape)
+            total = losses(output.unflatten(1, (n, m))).sum()
+            gradients = _differentiated(total, tape.outputs, create_graph)
         result = []
-        for layer, h, dz in zip(self.augmented, inputs, gradients, strict=True):
+        for layer, h, dz in zip(self.augmented, tape.inputs, gradients, strict=True):
             h = h if create_graph else h.detach()
             flat = (tensor.unflatten(1, (n, m)).flatten(0, 1) for tensor in (h, dz))
             result.append(layer.weight_gradients(*flat).unflatten(0, (G, n)))
         return result
+
+
+def _differentiated(total: torch.Tensor, outputs: list[torch.Tensor], create_graph: bool) -> Sequence[torch.Tensor]:
+    """The gradients of the losses' sum at the layers' outputs."""
+    found: Sequence[torch.Tensor | None] = [None]
+    if total.requires_grad:
+        found = torch.autograd.grad(total, outputs, create_graph=create_graph, allow_unused=True)
+    if any(grad is None for grad in found):
+        raise RuntimeError(
+            "losses: got some that have no gradient with respect to a layer's output, want all parts between them"
+            " differentiable; quantized modules are not"
+        )
+    return found  # type: ignore[return-value]

@@ -1,27 +1,60 @@
 """The memory-augmented neural network of Santoro et al. 2016 as layers in the manner of nn.LSTM and nn.LSTMCell."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from mann_kernels.modules._init import flag
 from mann_kernels.modules.addressing import SOFTPLUS_INVERSE_OF_1
 from mann_kernels.modules.state import MANNState
 from mann_kernels.ops import lrua_sequence, mann_sequence
+from mann_kernels.ops._check import number
 from mann_kernels.reference.mann_sequence import activate_head, split_head
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CONTROLLERS = ("lstm", "feedforward")
 
 
+class Behaviour(TypedDict, total=False):
+    """The arguments of a MANN that change what it computes and no size, all of them optional."""
+
+    controller: str
+    write: str
+    key_strength: bool
+    squash: str
+    lru: str
+    erase: str
+    decay: float
+    eps: float
+    memory_init: float
+
+
+class MemoryOptions(Behaviour, total=False):
+    """`Behaviour` and the sizes of the memory."""
+
+    num_slots: int
+    slot_size: int
+    num_heads: int
+
+
+class MANNOptions(MemoryOptions, total=False):
+    """All arguments of a MANN but input_size, as a preset takes them."""
+
+    hidden_size: int
+    batch_first: bool
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
 class _MANNBase(nn.Module):
     """Parameters, options and state that the sequence and the single step have in common."""
-
-    #: What runs an episode with either controller.
-    _sequences: ClassVar[dict[str, Callable]] = {"lstm": mann_sequence, "feedforward": lrua_sequence}
 
     def __init__(
         self,
@@ -46,10 +79,14 @@ class _MANNBase(nn.Module):
         super().__init__()
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_slots": num_slots}
         for name, size in (sizes | {"slot_size": slot_size, "num_heads": num_heads}).items():
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}: got {size!r}, want a positive integer")
         if num_heads > num_slots:
             raise ValueError(f"num_heads: got {num_heads}, want at most num_slots={num_slots}")
+        number("decay", decay, 0, 1)
+        number("eps", eps, 0)
+        number("memory_init", memory_init)
+        flag("key_strength", key_strength)
         choices = {"controller": (controller, CONTROLLERS), "write": (write, ("key", "add"))}
         choices |= {"squash": (squash, ("tanh", "identity")), "lru": (lru, ("per_head", "shared"))}
         for name, (value, allowed) in (choices | {"erase": (erase, ("least", "all"))}).items():
@@ -74,15 +111,16 @@ class _MANNBase(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def santoro(cls, input_size: int, **overrides):
+    def santoro(cls, input_size: int, **overrides: "Unpack[MANNOptions]"):
         """The paper: 4 heads, 128 slots of 40, 200 hidden units, usage decay 0.99, the key itself is written."""
-        return cls(input_size, **overrides)
+        options: dict[str, Any] = {**overrides}
+        return cls(input_size, **options)
 
     @classmethod
-    def tristandeleu(cls, input_size: int, **overrides):
+    def tristandeleu(cls, input_size: int, **overrides: "Unpack[MANNOptions]"):
         """The model of the Theano code tristandeleu/ntm-one-shot: as the paper, but decay 0.95 and an add vector of its own."""
-        options: dict[str, Any] = {"write": "add", "decay": 0.95}
-        return cls(input_size, **(options | overrides))
+        options: dict[str, Any] = {"write": "add", "decay": 0.95, **overrides}
+        return cls(input_size, **options)
 
     def reset_parameters(self) -> None:
         """Uniform in +-1/sqrt(hidden_size), as nn.LSTM; a learned key strength starts at exactly 1."""
@@ -101,7 +139,9 @@ class _MANNBase(nn.Module):
         The paper gives none; this is what the public implementations agree on.
         """
         shapes = self._state_shapes(batch_size)
-        fields: list[Any] = [None if shape is None else self.bias.new_zeros(shape) for shape in shapes]
+        # not of bias itself, which may be a shard
+        kind: dict[str, Any] = {"device": self.bias.device, "dtype": self.bias.dtype}
+        fields: list[Any] = [None if shape is None else torch.zeros(shape, **kind) for shape in shapes]
         state = MANNState(*fields)
         state.memory.fill_(self.memory_init)
         state.usage[..., 0] = 1
@@ -127,11 +167,15 @@ class _MANNBase(nn.Module):
                 raise ValueError(f"state.{name}: got {'None' if got is None else f'shape {list(got)}'}, want {want}")
         return state
 
+    def _episode(self, *arguments: Any, **options: Any) -> Any:
+        """Run the operator of this layer's controller: mann_sequence, or lrua_sequence with a feed-forward one."""
+        return (mann_sequence if self.controller == "lstm" else lrua_sequence)(*arguments, **options)
+
     def _run(self, x: torch.Tensor, state: MANNState, lengths: torch.Tensor | None) -> tuple[torch.Tensor, MANNState]:
         """x [T,B,I] -> output [T,B,H+R*W] and the state after each example's last real step."""
         memory, usage, read_weights, reads, h, c = state
         if self.controller == "lstm":
-            output, h, c, reads, memory, usage, read_weights = self._sequences["lstm"](
+            output, h, c, reads, memory, usage, read_weights = self._episode(
                 x, h, c, reads, memory, usage, read_weights,
                 self.weight_ih, self.weight_hh, self.bias, self.weight_head, self.bias_head, lengths,
                 **self.head_options, **self.memory_options,
@@ -144,7 +188,7 @@ class _MANNBase(nn.Module):
             head, self.num_heads, self.slot_size, key_strength=options["key_strength"], write=options["write"]
         )
         head = activate_head(*head, squash=options["squash"])
-        all_reads, memory, usage, read_weights = self._sequences["feedforward"](
+        all_reads, memory, usage, read_weights = self._episode(
             memory, usage, read_weights, *head, lengths, **self.memory_options
         )
         if lengths is not None:
@@ -174,9 +218,13 @@ class MANN(_MANNBase):
         write: "key" (the paper) or "add", a separate vector.
         key_strength: learn a factor on the similarities, emitted at each step; without it 1, as in the paper.
         squash: "tanh" or "identity", on keys and add vectors.
-        lru, erase, decay, eps: as in mann_kernels.lrua_step.
-        memory_init: what every element of an initial memory is.
-        device, dtype: of the parameters.
+        lru: "per_head" (the h-th head writes to the h-th least used slot) or "shared" (every head to all R of them).
+        erase: "least" (the least used slot is set to zero before the write) or "all" (all R of them).
+        decay: of the usage (gamma of eq. 5).
+        eps: inside the root of the cosine's denominator.
+        memory_init: what every element of an initial memory is; finite.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shapes:
         x [T, B, I] (or [T, I] without a batch, or a PackedSequence) -> output [T, B, H + R*W], that is (h, reads) of each
@@ -191,8 +239,33 @@ class MANN(_MANNBase):
     weight_hh. They start uniform in +-1/sqrt(H).
     """
 
-    def __init__(self, *args, batch_first: bool = False, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int = 200,
+        num_slots: int = 128,
+        slot_size: int = 40,
+        num_heads: int = 4,
+        controller: str = "lstm",
+        *,
+        batch_first: bool = False,
+        write: str = "key",
+        key_strength: bool = False,
+        squash: str = "tanh",
+        lru: str = "per_head",
+        erase: str = "least",
+        decay: float = 0.99,
+        eps: float = 1e-6,
+        memory_init: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            input_size, hidden_size, num_slots, slot_size, num_heads, controller,
+            write=write, key_strength=key_strength, squash=squash, lru=lru, erase=erase, decay=decay, eps=eps,
+            memory_init=memory_init, device=device, dtype=dtype,
+        )  # fmt: skip
+        flag("batch_first", batch_first)
         self.batch_first = batch_first
 
     def forward(
@@ -239,9 +312,8 @@ class MANN(_MANNBase):
 class MANNCell(_MANNBase):
     """One step of a MANN, called like nn.LSTMCell (Santoro et al. 2016). A state_dict of MANN fits.
 
-    Args:
-        input_size, hidden_size, num_slots, slot_size, num_heads, controller, write, key_strength, squash, lru, erase, decay,
-            eps, memory_init, device, dtype: as MANN, which has the same parameters.
+    The arguments are MANN's, and so are the parameters: input_size, hidden_size, num_slots, slot_size, num_heads, controller,
+    write, key_strength, squash, lru, erase, decay, eps, memory_init, device and dtype.
 
     Shapes: x [B, I], state (None starts an episode) -> output [B, H + R*W] and the next state, a MANNState.
 
@@ -260,7 +332,7 @@ class MANNCell(_MANNBase):
 
 def _checked_lengths(lengths, x: torch.Tensor) -> torch.Tensor:
     if not isinstance(lengths, torch.Tensor):
-        lengths = torch.tensor(list(lengths), dtype=torch.int64)
+        lengths = torch.tensor(list(lengths), dtype=torch.int64, device="cpu")
     if lengths.dtype != torch.int64 or tuple(lengths.shape) != (x.shape[1],):
         raise ValueError(f"lengths: got {lengths.dtype} {list(lengths.shape)}, want int64 [B] with B={x.shape[1]}")
     if (

@@ -1,21 +1,38 @@
 """Meta Networks (Munkhdalai & Yu 2017): slow weights, fast weights generated from loss gradients, and a memory of them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mann_kernels.modules._init import check_sizes
+from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, refuse_freed_weights, with_parameters
+from mann_kernels.modules._init import HeStart, check_sizes, flag
 from mann_kernels.modules._metanet_input import check_queries, check_state, check_support
 from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedLinear, AugmentedSequential
 from mann_kernels.modules.state import MetaNetState
 from mann_kernels.ops import content_address, generate_fast_weights, summarize_gradients
-from mann_kernels.ops._check import choice
+from mann_kernels.ops._check import choice, eps_of_cosine, number, preprocessing
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 VARIANTS = ("metanet-", "metanet", "metanet+")
 #: How much smaller than usual the last layers of m and d start, so that the fast branch begins as a small addition.
 FIRST_FAST = 0.1
+
+
+class MetaNetOptions(TypedDict, total=False):
+    """The arguments of a MetaNet that its presets hand on to it, all of them optional."""
+
+    variant: str
+    second_order: bool
+    summary_steps: int
+    shared_generators: bool
+    hidden_size: int
+    p: float
+    margin: float
+    eps: float
 
 
 class FastWeightGenerator(nn.Module):
@@ -24,7 +41,8 @@ class FastWeightGenerator(nn.Module):
     Args:
         hidden_size: D, units of both hidden layers.
         p: of the gradients' preprocessing, see mann_kernels.generate_fast_weights.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shapes: gradients of any shape -> fast weights of the same shape.
 
@@ -32,9 +50,13 @@ class FastWeightGenerator(nn.Module):
         TypeError, ValueError: a size below 1; otherwise as mann_kernels.generate_fast_weights.
     """
 
-    def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
+    def __init__(
+        self, hidden_size: int = 20, *, p: float = 7.0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__()
         check_sizes(hidden_size=hidden_size)
+        preprocessing(p)
         self.hidden_size, self.p = hidden_size, p
         shapes = {"weight1": (hidden_size, 2), "bias1": (hidden_size,), "weight2": (hidden_size, hidden_size)}
         shapes |= {"bias2": (hidden_size,), "weight3": (1, hidden_size), "bias3": (1,)}
@@ -44,10 +66,11 @@ class FastWeightGenerator(nn.Module):
 
     def reset_parameters(self) -> None:
         """See `_reset`."""
-        _reset(self, self.get_parameter("weight3"))
+        _reset(self, self.weight3)
 
     def forward(self, grads: torch.Tensor) -> torch.Tensor:
-        return generate_fast_weights(grads, *self.parameters(), p=self.p)
+        weights = (self.weight1, self.bias1, self.weight2, self.bias2, self.weight3, self.bias3)
+        return generate_fast_weights(grads, *weights, p=self.p)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, p={self.p}"
@@ -59,7 +82,8 @@ class GradientSummarizer(nn.Module):
     Args:
         hidden_size: D, units of the LSTM.
         p: of the gradients' preprocessing, see mann_kernels.summarize_gradients.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shapes: gradients [T, ...] -> fast weights [...]. The order of the T gradients matters.
 
@@ -67,9 +91,13 @@ class GradientSummarizer(nn.Module):
         TypeError, ValueError: a size below 1; otherwise as mann_kernels.summarize_gradients.
     """
 
-    def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
+    def __init__(
+        self, hidden_size: int = 20, *, p: float = 7.0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__()
         check_sizes(hidden_size=hidden_size)
+        preprocessing(p)
         self.hidden_size, self.p = hidden_size, p
         gates = 4 * hidden_size
         shapes = {"weight_ih": (gates, 2), "weight_hh": (gates, hidden_size), "bias": (gates,)}
@@ -79,10 +107,11 @@ class GradientSummarizer(nn.Module):
 
     def reset_parameters(self) -> None:
         """See `_reset`."""
-        _reset(self, self.get_parameter("weight_out"))
+        _reset(self, self.weight_out)
 
     def forward(self, grads: torch.Tensor) -> torch.Tensor:
-        return summarize_gradients(grads, *self.parameters(), p=self.p)
+        weights = (self.weight_ih, self.weight_hh, self.bias, self.weight_out, self.bias_out)
+        return summarize_gradients(grads, *weights, p=self.p)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, p={self.p}"
@@ -103,19 +132,11 @@ class FastWeightMemory(nn.Module):
 
     def __init__(self, *, eps: float = 1e-6):
         super().__init__()
+        eps_of_cosine(eps)
         self.eps = eps
-
-    @staticmethod
-    def write(index: torch.Tensor, memory: torch.Tensor, key: torch.Tensor, fast: torch.Tensor):
-        """index [G, S, K], memory [G, S, P] with rows key [G, n, K], fast [G, n, P] appended to both."""
-        return torch.cat([index, key], 1), torch.cat([memory, fast], 1)
 
     def forward(self, index: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return content_address(index, key, eps=self.eps)
-
-    def read(self, index: torch.Tensor, memory: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """The mixtures themselves, [G, L, P]: what the augmented layers never build."""
-        return self(index, key) @ memory
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
@@ -137,10 +158,12 @@ class MetaNet(nn.Module):
             than one example of a class, T is the number of random pairs.
         shared_generators: one m and one d as in the paper; without it one of each for convolutions and one for linear
             layers, as in the original code.
-        hidden_size, p: of m and d.
+        hidden_size: units of m and d.
+        p: of the gradients' preprocessing in m and d.
         margin: of the contrastive loss.
         eps: inside the root of the cosine's denominator.
-        device, dtype: of the parameters of m and d.
+        device: of the parameters of m and d.
+        dtype: of the parameters of m and d.
 
     Shapes:
         support_x [G, S, ...], support_y int64 [G, S] with labels in 0..ways-1, query_x [G, L, ...] -> logits [G, L, ways],
@@ -158,11 +181,15 @@ class MetaNet(nn.Module):
     def __init__(
         self, base_learner: AugmentedSequential, embedding: AugmentedSequential, embedding_head: nn.Module, *,
         variant: str = "metanet", second_order: bool = False, summary_steps: int = 5, shared_generators: bool = False,
-        hidden_size: int = 20, p: float = 7.0, margin: float = 1.0, eps: float = 1e-6, device=None, dtype=None,
+        hidden_size: int = 20, p: float = 7.0, margin: float = 1.0, eps: float = 1e-6,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
         choice("variant", variant, *VARIANTS)
         check_sizes(summary_steps=summary_steps)
+        number("margin", margin, 0)
+        for name, value in {"second_order": second_order, "shared_generators": shared_generators}.items():
+            flag(name, value)
         for name, network in {"base_learner": base_learner, "embedding": embedding}.items():
             if not isinstance(network, AugmentedSequential):
                 raise TypeError(f"{name}: got {type(network).__name__}, want an AugmentedSequential")
@@ -172,7 +199,7 @@ class MetaNet(nn.Module):
         self.variant, self.second_order, self.summary_steps, self.margin = variant, second_order, summary_steps, margin
         self.shared_generators = shared_generators
         self.memory = FastWeightMemory(eps=eps)
-        options = {"p": p, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"p": p, "device": device, "dtype": dtype}
         summarized = {"metanet-": [], "metanet": [embedding], "metanet+": [embedding, base_learner]}[variant]
         self.generators = self._for_kinds(lambda: FastWeightGenerator(hidden_size, **options), [base_learner])
         self.summarizers = self._for_kinds(lambda: GradientSummarizer(hidden_size, **options), summarized)
@@ -185,10 +212,15 @@ class MetaNet(nn.Module):
         return nn.ModuleDict({kind: make() for kind in kinds})
 
     @classmethod
-    def omniglot(cls, ways: int = 5, *, filters: int = 64, device=None, dtype=None, **options) -> "MetaNet":
+    def omniglot(
+        cls, ways: int = 5, *, filters: int = 64,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        **options: "Unpack[MetaNetOptions]",
+    ) -> "MetaNet":  # fmt: skip
         """The paper's Omniglot network, for images [1, 28, 28]: 5 convolutions 3 x 3 with 64 filters, each followed by a
         2 x 2 max-pool in ceil mode, one hidden linear layer and the classes, without biases; all layers augmented. At
         5 ways 148,032 + 4,416 fast weights for each support example. `options` are MetaNet's."""
+        check_sizes(ways=ways, filters=filters)
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def body():
@@ -200,20 +232,24 @@ class MetaNet(nn.Module):
 
     @classmethod
     def mini_imagenet(
-        cls, ways: int = 5, *, filters: int = 32, batch_norm: bool = False, device=None, dtype=None, **options
-    ) -> "MetaNet":
+        cls, ways: int = 5, *, filters: int = 32, batch_norm: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        **options: "Unpack[MetaNetOptions]",
+    ) -> "MetaNet":  # fmt: skip
         """The paper's mini-ImageNet network, for images [3, 84, 84]: as `omniglot` with 32 filters, the first three
         convolutions without fast weights. At 5 ways 18,432 + 84,384 fast weights for each support example.
 
         batch_norm: after the first three convolutions, as the original code has and the paper does not say. In training
         mode the statistics are of all examples of a call, so the tasks of a batch then depend on each other.
         `options` are MetaNet's."""
+        check_sizes(ways=ways, filters=filters)
+        flag("batch_norm", batch_norm)
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def body():
             layers = []
             for channels in (3, filters, filters):
-                layers.append(nn.Conv2d(channels, filters, 3, padding=1, bias=False, **kind))
+                layers.append(_Conv2d(channels, filters, 3, padding=1, bias=False, **kind))
                 layers += [nn.BatchNorm2d(filters, **kind)] if batch_norm else []
                 layers += [nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
             return [*layers, *(_conv(filters, filters, **kind) for _ in range(2)), nn.Flatten()]
@@ -224,7 +260,7 @@ class MetaNet(nn.Module):
     @property
     def ways(self) -> int:
         """How many classes a task has: the outputs of the base learner's last augmented layer."""
-        return self.base_learner.augmented[-1].weight.shape[0]
+        return self.base_learner.augmented[-1].fast_shape[0]
 
     def forward(
         self, support_x: torch.Tensor, support_y: torch.Tensor, query_x: torch.Tensor, *,
@@ -240,24 +276,32 @@ class MetaNet(nn.Module):
         generator: draws the pairs of the contrastive loss (on the CPU); None is torch's own.
         """
         check_support(support_x, support_y, self.ways)
+        if self._create_graph:
+            refuse_freed_weights(self)
+        if not torch.is_inference_mode_enabled():
+            return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator)
+        # gradients are taken in it; and so the state is one that autograd takes
+        with torch.inference_mode(False), torch.no_grad():
+            return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator)
+
+    def _adapt(self, support_x, support_y, generator) -> MetaNetState:
         alone = support_y.dim() == 1
         if alone:
             support_x, support_y = support_x.unsqueeze(0), support_y.unsqueeze(0)
         task_fast = None
         if self.variant != "metanet-":
-            summary = self._summarize(self.embedding, *self._embedding_gradients(support_x, support_y, generator))
-            task_fast = _flat(summary, 1)
+            losses = self._embedding_gradients(support_x, support_y, generator)
+            task_fast = self._summarize(self.embedding, *losses)
         gradients = self.base_learner.loss_gradients(
             support_x.unsqueeze(2), _cross_entropy(support_y.unsqueeze(2)), create_graph=self._create_graph
         )
-        layers = self.base_learner.augmented
-        rows = [self.generators[self._kind(layer)](grads) for layer, grads in zip(layers, gradients, strict=True)]
+        memory = self._fast(self.generators, self.base_learner, [grads.flatten(2) for grads in gradients])
+        memory = with_parameters(memory, self.embedding_head)
         index = self._key(support_x, task_fast)
-        memory = _flat(rows, 2)
         if self.variant == "metanet+":
             chunks = self._in_chunks(support_x, support_y)
             summary = self._summarize(self.base_learner, chunks[0], _cross_entropy(chunks[1]))
-            memory = torch.cat([memory, _flat(summary, 1).unsqueeze(1)], 1)
+            memory = torch.cat([memory, summary.unsqueeze(1)], 1)
         state = MetaNetState(index, memory, task_fast)
         return state.map(lambda field: field.squeeze(0)) if alone else state
 
@@ -279,7 +323,7 @@ class MetaNet(nn.Module):
 
     def _key(self, x: torch.Tensor, task_fast: torch.Tensor | None) -> torch.Tensor:
         """eq. 5: u(Q, Q*, x)."""
-        return self.embedding(x, None if task_fast is None else self.embedding.split(task_fast))
+        return called_with_autograd(self.embedding, x, None if task_fast is None else self.embedding.split(task_fast))
 
     def _in_chunks(self, x: torch.Tensor, y: torch.Tensor):
         """x [G, S, ...], y [G, S] -> [G, T, S/T, ...], [G, T, S/T]."""
@@ -294,16 +338,32 @@ class MetaNet(nn.Module):
         if x.shape[1] == self.ways:
             chunks, labels = self._in_chunks(x, y)
             losses = _cross_entropy(labels)
-            return chunks, lambda key: losses(self.embedding_head(key.flatten(0, 2)).unflatten(0, key.shape[:3]))
+
+            def of_keys(key):
+                own = key.flatten(0, 2).clone()  # the head may write into what it gets
+                return losses(called_with_autograd(self.embedding_head, own).unflatten(0, key.shape[:3]))
+
+            return chunks, of_keys
         pairs = _random_pairs(*y.shape, self.summary_steps, generator).to(y.device)
         tasks = torch.arange(len(y), device=y.device)[:, None, None]
         return x[tasks, pairs], _contrastive(y[tasks, pairs], self.margin)
 
-    def _summarize(self, network: AugmentedSequential, x: torch.Tensor, losses) -> list[torch.Tensor]:
-        """eq. 4: d of the gradients of T losses, for each augmented layer [G, *weight.shape]."""
+    def _summarize(self, network: AugmentedSequential, x: torch.Tensor, losses) -> torch.Tensor:
+        """eq. 4: d of the gradients of T losses, [G, P]."""
         gradients = network.loss_gradients(x, losses, create_graph=self._create_graph)
-        pairs = zip(network.augmented, gradients, strict=True)
-        return [self.summarizers[self._kind(layer)](grads.transpose(0, 1)) for layer, grads in pairs]
+        return self._fast(self.summarizers, network, [grads.transpose(0, 1).flatten(2) for grads in gradients])
+
+    def _fast(
+        self, made_by: nn.ModuleDict, network: AugmentedSequential, gradients: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """What the generators make of the gradients of each augmented layer, [.., P_i], as one tensor [.., P]: one call of each."""
+        kinds, sizes = [self._kind(layer) for layer in network.augmented], [grads.shape[-1] for grads in gradients]
+        parts: dict[int, torch.Tensor] = {}
+        for kind in dict.fromkeys(kinds):
+            mine = [i for i in range(len(kinds)) if kinds[i] == kind]
+            fast = made_by[kind](torch.cat([gradients[i] for i in mine], -1))
+            parts |= zip(mine, fast.split([sizes[i] for i in mine], -1), strict=True)
+        return torch.cat([parts[i] for i in range(len(kinds))], -1)
 
     def extra_repr(self) -> str:
         text = f"variant={self.variant!r}, second_order={self.second_order}, summary_steps={self.summary_steps}"
@@ -325,6 +385,16 @@ def _reset(generator: nn.Module, last: nn.Parameter) -> None:
         last.mul_(FIRST_FAST)
 
 
+class _Linear(HeStart, nn.Linear):
+    def _get_name(self) -> str:
+        return "Linear"
+
+
+class _Conv2d(HeStart, nn.Conv2d):
+    def _get_name(self) -> str:
+        return "Conv2d"
+
+
 def _conv(channels: int, filters: int, **kind) -> AugmentedConv2d:
     return AugmentedConv2d(channels, filters, 3, padding=1, bias=False, form="hidden", pool=True, **kind)
 
@@ -336,17 +406,12 @@ def _networks(
     hidden = AugmentedLinear(features, features, bias=False, form="hidden", **kind)
     base = AugmentedSequential(*base_body(), hidden, AugmentedLinear(features, ways, bias=False, **kind))
     embedding = AugmentedSequential(*embedding_body(), AugmentedLinear(features, features, bias=False, **kind))
-    head = nn.Sequential(nn.ReLU(), nn.Linear(features, ways, bias=False, **kind))
-    for network in (base, embedding, head):
-        for name, parameter in network.named_parameters():
-            if name.endswith("weight") and parameter.dim() > 1:  # not the scales and shifts of a batch normalisation
-                nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+    head = nn.Sequential(nn.ReLU(), _Linear(features, ways, bias=False, **kind))
+    for layer in (*base, *embedding, *head):
+        if isinstance(layer, HeStart):
+            layer.he = True
+            layer.reset_parameters()
     return base, embedding, head
-
-
-def _flat(parts: list[torch.Tensor], dims: int) -> torch.Tensor:
-    """[*lead, *weight.shape] of each layer -> [*lead, P], with `dims` leading dimensions."""
-    return torch.cat([part.flatten(dims) for part in parts], -1)
 
 
 def _cross_entropy(labels: torch.Tensor):
@@ -374,6 +439,6 @@ def _contrastive(labels: torch.Tensor, margin: float):
 
 def _random_pairs(G: int, S: int, T: int, generator: torch.Generator | None) -> torch.Tensor:
     """[G, T, 2] numbers of two different examples out of S, uniform."""
-    first = torch.randint(S, (G, T), generator=generator)
-    offset = torch.randint(1, S, (G, T), generator=generator)
+    first = torch.randint(S, (G, T), generator=generator, device="cpu")
+    offset = torch.randint(1, S, (G, T), generator=generator, device="cpu")
     return torch.stack([first, (first + offset) % S], -1)

@@ -38,7 +38,7 @@ class MANNState(NamedTuple):
         """A copy of every tensor."""
         return self.map(torch.Tensor.clone)
 
-    def to(self, *args, **kwargs) -> "MANNState":
+    def to(self, *args: Any, **kwargs: Any) -> "MANNState":
         """The state on another device or in another dtype, with the arguments of torch.Tensor.to."""
         return self.map(lambda field: field.to(*args, **kwargs))
 
@@ -68,7 +68,7 @@ class MetaNetState(NamedTuple):
         """The same numbers without their history."""
         return self.map(torch.Tensor.detach)
 
-    def to(self, *args, **kwargs) -> "MetaNetState":
+    def to(self, *args: Any, **kwargs: Any) -> "MetaNetState":
         """The state on another device or in another dtype, with the arguments of torch.Tensor.to."""
         return self.map(lambda field: field.to(*args, **kwargs))
 

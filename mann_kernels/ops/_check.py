@@ -1,5 +1,7 @@
 """Validation shared by the public functions: an error names the argument, what it got and what it wants."""
 
+import math
+
 import torch
 
 
@@ -54,9 +56,31 @@ def heads_fit(sizes: dict[str, int]) -> None:
         )
 
 
+def number(name: str, value: float, least: float = -math.inf, most: float = math.inf) -> None:
+    """A finite number in a range that has its ends."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a number")
+    if least <= value <= most and math.isfinite(value):
+        return
+    want = "a finite number"
+    want += (
+        f" in [{least:g}, {most:g}]"
+        if math.isfinite(most)
+        else f" of at least {least:g}"
+        if math.isfinite(least)
+        else ""
+    )
+    raise ValueError(f"{name}: got {value}, want {want}")
+
+
+def eps_of_cosine(eps: float) -> None:
+    """What stands inside the root of a cosine's denominator."""
+    number("eps", eps, 0)
+
+
 def preprocessing(p: float) -> None:
     """Gradients count as small below e^-p; e^p itself must be a float32."""
-    if not isinstance(p, (int, float)):
+    if not isinstance(p, (int, float)) or isinstance(p, bool):
         raise TypeError(f"p: got {type(p).__name__}, want a number")
     if not 0 < p <= 80:
         raise ValueError(f"p: got {p}, want a number in (0, 80]")

@@ -7,8 +7,7 @@ import torch
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast
 from mann_kernels.ops._augment import ACTIVATION, activation_of, canonical, check_layer, keeps_slopes
-from mann_kernels.ops._vjp import reference_vjp
-from mann_kernels.ops.lrua_sequence import arithmetic_dtype
+from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, reference_vjp
 
 
 def _output_size(x, weight, padding, pool):
@@ -45,30 +44,44 @@ _library.define(
 )
 
 
+#: Bits of a saved code: which of the four pixels of a window was the largest, and where the slow and the fast side let a
+#: gradient through.
+PIXEL_BITS, SIDE_BITS = 3, (4, 8)
+
+
+def _chosen(codes, y, pool: bool, activation: str) -> dict:
+    """What the forward pass chose, from its codes [G,L,P,O], as arguments of the reference; y is of the output's shape."""
+    codes = codes.transpose(2, 3).reshape(y.shape)
+    chosen = {"pixel": (codes & PIXEL_BITS).long()} if pool else {}
+    return chosen | ({"sides": torch.stack([codes & bit != 0 for bit in SIDE_BITS])} if activation == "relu" else {})
+
+
 class _AugmentedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, fast, mix, bias, padding, activation, pool, save, backend):
+        """-> y as the operator gives it: an output that is a view could not be written to."""
         images, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 5)
         y, codes, slopes = _library.operators(backend).augmented_conv2d(
             images, weight, fast_rows, mix_rows, bias, padding, ACTIVATION.index(activation), pool, save
         )
-        ctx.save_for_backward(x, weight, fast, mix, bias, codes, slopes)
+        keep(ctx, backend, x, weight, fast, mix, bias, codes, slopes)
         ctx.options = {"padding": padding, "activation": activation, "pool": pool}
-        ctx.backend = backend
-        return y.view(*x.shape[:-3], *y.shape[2:])
+        return y
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dy):
-        *inputs, codes, slopes = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.augmented_conv2d, **ctx.options)
+        *inputs, codes, slopes = kept(ctx)
+        if by_reference(dy):
+            dy = dy.reshape(*inputs[0].shape[:-3], *dy.shape[2:])
+            chosen = _chosen(codes, dy, ctx.options["pool"], ctx.options["activation"])
+            function = functools.partial(reference.augmented_conv2d, **chosen, **ctx.options)
             return *reference_vjp(function, inputs, (dy,)), *[None] * 5
         x, weight, fast, mix, bias = inputs
         images, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 5)
         need_dx = ctx.needs_input_grad[0]
         dx, dweight, dfast, dmix, dbias = _library.operators(ctx.backend).augmented_conv2d_backward(
-            *(dy.reshape(*images.shape[:2], *dy.shape[-3:]), images, weight, fast_rows, mix_rows, codes, slopes),
+            *(dy, images, weight, fast_rows, mix_rows, codes, slopes),
             *(ctx.options["padding"], ctx.options["pool"], need_dx),
         )
         dmix, dbias = None if mix is None else dmix.view(mix.shape), None if bias is None else dbias
@@ -131,4 +144,5 @@ def augmented_conv2d(
     if backend == "reference":
         return reference.augmented_conv2d(x, weight, fast, mix, bias, padding=padding, activation=function, pool=pool)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, fast, mix, bias))
-    return _AugmentedConv2d.apply(x, weight, fast, mix, bias, padding, function, bool(pool), save, backend)
+    y = _AugmentedConv2d.apply(x, weight, fast, mix, bias, padding, function, bool(pool), save, backend)
+    return y.view(*x.shape[:-3], *y.shape[2:])

@@ -7,8 +7,7 @@ import torch
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast
 from mann_kernels.ops._augment import ACTIVATION, activation_of, canonical, check_layer
-from mann_kernels.ops._vjp import reference_vjp
-from mann_kernels.ops.lrua_sequence import arithmetic_dtype
+from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, reference_vjp
 
 
 def _fake_forward(x, weight, fast, mix, bias, activation, save):
@@ -38,25 +37,28 @@ _library.define(
 class _AugmentedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, fast, mix, bias, activation, save, backend):
+        """-> y as the operator gives it: an output that is a view could not be written to."""
         rows, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 3)
         y, slopes = _library.operators(backend).augmented_linear(
             rows, weight, fast_rows, mix_rows, bias, ACTIVATION.index(activation), save
         )
-        ctx.save_for_backward(x, weight, fast, mix, bias, slopes)
-        ctx.activation, ctx.backend = activation, backend
-        return y.view(*x.shape[:-1], weight.shape[0])
+        keep(ctx, backend, x, weight, fast, mix, bias, slopes)
+        ctx.activation = activation
+        return y
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dy):
-        *inputs, slopes = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.augmented_linear, activation=ctx.activation)
+        *inputs, slopes = kept(ctx)
+        if by_reference(dy):
+            dy = dy.reshape(*inputs[0].shape[:-1], dy.shape[-1])
+            sides = (slopes != 0).view(2, *dy.shape) if ctx.activation == "relu" else None
+            function = functools.partial(reference.augmented_linear, activation=ctx.activation, sides=sides)
             return *reference_vjp(function, inputs, (dy,)), None, None, None
         x, weight, fast, mix, bias = inputs
         rows, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 3)
         dx, dweight, dfast, dmix, dbias = _library.operators(ctx.backend).augmented_linear_backward(
-            dy.reshape(*rows.shape[:2], weight.shape[0]), rows, weight, fast_rows, mix_rows, slopes
+            dy, rows, weight, fast_rows, mix_rows, slopes
         )
         dmix, dbias = None if mix is None else dmix.view(mix.shape), None if bias is None else dbias
         return dx.view(x.shape), dweight, dfast.view(fast.shape), dmix, dbias, None, None, None
@@ -104,4 +106,5 @@ def augmented_linear(
     if backend == "reference":
         return reference.augmented_linear(x, weight, fast, mix, bias, activation=function)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, fast, mix, bias))
-    return _AugmentedLinear.apply(x, weight, fast, mix, bias, function, save, backend)
+    y = _AugmentedLinear.apply(x, weight, fast, mix, bias, function, save, backend)
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -6,7 +6,7 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops._vjp import by_reference, keep, kept, reference_vjp
 
 _library.define(
     "content_address(Tensor memory, Tensor key, Tensor? beta, float eps) -> Tensor",
@@ -26,17 +26,16 @@ _library.define(
 class _ContentAddress(torch.autograd.Function):
     @staticmethod
     def forward(ctx, memory, key, beta, eps, backend):
-        ctx.backend = backend
         read_weights = _library.operators(backend).content_address(memory, key, beta, eps)
-        ctx.save_for_backward(memory, key, beta, read_weights)
+        keep(ctx, backend, memory, key, beta, read_weights)
         ctx.eps = eps
         return read_weights
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dread_weights):
-        memory, key, beta, read_weights = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        memory, key, beta, read_weights = kept(ctx)
+        if by_reference(dread_weights):
             function = functools.partial(reference.content_address, eps=ctx.eps)
             return *reference_vjp(function, (memory, key, beta), (dread_weights,)), None, None
         dmemory, dkey, dbeta = _library.operators(ctx.backend).content_address_backward(
@@ -72,6 +71,7 @@ def content_address(
     _check.shape(sizes, "key", key, "B", "R", "W")
     _check.shape(sizes, "beta", beta, "B", "R")
     _check.not_empty(sizes, "N", "W", "R")
+    _check.eps_of_cosine(eps)
     backend = _backend.select("content_address", memory)
     if backend == "reference":
         return reference.content_address(memory, key, beta, eps=eps)

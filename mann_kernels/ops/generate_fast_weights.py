@@ -6,9 +6,11 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, reference_vjp
+from mann_kernels.reference.generate_fast_weights import hidden_units, raw_features
 
-WEIGHTS = "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3"
+FIRST_WEIGHTS = "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2"
+WEIGHTS = f"{FIRST_WEIGHTS}, Tensor weight3, Tensor bias3"
 
 _library.define(
     f"generate_fast_weights(Tensor grads, {WEIGHTS}, float p) -> Tensor",
@@ -21,20 +23,47 @@ _library.define(
 )
 
 
+def _sides_of_reference(grads, *weights_and_p):
+    """generate_fast_weights_sides where a device has the other kernels but not this one."""
+    *weights, p = weights_and_p
+    grads, *weights = (tensor.to(arithmetic_dtype(tensor.dtype)) for tensor in (grads, *weights))
+    magnitude, sign = raw_features(grads, p)
+    hidden = hidden_units(grads, *weights, p=p)
+    passes = [torch.stack([magnitude >= -1, sign.abs() <= 1]), *(~(units <= 0).t() for units in hidden)]
+    return torch.cat(passes).to(torch.uint8)
+
+
+_library.define(
+    f"generate_fast_weights_sides(Tensor grads, {FIRST_WEIGHTS}, float p) -> Tensor",
+    lambda grads, weight1, bias1, *rest: grads.new_empty(2 + 2 * len(bias1), len(grads), dtype=torch.uint8),
+    default=_sides_of_reference,
+)
+
+
+def sides_of_kernel(backend: str, grads, weights, p: float) -> torch.Tensor:
+    """bool [2 + 2*D, *grads.shape]: where the kernels let a gradient pass, as arguments of the reference; they keep no such thing.
+
+    weights: the first four of generate_fast_weights; with D = 0 the features alone.
+    """
+    sides = _library.operators(backend).generate_fast_weights_sides(grads.flatten(), *weights, p)
+    return sides.bool().unflatten(1, grads.shape)
+
+
 class _GenerateFastWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *inputs, p, backend = arguments
-        ctx.p, ctx.backend = p, backend
-        ctx.save_for_backward(*inputs)
+        ctx.p = p
+        keep(ctx, backend, *inputs)
         return _library.operators(backend).generate_fast_weights(*inputs, p)
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dfast):
-        inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.generate_fast_weights, p=ctx.p)
+        inputs = kept(ctx)
+        if by_reference(dfast):
+            sides = sides_of_kernel(ctx.backend, inputs[0], inputs[1:5], ctx.p)
+            function = functools.partial(reference.generate_fast_weights, p=ctx.p, sides=sides)
             return *reference_vjp(function, inputs, (dfast,)), None, None
         return *_library.operators(ctx.backend).generate_fast_weights_backward(dfast, *inputs, ctx.p), None, None
 

@@ -6,17 +6,12 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, reference_vjp
 from mann_kernels.ops.lrua_step import check_options, check_state
 
 #: Backward goes by segments of so many steps. Forward keeps the state between two segments; backward takes the steps of a
 #: segment again from there, then undoes them one by one. The scratch memory of backward grows with it, what is kept shrinks.
 CHECKPOINT_EVERY = 128
-
-
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a kernel computes in, and saves in: float32 for the 16-bit types."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def empty_saved(memory, time, heads, checkpoint_every, save):
@@ -80,24 +75,23 @@ _library.define(
 class _LruaSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, memory, usage, read_weights, key, gate, beta, add, lengths, lru, erase, decay, eps, save, backend):
-        ctx.backend = backend
         reads, memory1, usage1, read_weights1, *saved = _library.operators(backend).lrua_sequence(
             *(memory, usage, read_weights, key, gate, beta, add, lengths),
             *(lru == "shared", erase == "all", decay, eps, CHECKPOINT_EVERY, save),
         )
         ctx.mark_non_differentiable(usage1)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(memory, usage, read_weights, key, gate, beta, add, lengths, *saved)
+        keep(ctx, backend, memory, usage, read_weights, key, gate, beta, add, lengths, *saved)
         ctx.options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
         return reads, memory1, usage1, read_weights1
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dreads, dmemory1, _, dread_weights1):
-        memory, usage, read_weights, key, gate, beta, add, lengths, *saved = ctx.saved_tensors
+        memory, usage, read_weights, key, gate, beta, add, lengths, *saved = kept(ctx)
         options = ctx.options
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.lrua_sequence, lengths=lengths, **options)
+        if by_reference(dreads, dmemory1, dread_weights1):
+            function = functools.partial(reference.lrua_sequence, lengths=lengths, least_used=saved[0], **options)
             inputs = (memory, usage, read_weights, key, gate, beta, add)
             return *reference_vjp(function, inputs, (dreads, dmemory1, None, dread_weights1)), *[None] * 7
         dmemory, dread_weights, dkey, dgate, dbeta, dadd = _library.operators(ctx.backend).lrua_sequence_backward(
@@ -128,11 +122,19 @@ def lrua_sequence(
     """T steps of the memory (lrua_step) in one call (Santoro et al. 2016, eq. 2 to 8).
 
     Args:
-        memory: [B, N, W], usage: [B, N], read_weights: [B, R, N]: the state before the first step.
-        key: [T, B, R, W], gate: [T, B, R], beta: [T, B, R] or None, add: [T, B, R, W] or None: as in lrua_step, for every step.
+        memory: [B, N, W], before the first step.
+        usage: [B, N], before the first step.
+        read_weights: [B, R, N], before the first step.
+        key: [T, B, R, W], as in lrua_step, for every step.
+        gate: [T, B, R], the same.
+        beta: [T, B, R] or None, the same.
+        add: [T, B, R, W] or None, the same.
         lengths: int64 [B], the number of real steps of each example, or None for T. Later steps are padding: they read
             zeros and change nothing.
-        lru, erase, decay, eps: as in lrua_step.
+        lru: "per_head" or "shared", as in lrua_step.
+        erase: "least" or "all", as in lrua_step.
+        decay: of the usage (gamma of eq. 5).
+        eps: inside the root of the cosine's denominator.
 
     Returns:
         reads [T, B, R, W], and memory, usage, read_weights after the last real step. No gradient flows through usage.
@@ -152,7 +154,7 @@ def lrua_sequence(
     _check.shape(sizes, "beta", beta, "T", "B", "R")
     _check.shape(sizes, "add", add, "T", "B", "R", "W")
     _check.step_lengths(sizes, lengths, memory.device)
-    check_options(lru, erase)
+    check_options(lru, erase, decay, eps)
     options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
     inputs = (memory, usage, read_weights, key, gate, beta, add)
     backend = _backend.select("lrua_sequence", memory)

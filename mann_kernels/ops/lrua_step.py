@@ -6,7 +6,7 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops._vjp import by_reference, keep, kept, reference_vjp
 from mann_kernels.ops.lrua_write_weights import LRU
 from mann_kernels.ops.memory_update import ERASE
 
@@ -40,24 +40,23 @@ _library.define(
 class _LruaStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, memory, usage, read_weights, key, gate, beta, add, lru, erase, decay, eps, backend):
-        ctx.backend = backend
         reads, memory1, usage1, read_weights1, least_used = _library.operators(backend).lrua_step(
             memory, usage, read_weights, key, gate, beta, add, lru == "shared", erase == "all", decay, eps
         )
         ctx.mark_non_differentiable(usage1)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(memory, usage, read_weights, key, gate, beta, add, least_used)
+        keep(ctx, backend, memory, usage, read_weights, key, gate, beta, add, least_used)
         ctx.options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
         return reads, memory1, usage1, read_weights1
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dreads, dmemory1, _, dread_weights1):
-        *inputs, least_used = ctx.saved_tensors
+        *inputs, least_used = kept(ctx)
         memory, _, read_weights, key, gate, beta, add = inputs
         options = ctx.options
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.lrua_step, **options)
+        if by_reference(dreads, dmemory1, dread_weights1):
+            function = functools.partial(reference.lrua_step, least_used=least_used, **options)
             return *reference_vjp(function, inputs, (dreads, dmemory1, None, dread_weights1)), *[None] * 5
         dmemory, dread_weights, dkey, dgate, dbeta, dadd = _library.operators(ctx.backend).lrua_step_backward(
             torch.zeros_like(key) if dreads is None else dreads,
@@ -110,7 +109,7 @@ def lrua_step(
     _check.shape(sizes, "gate", gate, "B", "R")
     _check.shape(sizes, "beta", beta, "B", "R")
     _check.shape(sizes, "add", add, "B", "R", "W")
-    check_options(lru, erase)
+    check_options(lru, erase, decay, eps)
     options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
     backend = _backend.select("lrua_step", memory)
     if backend == "reference":
@@ -127,7 +126,9 @@ def check_state(sizes: dict[str, int], memory, usage, read_weights) -> None:
     _check.heads_fit(sizes)
 
 
-def check_options(lru: str, erase: str) -> None:
+def check_options(lru: str, erase: str, decay: float, eps: float) -> None:
     """The options that every memory operator shares."""
     _check.choice("lru", lru, *LRU)
     _check.choice("erase", erase, *ERASE)
+    _check.number("decay", decay, 0, 1)
+    _check.eps_of_cosine(eps)

@@ -6,7 +6,7 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops._vjp import by_reference, keep, kept, reference_vjp
 
 LRU = ("per_head", "shared")
 
@@ -31,21 +31,20 @@ _library.define(
 class _LruaWriteWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, usage, read_weights, gate, lru, backend):
-        ctx.backend = backend
         write_weights, least_used = _library.operators(backend).lrua_write_weights(
             usage, read_weights, gate, lru == "shared"
         )
         ctx.mark_non_differentiable(least_used)
-        ctx.save_for_backward(usage, read_weights, gate, least_used)
+        keep(ctx, backend, usage, read_weights, gate, least_used)
         ctx.lru = lru
         return write_weights, least_used
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dwrite_weights, _):
-        usage, read_weights, gate, least_used = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.lrua_write_weights, lru=ctx.lru)
+        usage, read_weights, gate, least_used = kept(ctx)
+        if by_reference(dwrite_weights):
+            function = functools.partial(reference.lrua_write_weights, lru=ctx.lru, least_used=least_used)
             return *reference_vjp(function, (usage, read_weights, gate), (dwrite_weights, None)), None, None
         dread_weights, dgate = _library.operators(ctx.backend).lrua_write_weights_backward(
             dwrite_weights, read_weights, gate, least_used, ctx.lru == "shared"

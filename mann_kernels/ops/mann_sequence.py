@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
-from mann_kernels.ops.lrua_sequence import CHECKPOINT_EVERY, arithmetic_dtype, empty_saved
+from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, reference_vjp
+from mann_kernels.ops.lrua_sequence import CHECKPOINT_EVERY, empty_saved
 from mann_kernels.ops.lrua_step import check_options, check_state
 
 WRITE = ("key", "add")
@@ -79,7 +79,7 @@ class _MannSequence(torch.autograd.Function):
         lengths, write, key_strength, squash, lru, erase, decay, eps, save, backend,
     ):  # fmt: skip
         flags = (write == "add", key_strength, squash == "tanh", lru == "shared", erase == "all")
-        ctx.backend, ctx.products = backend, _autocast.setting(x)
+        ctx.products = _autocast.setting(x)
         output, *state_and_saved = _library.operators(backend).mann_sequence(
             *(F.linear(x, weight_ih, bias).to(x.dtype), weight_hh, weight_head, bias_head),
             *(h, c, reads, memory, usage, read_weights, lengths),
@@ -89,22 +89,24 @@ class _MannSequence(torch.autograd.Function):
         ctx.mark_non_differentiable(state[4])
         ctx.set_materialize_grads(False)
         inputs = (x, h, c, reads, memory, usage, read_weights, weight_ih, weight_hh, bias, weight_head, bias_head)
-        ctx.save_for_backward(*inputs, lengths, output, *saved)
+        keep(ctx, backend, *inputs, lengths, output, *saved)
         ctx.flags = flags
         ctx.options = {
             "write": write, "key_strength": key_strength, "squash": squash,
             "lru": lru, "erase": erase, "decay": decay, "eps": eps,
         }  # fmt: skip
-        return output, *state
+        # what is kept must stay as it is; what is returned the caller may write to
+        return output.clone() if save else output, *state
 
     @staticmethod
     @_autocast.off
     def backward(ctx, doutput, dh1, dc1, dreads1, dmemory1, _, dread_weights1):
-        kept = ctx.saved_tensors  # once: every look unpacks them all
-        inputs, (lengths, output), saved = kept[:12], kept[12:14], kept[14:]
+        tensors = kept(ctx)  # once: every look unpacks them all
+        inputs, (lengths, output), saved = tensors[:12], tensors[12:14], tensors[14:]
         state_grads = (dh1, dc1, dreads1, dmemory1, dread_weights1)
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.mann_sequence, lengths=lengths, **ctx.options)
+        if by_reference(doutput, *state_grads):
+            made = {"lengths": lengths, "least_used": saved[1]}
+            function = functools.partial(reference.mann_sequence, **made, **ctx.options)
             grads = reference_vjp(function, inputs, (doutput, *state_grads[:4], None, dread_weights1))
             return *grads, *[None] * 10
         x, h, c, reads, memory, _, read_weights, weight_ih, weight_hh, _, weight_head, bias_head = inputs
@@ -164,18 +166,27 @@ def mann_sequence(
 
     Args:
         x: [T, B, I], the input; in the paper (x_t, y_{t-1}).
-        h, c: [B, H], reads: [B, R, W], memory: [B, N, W], usage: [B, N], read_weights: [B, R, N]: the state before the
-            first step. R is taken from read_weights.
-        weight_ih: [4H, I], weight_hh: [4H, H + R*W], bias: [4H]: the LSTM (eq. 9 to 16), its gates in the order of nn.LSTM
-            (input, forget, cell, output). The recurrent input is the previous (h, reads).
-        weight_head: [P, H], bias_head: [P]: from h to key (R*W), gate (R), key strength (R, with key_strength),
-            add (R*W, with write="add"), in this order; P is their sum.
+        h: [B, H], the controller's output before the first step.
+        c: [B, H], its cell.
+        reads: [B, R, W], what was read last.
+        memory: [B, N, W], before the first step.
+        usage: [B, N], before the first step.
+        read_weights: [B, R, N], before the first step; R is taken from it.
+        weight_ih: [4H, I], of the LSTM (eq. 9 to 16), its gates in the order of nn.LSTM (input, forget, cell, output).
+        weight_hh: [4H, H + R*W], for the previous (h, reads).
+        bias: [4H], of the gates.
+        weight_head: [P, H], from h to key (R*W), gate (R), key strength (R, with key_strength), add (R*W, with
+            write="add"), in this order; P is their sum.
+        bias_head: [P], of the same.
         lengths: int64 [B], the number of real steps of each example, or None for T. Later steps are padding: their output
             is zero and they change nothing.
         write: "key" writes what is looked for, as the paper does; "add" a vector of its own.
         key_strength: multiply the similarities by softplus of a head output; False is 1, as in the paper.
         squash: "tanh" or "identity", on key and add.
-        lru, erase, decay, eps: as in lrua_step.
+        lru: "per_head" or "shared", as in lrua_step.
+        erase: "least" or "all", as in lrua_step.
+        decay: of the usage (gamma of eq. 5).
+        eps: inside the root of the cosine's denominator.
 
     Returns:
         output [T, B, H + R*W] = (h, reads) of every step, then h, c, reads, memory, usage, read_weights after the last
@@ -203,7 +214,7 @@ def mann_sequence(
     _check.shape(sizes, "reads", reads, "B", "R", "W")
     _check.choice("write", write, *WRITE)
     _check.choice("squash", squash, *SQUASH)
-    check_options(lru, erase)
+    check_options(lru, erase, decay, eps)
     words = sizes["R"] * sizes["W"]
     sizes["4H"] = 4 * sizes["H"]
     sizes["H+R*W"] = sizes["H"] + words

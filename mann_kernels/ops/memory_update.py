@@ -6,7 +6,7 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops._vjp import by_reference, keep, kept, reference_vjp
 
 ERASE = ("least", "all")
 
@@ -28,16 +28,15 @@ _library.define(
 class _MemoryUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, memory, write_weights, add, least_used, erase, backend):
-        ctx.backend = backend
-        ctx.save_for_backward(memory, write_weights, add, least_used)
+        keep(ctx, backend, memory, write_weights, add, least_used)
         ctx.erase = erase
         return _library.operators(backend).memory_update(memory, write_weights, add, least_used, erase == "all")
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dmemory):
-        memory, write_weights, add, least_used = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        memory, write_weights, add, least_used = kept(ctx)
+        if by_reference(dmemory):
             function = functools.partial(reference.memory_update, least_used=least_used, erase=ctx.erase)
             return *reference_vjp(function, (memory, write_weights, add), (dmemory,)), None, None, None
         grads = _library.operators(ctx.backend).memory_update_backward(

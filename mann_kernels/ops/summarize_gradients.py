@@ -6,7 +6,8 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
-from mann_kernels.ops._vjp import reference_vjp
+from mann_kernels.ops._vjp import by_reference, keep, kept, reference_vjp
+from mann_kernels.ops.generate_fast_weights import sides_of_kernel
 
 WEIGHTS = "Tensor weight_ih, Tensor weight_hh, Tensor bias, Tensor weight_out, Tensor bias_out"
 
@@ -25,16 +26,18 @@ class _SummarizeGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *inputs, p, backend = arguments
-        ctx.p, ctx.backend = p, backend
-        ctx.save_for_backward(*inputs)
+        ctx.p = p
+        keep(ctx, backend, *inputs)
         return _library.operators(backend).summarize_gradients(*inputs, p)
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dfast):
-        inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            function = functools.partial(reference.summarize_gradients, p=ctx.p)
+        inputs = kept(ctx)
+        if by_reference(dfast):
+            none = [inputs[0].new_empty(shape) for shape in ((0, 2), (0,), (0, 0), (0,))]
+            sides = sides_of_kernel(ctx.backend, inputs[0], none, ctx.p)
+            function = functools.partial(reference.summarize_gradients, p=ctx.p, sides=sides)
             return *reference_vjp(function, inputs, (dfast,)), None, None
         return *_library.operators(ctx.backend).summarize_gradients_backward(dfast, *inputs, ctx.p), None, None
 

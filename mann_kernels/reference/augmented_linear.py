@@ -16,14 +16,21 @@ def fast_weights(tasks, per_task, fast, mix=None):
     return fast.unsqueeze(1) if per_task else fast
 
 
-def augmented_linear(x, weight, fast, mix=None, bias=None, *, form="hidden", activation="relu"):
+def activated_sum(slow, fast, activation, sides=None):
+    """act(slow) + act(fast), two separate activations; sides: bool, slow's and fast's, where an earlier run's ReLU let pass."""
+    if sides is None:
+        return ACTIVATIONS[activation](slow) + ACTIVATIONS[activation](fast)
+    return sum(torch.where(side, z, torch.zeros_like(z)) for side, z in zip(sides, (slow, fast), strict=True))
+
+
+def augmented_linear(x, weight, fast, mix=None, bias=None, *, form="hidden", activation="relu", sides=None):
     """x [L,I] or [G,L,I], weight [O,I], bias [O]?
     fast: [O,I] for everything; [L,O,I] per example of x [L,I]; [G,O,I] per task of x [G,L,I];
     with mix [L,S] or [G,L,S]: [S,O,I] or [G,S,O,I]
-    -> like x, with O in place of I.
+    -> like x, with O in place of I. sides: bool [2, of the output], of the ReLUs of an earlier run.
     """
-    act = ACTIVATIONS["identity" if form == "output" else activation]
     tasks = x.dim() == 3
     per_example = fast_weights(tasks, tasks and fast.dim() == 3, fast, mix)
-    # hidden layer: act(slow) + act(fast), two separate activations; output layer: slow + fast
-    return act(F.linear(x, weight, bias)) + act((per_example @ x.unsqueeze(-1)).squeeze(-1))
+    by_fast = (per_example @ x.unsqueeze(-1)).squeeze(-1)
+    # output layer: slow + fast
+    return activated_sum(F.linear(x, weight, bias), by_fast, "identity" if form == "output" else activation, sides)

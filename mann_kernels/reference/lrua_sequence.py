@@ -13,11 +13,18 @@ def where_active(lengths, t, new, old):
     return torch.where(active, new, old)
 
 
+def of_step(least_used, t):
+    """The slots of step t as an option of one step; least_used int [T,B,R], or None: each step chooses."""
+    return {} if least_used is None else {"least_used": least_used[t]}
+
+
 def lrua_sequence(
-    memory, usage, read_weights, key, gate, beta=None, add=None, lengths=None, *, one_step=lrua_step, **options
-):
+    memory, usage, read_weights, key, gate, beta=None, add=None, lengths=None, *,
+    one_step=lrua_step, least_used=None, **options,
+):  # fmt: skip
     """key [T,B,R,W], gate [T,B,R], beta [T,B,R]?, add [T,B,R,W]?, lengths int [B]?; state and options as in lrua_step
     -> reads [T,B,R,W], memory, usage, read_weights. one_step: what is called as lrua_step.
+    least_used: int [T,B,R], the slots that an earlier run chose at each step.
 
     Step t of example b is padding when t >= lengths[b]: it reads zeros and leaves the state alone.
     """
@@ -32,6 +39,7 @@ def lrua_sequence(
             None if beta is None else beta[t],
             None if add is None else add[t],
             **options,
+            **of_step(least_used, t),
         )
         reads.append(where_active(lengths, t, step[0], torch.zeros_like(step[0])))
         memory = where_active(lengths, t, step[1], memory)

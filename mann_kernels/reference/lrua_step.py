@@ -6,14 +6,15 @@ from mann_kernels.reference.memory_update import memory_update
 
 
 def lrua_step(
-    memory, usage, read_weights, key, gate, beta=None, add=None, *, lru="per_head", erase="least", decay=0.99, eps=1e-6
-):
+    memory, usage, read_weights, key, gate, beta=None, add=None, *,
+    lru="per_head", erase="least", decay=0.99, eps=1e-6, least_used=None,
+):  # fmt: skip
     """memory [B,N,W], usage [B,N], read_weights [B,R,N], key [B,R,W], gate [B,R], beta [B,R]?, add [B,R,W]?
     -> reads [B,R,W], memory, usage, read_weights.
 
-    add=None writes the key itself, as the paper does.
+    add=None writes the key itself, as the paper does. least_used as in lrua_write_weights.
     """
-    write_weights, least_used = lrua_write_weights(usage, read_weights, gate, lru=lru)
+    write_weights, least_used = lrua_write_weights(usage, read_weights, gate, lru=lru, least_used=least_used)
     memory = memory_update(memory, write_weights, key if add is None else add, least_used, erase=erase)
     read_weights = content_address(memory, key, beta, eps=eps)
     reads = read_weights @ memory  # eq. 4

@@ -21,12 +21,14 @@ def interpolate(read_weights, gate, own_slot, *, lru="per_head"):
     return interpolation * read_weights + (1 - interpolation) * own_slot
 
 
-def lrua_write_weights(usage, read_weights, gate, *, lru="per_head"):
+def lrua_write_weights(usage, read_weights, gate, *, lru="per_head", least_used=None):
     """usage [B,N], previous read_weights [B,R,N], gate [B,R] (before the sigmoid) -> write_weights [B,R,N], least_used [B,R].
 
     usage and read_weights are those of the previous step. No gradient reaches usage: it only chooses indices.
+    least_used: int [B,R], chosen by an earlier run, whose choice counts when a pass is taken again.
     """
     heads, slots = read_weights.shape[-2:]
-    least_used = least_used_slots(usage, heads)
+    if least_used is None:
+        least_used = least_used_slots(usage, heads)
     own_slot = least_used[..., None] == torch.arange(slots, device=usage.device)
     return interpolate(read_weights, gate, own_slot, lru=lru), least_used

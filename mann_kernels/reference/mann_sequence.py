@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from mann_kernels.reference.lrua_sequence import where_active
+from mann_kernels.reference.lrua_sequence import of_step, where_active
 from mann_kernels.reference.lrua_step import lrua_step
 
 
@@ -41,12 +41,14 @@ def mann_sequence(
     key_strength=False,
     squash="tanh",
     one_step=lrua_step,
+    least_used=None,
     **options,
 ):
     """x [T,B,I]; h, c [B,H]; reads [B,R,W]; memory [B,N,W]; usage [B,N]; read_weights [B,R,N];
     weight_ih [4H,I], weight_hh [4H,H+R*W], bias [4H] in nn.LSTM's order (input, forget, cell, output);
     weight_head [P,H], bias_head [P] with P = R*W + R (+ R with key_strength) (+ R*W with write="add")
     -> output [T,B,H+R*W], h, c, reads, memory, usage, read_weights. one_step: what is called as lrua_step.
+    least_used: int [T,B,R], the slots that an earlier run chose at each step.
     """
     heads, width = reads.shape[-2:]
     output = []
@@ -60,7 +62,8 @@ def mann_sequence(
 
         head = F.linear(new_h, weight_head, bias_head)
         head = split_head(head, heads, width, key_strength=key_strength, write=write)
-        step = one_step(memory, usage, read_weights, *activate_head(*head, squash=squash), **options)
+        head = activate_head(*head, squash=squash)
+        step = one_step(memory, usage, read_weights, *head, **options, **of_step(least_used, t))
 
         row = torch.cat([new_h, step[0].flatten(-2)], dim=-1)
         output.append(where_active(lengths, t, row, torch.zeros_like(row)))

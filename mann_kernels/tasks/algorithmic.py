@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from mann_kernels.tasks._kind import numbers, on_cpu, uniform
 from mann_kernels.tasks.episodes import Episodes
 
 
@@ -41,12 +42,13 @@ class Copy(_Bits):
                 raise ValueError(f"{name}: got {size}, want at least 1")
         self.length, self.shorter, self.output_size, self.input_size = length, shorter, bits, bits + 1
 
+    @on_cpu
     def sample(self, B: int, generator: torch.Generator) -> Episodes:
         """B independent sequences of one length."""
         length = self.length
         if self.shorter:
             length = int(torch.randint(1, length + 1, (), generator=generator))
-        bits = torch.randint(2, (length, B, self.output_size), generator=generator).float()
+        bits = torch.randint(2, (length, B, self.output_size), generator=generator)
         x, y = torch.zeros(2 * length + 1, B, self.input_size), torch.zeros(2 * length + 1, B, self.output_size)
         x[:length, :, :-1], x[length, :, -1], y[length + 1 :] = bits, 1, bits
         return Episodes(x, y, asked=(torch.arange(len(x)) > length)[:, None].expand(-1, B))
@@ -69,15 +71,16 @@ class AssociativeRecall(_Bits):
             raise ValueError(f"pairs: got {pairs}, want 1 to {2**bits}, the keys there are")
         self.pairs, self.output_size, self.input_size = pairs, bits, 2 * bits + 1
 
+    @on_cpu
     def sample(self, B: int, generator: torch.Generator) -> Episodes:
         """B independent episodes."""
         bits = self.output_size
-        codes = torch.rand(B, 2**bits, generator=generator).topk(self.pairs).indices
+        codes = uniform(B, 2**bits, generator=generator).topk(self.pairs).indices
         keys = codes[..., None] // 2 ** torch.arange(bits) % 2  # [B, pairs, bits]
         values = torch.randint(2, keys.shape, generator=generator)
-        order = torch.rand(B, self.pairs, generator=generator).argsort()[..., None].expand_as(keys)
+        order = uniform(B, self.pairs, generator=generator).argsort()[..., None].expand_as(keys)
         shown = torch.cat([keys, values, torch.zeros_like(keys[..., :1])], 2)
         asked = torch.cat([keys.gather(1, order), torch.zeros_like(values), torch.ones_like(keys[..., :1])], 2)
-        x = torch.cat([shown, asked], 1).transpose(0, 1).float()
-        y = torch.cat([torch.zeros_like(values), values.gather(1, order)], 1).transpose(0, 1).float()
-        return Episodes(x, y, asked=x[..., -1] > 0)
+        x = torch.cat([shown, asked], 1).transpose(0, 1)
+        y = torch.cat([torch.zeros_like(values), values.gather(1, order)], 1).transpose(0, 1)
+        return Episodes(numbers(x), numbers(y), asked=x[..., -1] > 0)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from mann_kernels.tasks._kind import numbers, on_cpu, uniform
+
 #: Which presentations of a class the paper's tables tell apart.
 PRESENTATIONS = (1, 2, 3, 4, 5, 10)
 #: String labels: so many characters, each of so many letters (Santoro et al. 2016, section 4.2).
@@ -100,14 +102,15 @@ class OmniglotEpisodes:
         self.output_size = ways if labels == "onehot" else CHARACTERS * LETTERS
         self.input_size = examples.shape[-2:].numel() + self.output_size
 
+    @on_cpu
     def sample(self, B: int, generator: torch.Generator) -> Episodes:
         """B independent episodes; y is the label [T, B], or the string's five letters [T, B, 5]."""
         number, each = self.examples.shape[:2]
-        classes = torch.rand(B, number, generator=generator).topk(self.ways).indices
-        order = torch.rand(B, self.ways, each, generator=generator)
+        classes = uniform(B, number, generator=generator).topk(self.ways).indices
+        order = uniform(B, self.ways, each, generator=generator)
         if self.counts == "equal":
             chosen = order.topk(self.length // self.ways).indices + torch.arange(self.ways)[:, None] * each
-            shuffle = torch.rand(B, self.length, generator=generator).argsort()
+            shuffle = uniform(B, self.length, generator=generator).argsort()
             chosen = chosen.flatten(1).gather(1, shuffle)
         else:
             chosen = order.flatten(1).topk(self.length).indices
@@ -117,25 +120,25 @@ class OmniglotEpisodes:
         known = F.one_hot(label, self.ways)
         presentation = known.cumsum(1).gather(2, label[..., None])[..., 0]
         y, known = (label, known) if self.labels == "onehot" else self._strings(label, generator)
-        x = torch.cat([pixels, known.float()], 2).transpose(0, 1)
+        x = torch.cat([pixels, numbers(known)], 2).transpose(0, 1)
         x[..., -self.output_size :] = before(x[..., -self.output_size :])
         return Episodes(x, y.transpose(0, 1), presentation.t())
 
     def _strings(self, label, generator):
         """Distinct strings for the classes of an episode: letters [B, T, 5] and five-hot [B, T, 25]."""
-        codes = torch.rand(label.shape[0], LETTERS**CHARACTERS, generator=generator).topk(self.ways).indices
+        codes = uniform(label.shape[0], LETTERS**CHARACTERS, generator=generator).topk(self.ways).indices
         letters = codes.gather(1, label)[..., None] // LETTERS ** torch.arange(CHARACTERS) % LETTERS
         return letters, F.one_hot(letters, LETTERS).flatten(2)
 
     def _seen(self, images, label, generator):
         """uint8 [B, T, 1, h, w] -> float in 0..1, turned and shifted; one interpolation for all of it."""
-        pixels = images.float() / 255
+        pixels = numbers(images) / 255
         if not (self.augment or self.turns):
             return pixels
         angle, shift = torch.zeros(label.shape), torch.zeros(*label.shape, 2)
         if self.augment:
-            angle = (torch.rand(label.shape, generator=generator) * 2 - 1) * (math.pi / 16)
-            shift = (torch.rand(*label.shape, 2, generator=generator) * 2 - 1) * (2 * 10 / 105)
+            angle = (uniform(*label.shape, generator=generator) * 2 - 1) * (math.pi / 16)
+            shift = (uniform(*label.shape, 2, generator=generator) * 2 - 1) * (2 * 10 / 105)
         if self.turns:
             turns = torch.randint(4, (label.shape[0], self.ways), generator=generator)
             angle = angle + turns.gather(1, label) * (math.pi / 2)

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from mann_kernels.tasks._kind import numbers, on_cpu, uniform
+
 
 class Tasks(NamedTuple):
     """G tasks of S support examples and L queries; no example is in both halves.
@@ -53,16 +55,17 @@ class FewShotTasks:
         self.examples, self.ways, self.shots, self.queries = examples, ways, shots, queries
         self.input_size, self.output_size = examples.shape[2:].numel(), ways
 
+    @on_cpu
     def sample(self, G: int, generator: torch.Generator) -> Tasks:
         """G independent tasks: classes, labels 0..ways-1 and examples drawn uniformly without replacement.
 
         The support examples are ordered shot by shot, with the classes in order of their labels within each; so are the queries.
         """
         number, each = self.examples.shape[:2]
-        classes = torch.rand(G, number, generator=generator).argsort(-1)[:, None, : self.ways]
-        chosen = torch.rand(G, each, self.ways, generator=generator).argsort(1)[:, : self.shots + self.queries]
+        classes = uniform(G, number, generator=generator).argsort(-1)[:, None, : self.ways]
+        chosen = uniform(G, each, self.ways, generator=generator).argsort(1)[:, : self.shots + self.queries]
         x = self.examples[classes, chosen]
-        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        x = numbers(x) / 255 if x.dtype == torch.uint8 else x
         y = torch.arange(self.ways).expand(chosen.shape)
         halves = (
             tensor[:, part].flatten(1, 2) for part in (slice(self.shots), slice(self.shots, None)) for tensor in (x, y)
@@ -76,4 +79,4 @@ class FewShotTasks:
     def scores(self, output: torch.Tensor, tasks: Tasks) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Right answers and queries of each task [G]."""
         right = output.argmax(-1) == tasks.query_y
-        return {"accuracy": (right.sum(-1), torch.full((len(right),), right.shape[1]))}
+        return {"accuracy": (right.sum(-1), torch.full((len(right),), right.shape[1], device=right.device))}

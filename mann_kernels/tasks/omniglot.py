@@ -4,6 +4,9 @@ from pathlib import Path
 
 import torch
 
+from mann_kernels._paths import PathError, about, reason_of
+from mann_kernels.tasks._kind import on_cpu
+
 #: The split of Vinyals et al. 2016 in three, as prototypical networks have it; "background" is the 1,200 classes that are not
 #: for testing, in the numbers of Santoro et al. 2016.
 SPLITS = {"train": (0,), "validation": (1,), "background": (0, 1), "test": (2,)}
@@ -16,6 +19,7 @@ WANT = (
 )
 
 
+@on_cpu
 def load_omniglot(path: str | Path, split: str, side: int | None = None, seed: int | None = None) -> torch.Tensor:
     """The drawings of a split, uint8 [classes, drawers, 1, side, side], 255 is full ink.
 
@@ -32,15 +36,19 @@ def load_omniglot(path: str | Path, split: str, side: int | None = None, seed: i
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, want one of {', '.join(SPLITS)}")
     path = Path(path)
-    if not path.exists():
+    with about(path, "cannot be read"):
+        there, folder = path.exists(), path.is_dir()
+    if not there:
         raise FileNotFoundError(f"{path}: no such file, {WANT}")
-    images, part = (_from_folder if path.is_dir() else _from_file)(path)
-    images = torch.from_numpy(images[_belongs(part, SPLITS[split], seed)]).unsqueeze(2)
-    if side is None or side == images.shape[-1]:
-        return images
-    if side > images.shape[-1]:
-        raise ValueError(f"{path}: got images of {images.shape[-1]} pixels, want at least {side}")
-    return _smaller(images, side)
+    halves = _halves(path) if folder else None
+    with about(path, "cannot be read as Omniglot"):
+        images, part = _from_file(path) if halves is None else _from_folder(path, halves)
+        images = torch.from_numpy(images[_belongs(part, SPLITS[split], seed)]).unsqueeze(2)
+        if side is None or side == images.shape[-1]:
+            return images
+        if side > images.shape[-1]:
+            raise PathError(f"{path}: got images of {images.shape[-1]} pixels, want at least {side}")
+        return _smaller(images, side)
 
 
 def _in_shares(classes: int):
@@ -67,49 +75,62 @@ def _from_file(path: Path):
     try:
         with np.load(path, allow_pickle=False) as file:
             images, classes = file["images"], file["class_vinyals"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: cannot read `images` and `class_vinyals` from it: {error}; {WANT}") from None
+    except Exception as error:  # a file can hold anything
+        raise PathError(
+            f"{path}: cannot read `images` and `class_vinyals` from it: {reason_of(error)}; {WANT}"
+        ) from None
     got = f"images {images.dtype} {list(images.shape)}, class_vinyals {list(classes.shape)}"
     if images.dtype != np.uint8 or images.ndim != 4 or classes.shape != images.shape[:1]:
-        raise ValueError(f"{path}: got {got}, want uint8 [classes, drawers, side, side] and [classes]")
+        raise PathError(f"{path}: got {got}, want uint8 [classes, drawers, side, side] and [classes]")
     side = images.shape[2]
     if images.shape[3] == -(-side // 8):
         images = np.unpackbits(images, axis=-1, count=side) * np.uint8(255)
     if images.shape[3] != side:
-        raise ValueError(f"{path}: got {got}, want square images")
+        raise PathError(f"{path}: got {got}, want square images")
     return images, classes
 
 
-def _from_folder(root: Path):
-    """The same from <root>/[omniglot-py|python]/images_{background,evaluation}/<alphabet>/<character>/<drawing>.png."""
-    import numpy as np
-
+def _halves(root: Path) -> list[Path]:
+    """<root>/[omniglot-py|python]/images_{background,evaluation}."""
     for base in (root, root / "omniglot-py", root / "python"):
         halves = [base / f"images_{half}" for half in ("background", "evaluation")]
         if all(half.is_dir() for half in halves):
-            break
-    else:
-        raise FileNotFoundError(f"{root}: no images_background and images_evaluation in it, {WANT}")
+            return halves
+    raise FileNotFoundError(f"{root}: no images_background and images_evaluation in it, {WANT}")
+
+
+def _from_folder(root: Path, halves: list[Path]):
+    """As from a file, of the <alphabet>/<character>/<drawing>.png in the two."""
+    import numpy as np
+
     try:
         from PIL import Image
     except ImportError:
-        raise ValueError(f"{root}: reading a folder of PNGs needs Pillow (pip install pillow)") from None
-    folders = [folder for half in halves for folder in sorted(half.glob("*/*")) if folder.is_dir()]
-    # Ink is black, that is 0, in the files.
-    images = [[255 - np.asarray(Image.open(file).convert("L")) for file in sorted(f.glob("*.png"))] for f in folders]
+        raise PathError(f"{root}: reading a folder of PNGs needs Pillow (pip install pillow)") from None
+
+    def read(file: Path):
+        with about(file, "cannot be read as a picture"), Image.open(file) as picture:
+            return 255 - np.asarray(picture.convert("L"))  # ink is black, that is 0, in the files
+
+    folders = [folder for half in halves for folder in _shown(half, "*/*") if folder.is_dir()]
+    images = [[read(file) for file in _shown(folder, "*.png")] for folder in folders]
     shapes = {(len(drawn), *drawn[0].shape) if drawn else (0,) for drawn in images}
     if len(shapes) != 1 or shapes == {(0,)}:
         got = f"{len(folders)} classes" if images else f"only {len(folders)} classes"
-        raise ValueError(
-            f"{root}: got {got} of {sorted(shapes)} drawings, want 1623 classes of 20 drawings of one size"
-        )
+        raise PathError(f"{root}: got {got} of {sorted(shapes)} drawings, want 1623 classes of 20 drawings of one size")
     return np.array(images, np.uint8), _in_shares(len(folders))
+
+
+def _shown(folder: Path, pattern: str) -> list[Path]:
+    """In order, without what archivers and file managers leave beside the files: `._name`, `.DS_Store`, `__MACOSX`."""
+    found = sorted(folder.glob(pattern))
+    return [path for path in found if not any(p.startswith((".", "__")) for p in path.relative_to(folder).parts)]
 
 
 def _smaller(images: torch.Tensor, side: int) -> torch.Tensor:
     """Each new pixel is the mean of the area under it, rounded."""
     old = images.shape[-1]
-    edges, starts = torch.arange(side + 1) * (old / side), torch.arange(old)
+    edges, starts = torch.arange(side + 1, dtype=torch.float32) * (old / side), torch.arange(old)
     covered = torch.minimum(edges[1:, None], starts + 1) - torch.maximum(edges[:-1, None], starts)
     weights = covered.clamp(min=0) * (side / old)  # [side, old], rows sum to 1
     parts = (weights @ part.float() @ weights.t() for part in images.split(64))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mann_kernels.tasks._kind import numbers, on_cpu, uniform
 from mann_kernels.tasks.episodes import Episodes, before
 from mann_kernels.tasks.few_shot import Tasks
 
@@ -41,6 +42,7 @@ class GPRegression:
         self.dimensions, self.length, self.scale, self.noise = dimensions, length, scale, noise
         self.input_size = dimensions + 1
 
+    @on_cpu
     def sample(self, B: int, generator: torch.Generator) -> Episodes:
         """B functions; `exact` is the negative log-likelihood [T, B] of each point under the true process given those before."""
         kind: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
@@ -50,8 +52,8 @@ class GPRegression:
         # y = L z: given the points before, y_t is normal with standard deviation L_tt, and z_t is how many of those it is off.
         factor, z = torch.linalg.cholesky(covariance), torch.randn(B, self.length, 1, **kind)
         exact = factor.diagonal(dim1=-2, dim2=-1).log() + 0.5 * z[..., 0].square() + HALF_LOG_2_PI
-        x, y = x.transpose(0, 1).float(), (factor @ z).transpose(0, 1).float()
-        return Episodes(torch.cat([x, before(y)], 2), y[..., 0], exact=exact.t().float())
+        x, y = numbers(x.transpose(0, 1)), numbers((factor @ z).transpose(0, 1))
+        return Episodes(torch.cat([x, before(y)], 2), y[..., 0], exact=numbers(exact.t()))
 
     def nll(self, output: torch.Tensor, episodes: Episodes) -> torch.Tensor:
         """The negative log-likelihood [T, B] of each point."""
@@ -67,7 +69,7 @@ class GPRegression:
         assert episodes.exact is not None
         found = {}
         for name, nll in (("nll", self.nll(output, episodes)), ("exact", episodes.exact)):
-            points = torch.full((nll.shape[1],), self.length)
+            points = torch.full((nll.shape[1],), self.length, device=nll.device)
             found[name] = nll.sum(0), points
             found |= {f"{name}_{k}": (nll[k - 1], torch.ones_like(nll[k - 1])) for k in POINTS if k <= self.length}
         return found
@@ -92,12 +94,14 @@ class Sinusoids:
                 raise ValueError(f"{name}: got {size}, want at least 1")
         self.shots, self.queries = shots, queries
 
+    @on_cpu
     def sample(self, G: int, generator: torch.Generator) -> Tasks:
         """G tasks: x and y [G, points, 1], descriptor [G, 2]."""
-        amplitude = torch.rand(G, 1, 1, generator=generator) * 4.9 + 0.1
-        phase = torch.rand(G, 1, 1, generator=generator) * math.pi
-        x = torch.rand(G, self.shots + self.queries, 1, generator=generator) * 10 - 5
+        amplitude = uniform(G, 1, 1, generator=generator) * 4.9 + 0.1
+        phase = uniform(G, 1, 1, generator=generator) * math.pi
+        x = uniform(G, self.shots + self.queries, 1, generator=generator) * 10 - 5
         y, cut = amplitude * torch.sin(x + phase), self.shots
+        x, y, amplitude, phase = (numbers(tensor) for tensor in (x, y, amplitude, phase))
         return Tasks(x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:], torch.cat([amplitude, phase], 2)[:, 0])
 
     def loss(self, output: torch.Tensor, tasks: Tasks) -> torch.Tensor:

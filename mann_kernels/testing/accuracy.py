@@ -57,7 +57,9 @@ def assert_accurate(actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch
     """Holds a result to the one tolerance rule.
 
     Args:
-        actual, same_dtype, exact: as in `accuracy`.
+        actual: the result, as in `accuracy`.
+        same_dtype: the reference's in the same dtype.
+        exact: the reference's in float64.
         name: what the message calls it.
 
     Raises:

@@ -45,7 +45,8 @@ def audit(
             mann_kernels.lrua_step; wrap a cell of another layout in a function of this form.
         controller: what the cell feeds back to its controller, `controller(reads, read_weights) -> tensor` [B, ...];
             None leaves that check out. A correct cell feeds back the reads, R*W numbers.
-        lru, erase: the variant the cell means to implement, as in mann_kernels.lrua_step.
+        lru: the variant that the cell means to implement, as in mann_kernels.lrua_step.
+        erase: the same.
         seed: of the random states.
 
     Returns:
@@ -65,7 +66,8 @@ def audit(
     findings = []
     for name, check in checks.items():
         try:
-            findings.append(Finding(name, *check()))
+            with torch.device("cpu"):  # whatever the default is
+                findings.append(Finding(name, *check()))
         except Exception as error:  # whatever a stranger's cell raises is a finding, not the end of the audit
             findings.append(Finding(name, False, f"the cell raised {type(error).__name__}: {error}"))
     return Audit(tuple(findings))
@@ -77,14 +79,18 @@ class _Cell:
     B, N, W, R = 3, 12, 6, 2
 
     def __init__(self, step, lru, erase, seed):
-        self.step, self.options = step, {"lru": lru, "erase": erase}
+        self._step, self.options = step, {"lru": lru, "erase": erase}
         self.generator = torch.Generator().manual_seed(seed)
 
+    def step(self, *tensors):
+        """The cell gets tensors of its own, and what it gives is copied: it may write to both, at the next step too."""
+        return tuple(tensor.clone() for tensor in self._step(*(tensor.clone() for tensor in tensors)))
+
     def normal(self, *shape):
-        return torch.randn(*shape, generator=self.generator)
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float32)
 
     def state(self):
-        usage = torch.rand(self.B, self.N, generator=self.generator) + 0.1
+        usage = torch.rand(self.B, self.N, generator=self.generator, dtype=torch.float32) + 0.1
         return self.normal(self.B, self.N, self.W), usage, self.normal(self.B, self.R, self.N).softmax(-1)
 
     def controls(self):
@@ -93,7 +99,7 @@ class _Cell:
     def inverted_erase(self):
         """With nothing written (key 0), only the least-used rows may be gone."""
         memory, usage, read_weights = self.state()
-        key, gate = torch.zeros(self.B, self.R, self.W), torch.zeros(self.B, self.R)
+        key, gate = (torch.zeros_like(tensor) for tensor in self.controls())
         after = self.step(memory, usage, read_weights, key, gate)[1]
         want = reference.lrua_step(memory, usage, read_weights, key, gate, **self.options)[1]
         kept, should = (int((m[0].abs().sum(-1) > 0).sum()) for m in (after, want))
@@ -103,7 +109,7 @@ class _Cell:
         """With the gate shut, what is written goes to the slots of least usage."""
         memory, usage, read_weights = self.state()
         key = self.normal(self.B, self.R, self.W) * 100
-        after = self.step(memory, usage, read_weights, key, torch.full((self.B, self.R), -30.0))[1]
+        after = self.step(memory, usage, read_weights, key, self.normal(self.B, self.R) * 0 - 30)[1]
         moved = (after - memory).norm(dim=-1)[0]
         slot, least, most = int(moved.argmax()), int(usage[0].argmin()), int(usage[0].argmax())
         order = usage[0].argsort()
@@ -116,9 +122,9 @@ class _Cell:
     def all_slots_tied(self):
         """With equal usage everywhere, at most one slot per head is written to."""
         memory, _, read_weights = self.state()
-        usage = torch.ones(self.B, self.N)
+        usage = self.normal(self.B, self.N) * 0 + 1
         key = self.normal(self.B, self.R, self.W) + 3
-        gate = torch.full((self.B, self.R), -30.0)
+        gate = self.normal(self.B, self.R) * 0 - 30
         after = self.step(torch.zeros_like(memory), usage, read_weights, key, gate)[1]
         written = int((after[0].abs().sum(-1) > 1e-3).sum())
         return written <= self.R, f"{written} of {self.N} slots written to by {self.R} heads when all usages are equal"
@@ -161,7 +167,7 @@ class _Cell:
     def feedback(self, controller):
         """The controller's second input is the reads."""
         reads, _, _, read_weights = reference.lrua_step(*self.state(), *self.controls(), **self.options)
-        fed = controller(reads, read_weights).flatten(1)
+        fed = controller(reads.clone(), read_weights.clone()).flatten(1)
         ok = fed.shape == reads.flatten(1).shape and bool(torch.allclose(fed, reads.flatten(1)))
         return (
             ok,

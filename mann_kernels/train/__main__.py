@@ -12,11 +12,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mann_kernels._paths import about
 from mann_kernels.tasks import COUNTS, LABELS
 from mann_kernels.train import build
 from mann_kernels.train.loop import Run
 from mann_kernels.train.parallel import joined
-from mann_kernels.train.settings import OPTIMIZERS, SCHEDULES, Settings
+from mann_kernels.train.settings import MOST, OPTIMIZERS, SCHEDULES, Settings, check_number
+from mann_kernels.train.told import SEED, told
 
 DEFAULT: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
 #: What differs from task to task where it is not given.
@@ -50,7 +52,7 @@ def main(
     learner: Annotated[str | None, typer.Option(help=f"One of {', '.join(build.LEARNERS)}.")] = None,
     updates: Annotated[int, typer.Option(min=1, help="Train up to this update.")] = 10_000,
     minutes: Annotated[
-        float, typer.Option(help="Stop after the update that passes this many minutes in all.")
+        float, typer.Option(help="Stop after the update that passes this many minutes in all; more than 0.")
     ] = math.inf,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
     ways: Annotated[int, typer.Option(min=2, help="Classes of a task.")] = DEFAULT["ways"],
@@ -62,7 +64,7 @@ def main(
     labels: Annotated[str, typer.Option(help="onehot, or string: five characters.")] = DEFAULT["labels"],
     counts: Annotated[str, typer.Option(help="Of the classes of an episode: random, or equal.")] = DEFAULT["counts"],
     split_seed: Annotated[
-        int | None, typer.Option(min=0, help="Draw Omniglot's classes for training and testing anew, with this seed.")
+        int | None, typer.Option(**SEED, help="Draw Omniglot's classes for training and testing anew, with this seed.")
     ] = DEFAULT["split_seed"],
     bits: Annotated[int, typer.Option(min=1, help="Of a vector to copy or recall.")] = DEFAULT["bits"],
     dimensions: Annotated[int, typer.Option(min=1, max=3, help="Of gp-regression's x.")] = DEFAULT["dimensions"],
@@ -75,13 +77,13 @@ def main(
     forget_bias: Annotated[float, typer.Option(help="Added to the forget gate's.")] = DEFAULT["forget_bias"],
     tasks_per_update: Annotated[int | None, typer.Option(min=1, help="Tasks in one update.")] = None,
     optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = DEFAULT["optimizer"],
-    learning_rate: Annotated[float, typer.Option(help="At the start.")] = DEFAULT["learning_rate"],
+    learning_rate: Annotated[float, typer.Option(help="At the start; more than 0.")] = DEFAULT["learning_rate"],
     schedule: Annotated[str, typer.Option(help="constant, or cosine: falling to 0.")] = DEFAULT["schedule"],
     schedule_updates: Annotated[
         int | None, typer.Option(min=1, help="Of a cosine, --updates if not given; then the next, from half the rate.")
     ] = None,
-    clip: Annotated[float, typer.Option(help="Largest norm of the whole gradient.")] = DEFAULT["clip"],
-    seed: Annotated[int, typer.Option(help="Of weights, tasks and test tasks.")] = DEFAULT["seed"],
+    clip: Annotated[float, typer.Option(help="Largest norm of the whole gradient; more than 0.")] = DEFAULT["clip"],
+    seed: Annotated[int, typer.Option(**SEED, help="Of weights, tasks and test tasks.")] = DEFAULT["seed"],
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch; the same number repeats bit for bit.")] = 1,
     device: Annotated[str, typer.Option(help="Of the learner: cpu, cuda, ...")] = DEFAULT["device"],
     log_every: Annotated[int, typer.Option(min=1, help="Updates between rows of the log, and checkpoints.")] = 50,
@@ -101,19 +103,22 @@ def main(
     choose("--optimizer", optimizer, OPTIMIZERS)
     choose("--schedule", schedule, SCHEDULES)
     settings = Settings(**{name: given[name] for name in DEFAULT})
+    interrupted = f"stopped; --resume goes on from the last checkpoint in {out}"
     with contextlib.ExitStack() as stack:
-        try:
+        with told(interrupted=interrupted):
+            check_number("updates", updates, 1, MOST)
+            check_number("minutes", minutes, 0, math.inf)
+            settings.check_run()
             stack.enter_context(joined(settings.device))
             run = prepare(settings, data, out, resume)
-        except (FileNotFoundError, ValueError) as error:
-            raise typer.BadParameter(str(error)) from None
-        if run.processes.first:
-            if tensorboard:
+            if tensorboard and run.processes.first:
                 log_to_tensorboard(run)
-            show(run, updates, minutes)
-        else:
-            for _ in run.train(updates, minutes):
-                pass
+        with told(1, interrupted):
+            if run.processes.first:
+                show(run, updates, minutes)
+            else:
+                for _ in run.train(updates, minutes):
+                    pass
         del run  # before its process group, see joined
 
 
@@ -123,13 +128,16 @@ def log_to_tensorboard(run: Run) -> None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise typer.BadParameter("--tensorboard: it is not installed (pip install tensorboard)") from None
-    writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.update + 1)
+    folder = run.folder / "tensorboard"
+    with about(folder, "cannot be written"):
+        writer = SummaryWriter(folder, purge_step=run.update + 1)
 
     def write(row: dict) -> None:
-        for name, value in row.items():
-            if value not in ("", None) and name != "update":
-                writer.add_scalar(name, float(value), row["update"])
-        writer.flush()
+        with about(folder, "cannot be written"):
+            for name, value in row.items():
+                if value not in ("", None) and name != "update":
+                    writer.add_scalar(name, float(value), row["update"])
+            writer.flush()
 
     run.on_row = write
 
@@ -149,8 +157,11 @@ def show(run: Run, updates: int, minutes: float) -> None:
             speed = (run.update - first) / (time.perf_counter() - began)
             state = "  ".join(f"{name} {value:.3f}" for name, value in smooth.items())
             progress.update(bar, completed=run.update, state=f"{state}  {speed:.2f} updates/s")
-    last = run.rows[-1]
-    score = next(name for name in last if name.startswith("test_"))
+    last = run.rows[-1] if run.rows else {}
+    score = next((name for name in last if name.startswith("test_") and last[name]), None)
+    if score is None:
+        console.print(f"nothing to do: {run.update} updates are made already, want more --updates or --minutes")
+        return
     console.print(
         f"{last['update']} updates, {last['tasks']} tasks, {run.seconds / 60:.1f} minutes ({run.cpu_seconds / 60:.1f} of CPU): "
         f"{score.removeprefix('test_')} {last[score]} +- {last[f'{score}_half_width']} on {run.settings.test_tasks} test tasks"
@@ -158,7 +169,4 @@ def show(run: Run, updates: int, minutes: float) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; --resume goes on from the last checkpoint") from None
+    typer.run(main)

@@ -11,7 +11,7 @@ from mann_kernels.modules import MANN
 
 def as_features(y: torch.Tensor, size: int) -> torch.Tensor:
     """Answers as numbers [..., size]: classes one-hot, those of a regression as they are."""
-    return F.one_hot(y, size).float() if y.dtype == torch.int64 else y
+    return F.one_hot(y, size).to(torch.get_default_dtype()) if y.dtype == torch.int64 else y
 
 
 def perceptron(*sizes: int) -> nn.Sequential:

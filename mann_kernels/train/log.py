@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mann_kernels._paths import about
 from mann_kernels.train.checkpoint import write_atomically
 
 
@@ -19,18 +20,26 @@ def columns(names: list[str]) -> list[str]:
 def write_log(path: Path, rows: list[dict], names: list[str]) -> None:
     """All rows, or the old file."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns(names), restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, columns(names), restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())
 
 
 def read_log(path: Path, last: float = math.inf) -> list[dict]:
-    """The rows up to the update `last`: a run stopped between the log and the checkpoint has one more."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["update"]) <= last]
+    """The rows up to the update `last`: a run stopped between the log and the checkpoint has one more.
+
+    Raises:
+        PathError: it is not a log.
+    """
+    with about(path, "cannot be read as the log of a run"):
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        if rows and not {"update", "tasks", "seconds"} <= rows[0].keys():
+            raise ValueError(f"its columns are {', '.join(map(str, rows[0]))}")
+        return [row for row in rows if int(row["update"]) <= last]
 
 
 def plot_log(rows: list[dict], names: list[str], title: str) -> bytes:

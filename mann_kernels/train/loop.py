@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mann_kernels._paths import about, own
 from mann_kernels.tasks import Episodes
 from mann_kernels.train.checkpoint import load_checkpoint, read_facts, save_checkpoint, write_atomically
 from mann_kernels.train.log import plot_log, read_log, write_log
@@ -41,6 +42,10 @@ def answer(learner: Any, batch) -> torch.Tensor:
     if not hasattr(learner, "adapt"):
         return learner(batch.query_x, batch.descriptor)
     return learner.predict(batch.query_x, learner.adapt(batch.support_x, batch.support_y))
+
+
+class Diverged(ArithmeticError):
+    """The training has left the finite numbers; the message says at which update."""
 
 
 class Answers(torch.nn.Module):
@@ -92,7 +97,8 @@ class Run:
     all of them read the folder, and may be of another number than those it was written by.
 
     Raises:
-        ValueError: a checkpoint that is in the way, or of other settings; tasks that the processes cannot share evenly.
+        ValueError: a checkpoint that is in the way, or of other settings; a folder that another process trains in, or that
+            cannot be used; a setting out of its range; tasks that the processes cannot share evenly.
     """
 
     def __init__(
@@ -114,7 +120,10 @@ class Run:
         self.rows: list[dict] = []
         self._since: list[tuple[float, Totals]] = []
         self.on_row = lambda row: None
-        folder.mkdir(parents=True, exist_ok=True)
+        settings.check_run()
+        with about(folder, "cannot be used as a folder"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._owner = own(folder) if self.processes.first else None
         if self.checkpoint.exists():
             if not resume:
                 raise ValueError(
@@ -153,6 +162,10 @@ class Run:
 
         The last state is always logged and is a checkpoint; it is tested on `test_tasks` tasks, those before it on the
         first `interim_tasks` of them.
+
+        Raises:
+            Diverged: a loss, gradient or weight is not finite. Nothing of it is saved.
+            PathError: the folder cannot be written to.
         """
         over = self._over(updates, minutes)
         while not over:
@@ -178,14 +191,28 @@ class Run:
         output = self._answers(batch)
         own = self.train_tasks.loss(output, batch)
         loss, share, totals = self._of_all(own.item(), self.train_tasks.scores(output.detach(), batch))
+        self._require_finite("loss", loss)
         # The mean of the gradients, weighted so, is the gradient of the mean over all answers.
         (own * (share * self.processes.number)).backward()
-        torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.settings.clip)
+        self._require_finite("norm of the gradient", norm.item())
         self.optimizer.step()
         self.update += 1
         if self.processes.first:
             self._since.append((loss, totals))
         return {"update": self.update, "loss": loss, "scores": totals}
+
+    def _require_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            last = f"{self.checkpoint} is as it was" if self.checkpoint.exists() else "nothing was saved"
+            raise Diverged(f"update {self.update + 1}: the {name} is {value}; {last}")
+
+    def _require_finite_weights(self) -> None:
+        """Before they are saved: an update out of finite numbers can still overflow."""
+        for name, tensor in self.learner.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                last = f"{self.checkpoint} is as it was" if self.checkpoint.exists() else "nothing was saved"
+                raise Diverged(f"update {self.update}: weights are not finite ({name}); {last}")
 
     def _of_all(self, loss: float, scores: dict) -> tuple[float, float, Totals]:
         """Loss and totals over the tasks of all processes, and the share of the answers that are this process's."""
@@ -200,6 +227,7 @@ class Run:
         return measure(self.learner, self.test_tasks, tasks, self.settings.seed, self.settings.device)
 
     def _log(self, test_tasks: int) -> None:
+        self._require_finite_weights()
         row: dict[str, Any] = {"update": self.update, "tasks": self.update * self.settings.tasks_per_update}
         row["loss"] = f"{sum(loss for loss, _ in self._since) / len(self._since):.6f}"
         for name in self._since[0][1]:

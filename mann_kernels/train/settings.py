@@ -14,6 +14,35 @@ OPTIMIZERS = {
 SCHEDULES = ("constant", "cosine")
 
 
+#: The largest size, and the largest seed: tests have one that is larger by loop.FOR_TESTS, and torch takes 64 bits.
+MOST, MOST_SEED = 2**31 - 1, 2**62
+_SIZE = (1, MOST)
+#: The least and the largest value of every number; where the least is not one itself it is in ABOVE.
+RANGES: dict[str, tuple[float, float]] = {
+    "ways": (2, MOST), "shots": _SIZE, "queries": _SIZE, "length": _SIZE, "split_seed": (0, MOST_SEED), "bits": _SIZE,
+    "dimensions": (1, 3), "hidden_size": _SIZE, "num_slots": _SIZE, "slot_size": _SIZE, "num_heads": _SIZE,
+    "forget_bias": (-1e6, 1e6), "tasks_per_update": _SIZE, "learning_rate": (0, 1e6), "schedule_updates": (0, MOST),
+    "clip": (0, math.inf), "seed": (0, MOST_SEED), "threads": (1, 4096), "log_every": _SIZE, "test_every": _SIZE,
+    "interim_tasks": (2, MOST), "test_tasks": (2, MOST),
+}  # fmt: skip
+ABOVE = ("learning_rate", "clip", "minutes")
+
+
+def check_number(name: str, value: float, least: float, most: float) -> None:
+    """A number of a run is in its range, and is one.
+
+    Raises:
+        ValueError: naming the option, what it got and what it wants.
+    """
+    whole = isinstance(least, int) and isinstance(most, int) and name not in ABOVE
+    right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if right and (least < value <= most if name in ABOVE else least <= value <= most):
+        return
+    want = f"more than {least:g}" if name in ABOVE else f"at least {least:g}"
+    want += "" if most == math.inf else f" and at most {most:g}"
+    raise ValueError(f"--{name.replace('_', '-')}: got {value}, want {want}")
+
+
 @dataclass(frozen=True)
 class Settings:
     """A run goes on only with the settings it began with. What a task or learner has no use for is left as it is here."""
@@ -53,6 +82,29 @@ class Settings:
     test_every: int = 500
     interim_tasks: int = 50
     test_tasks: int = 400
+
+    def check(self) -> None:
+        """Every number is in its range.
+
+        Raises:
+            ValueError: naming the option, what it got and what it wants.
+        """
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if not (name == "split_seed" and value is None):
+                check_number(name, value, least, most)
+
+    def check_run(self) -> None:
+        """The same, of a run that is to be made: a test falls on a row of the log.
+
+        Raises:
+            ValueError: naming the option, what it got and what it wants.
+        """
+        self.check()
+        if self.test_every % self.log_every:
+            raise ValueError(
+                f"--test-every: got {self.test_every}, want a multiple of --log-every, {self.log_every}: tests are rows of the log"
+            )
 
     def make_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return OPTIMIZERS[self.optimizer](parameters, self.learning_rate)

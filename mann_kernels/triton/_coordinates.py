@@ -50,10 +50,17 @@ def features(g, POWER: tl.constexpr, SCALE: tl.constexpr):
 
 
 @triton.jit
+def between_ends(g, POWER: tl.constexpr, SCALE: tl.constexpr):
+    """Where a gradient passes either feature."""
+    size = tl.abs(g) + 1.1920928955078125e-07
+    return tl.log(size) / POWER >= -1.0, tl.abs(g) * SCALE <= 1.0
+
+
+@triton.jit
 def features_backward(g, dmagnitude, dsign, POWER: tl.constexpr, SCALE: tl.constexpr):
     """What a gradient of the two features is to g."""
     size = tl.abs(g) + 1.1920928955078125e-07
     slope = dmagnitude / (size * POWER)
     slope = tl.where(g > 0.0, slope, tl.where(g < 0.0, -slope, 0.0))
-    through_log = tl.where(tl.log(size) / POWER >= -1.0, slope, 0.0)
-    return through_log + tl.where(tl.abs(g) * SCALE <= 1.0, dsign * SCALE, 0.0)
+    of_magnitude, of_sign = between_ends(g, POWER, SCALE)
+    return tl.where(of_magnitude, slope, 0.0) + tl.where(of_sign, dsign * SCALE, 0.0)

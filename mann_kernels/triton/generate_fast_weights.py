@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mann_kernels.triton._coordinates import features, features_backward, launch, load_matrix, programs_of
+from mann_kernels.triton._coordinates import between_ends, features, features_backward, launch, load_matrix, programs_of
 from mann_kernels.triton._launch import acc_of, contiguous
 from mann_kernels.triton._tile import exact_dot
 
@@ -37,6 +37,35 @@ def generate_fast_weights_fwd_kernel(
     hidden2 = relu(exact_dot(hidden1, tl.trans(weight2), ACC) + bias2)
     fast = tl.sum(hidden2 * weight3, axis=1) + tl.load(bias3_ptr).to(ACC)
     tl.store(fast_ptr + o_p, fast, mask=o_p < P)
+
+
+@triton.jit
+def generate_fast_weights_sides_kernel(
+    grads_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr,  # [P], [D,2], [D], [D,D], [D]
+    sides_ptr,  # uint8 [2 + 2D, P] out
+    P, D,
+    POWER: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """1 where the backward kernel lets a gradient through: at the features, the first hidden layer and the second."""
+    o_p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    o_d, m_p = tl.arange(0, BD), o_p < P
+    m_d = o_d < D
+    g = tl.load(grads_ptr + o_p, mask=m_p, other=0.0).to(ACC)
+    magnitude, sign = features(g, POWER, SCALE)
+    of_magnitude = tl.load(weight1_ptr + 2 * o_d, mask=m_d, other=0.0).to(ACC)
+    of_sign = tl.load(weight1_ptr + 2 * o_d + 1, mask=m_d, other=0.0).to(ACC)
+    bias1 = tl.load(bias1_ptr + o_d, mask=m_d, other=0.0).to(ACC)
+    bias2 = tl.load(bias2_ptr + o_d, mask=m_d, other=0.0).to(ACC)
+    weight2 = load_matrix(weight2_ptr, D, D, ACC, BD, BD)
+    hidden1 = magnitude[:, None] * of_magnitude[None, :] + sign[:, None] * of_sign[None, :] + bias1[None, :]
+    hidden1 = relu(hidden1)
+    hidden2 = relu(exact_dot(hidden1, tl.trans(weight2), ACC) + bias2[None, :])
+    through_log, through_sign = between_ends(g, POWER, SCALE)
+    tl.store(sides_ptr + o_p, through_log.to(tl.uint8), mask=m_p)
+    tl.store(sides_ptr + tl.full((), 1, tl.int64) * P + o_p, through_sign.to(tl.uint8), mask=m_p)
+    m, at = m_p[:, None] & m_d[None, :], (2 + o_d[None, :]).to(tl.int64) * P + o_p[:, None]
+    tl.store(sides_ptr + at, tl.where(hidden1 <= 0.0, 0, 1).to(tl.uint8), mask=m)
+    tl.store(sides_ptr + tl.full((), D, tl.int64) * P + at, tl.where(hidden2 <= 0.0, 0, 1).to(tl.uint8), mask=m)
 
 
 @triton.jit
@@ -99,6 +128,17 @@ def forward(grads, weight1, bias1, weight2, bias2, weight3, bias3, p):
             *inputs, fast, count, bias1.numel(), ACC=acc_of(grads.dtype).triton, **sizes
         )
     return fast
+
+
+def sides(grads, weight1, bias1, weight2, bias2, p):
+    """The operator generate_fast_weights_sides: same arguments and results as its schema."""
+    inputs, count, hidden = contiguous(grads, weight1, bias1, weight2, bias2), grads.numel(), bias1.numel()
+    sizes, found = launch(hidden, 0, p), grads.new_empty(2 + 2 * hidden, count, dtype=torch.uint8)
+    if count:
+        generate_fast_weights_sides_kernel[(triton.cdiv(count, sizes["BP"]),)](
+            *inputs, found, count, hidden, ACC=acc_of(grads.dtype).triton, **sizes
+        )
+    return found
 
 
 def backward(dfast, grads, weight1, bias1, weight2, bias2, weight3, bias3, p):

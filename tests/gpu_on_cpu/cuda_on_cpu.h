@@ -220,6 +220,9 @@ template <typename T> T *of_rank(T *shared, int rank) {
     return static_cast<T *>(on_cpu::of_rank(const_cast<void *>(static_cast<const void *>(shared)), rank));
 }
 
+// Launches follow one another as it is.
+inline void after_previous() {}
+
 // d += a b, by all threads of the warp.
 inline void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, on_cpu::Place place = on_cpu::Place::current()) {
     on_cpu::multiply(false, d, a, b, place);

@@ -118,14 +118,14 @@ def test_too_many_hidden_units(stem):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("dtype", ["float", "Bf16"])
 @pytest.mark.parametrize("stem", STEMS)
-def test_nothing_spills(stem, dtype, arch, tmp_path):
+def test_nothing_spills(stem, dtype, tmp_path):
     """At the paper's size."""
-    command = ["nvcc", "-std=c++17", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "made"]
+    command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "made"]
     command += ["-DMANN_D=20", f"-DMANN_STORAGE={dtype}", "-DMANN_STATES_IN_SHARED=1"]
     command += [cuda_on_cpu.CSRC / "cuda" / f"{stem}.cu"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = [int(bytes) for bytes in re.findall(r"(\d+) bytes spill", said)]
-    assert len(spilled) >= 6 and not any(spilled), said
+    assert len(spilled) >= 6, said
+    assert not any(spilled), said

@@ -18,9 +18,9 @@ from test_properties import class_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mann_kernels
-from bench import contestants
 from bench.harness import Work
-from bench.stems import SHAPES, inputs
+from bench.mann import SHAPES
+from bench.operators import operators
 from mann_kernels import _backend, reference
 
 SIZE = (2, 37, 5, 2)
@@ -75,9 +75,9 @@ def launches_of(function, work):
 
 def test_launches_of_an_episode():
     """At most 8 each way at the paper's sizes, whatever the length; the eager loop launches thousands."""
-    work = Work("mann_sequence", inputs("mann_sequence", SHAPES["single"]), torch.float32)
-    eager = launches_of(contestants.EAGER["mann_sequence"], work)
-    short = Work("mann_sequence", inputs("mann_sequence", SHAPES["single"].at(4)), torch.float32)
+    bench = operators()["mann_sequence"]
+    eager = launches_of(bench.eager, Work(bench, bench.inputs(SHAPES["single"], 0), torch.float32))
+    short = Work(bench, bench.inputs(SHAPES["single"].at(4), 0), torch.float32)
     with mann_kernels.backend("triton"), MemoryGuard() as guard:
         ours = launches_of(mann_kernels.mann_sequence, short)
     print(f"launches forward and backward: {ours}, eager {eager}")

@@ -16,7 +16,8 @@ from stem import Inputs, run
 from test_properties import class_of
 
 import mann_kernels
-from bench.stems import SHAPES, inputs
+from bench.mann import SHAPES
+from bench.operators import operators
 from mann_kernels import _backend
 
 pytestmark = pytest.mark.compiles
@@ -29,7 +30,7 @@ def call_of(stem, batch=1, steps=2):
     """A few examples at the paper's sizes; of an operator that is not MANN's, a case of its tests."""
     if stem in OF_MANN:
         shape = dataclasses.replace(SHAPES["paper"], B=batch, T=steps)
-        return Inputs(inputs(stem, shape)).to(torch.float32)
+        return Inputs(operators()[stem].inputs(shape, 0)).to(torch.float32)
     return class_of(stem).inputs(0, 2, 128, 20, 1, **class_of(stem).options[0]).to(torch.float32)
 
 

@@ -5,13 +5,13 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from bench.metanet import generate, summarize
+from bench.bench_generate_fast_weights import generate
+from bench.bench_summarize_gradients import summarize
+from bench.operators import Bench, Case
 from mann_kernels import MetaNet
 
-STEM = "metanet_update"
-OPERATORS = ("content_address", "generate_fast_weights", "summarize_gradients", "augmented_linear", "augmented_conv2d")
-#: The filters of a convolution.
-SHAPES = {"omniglot 5-way 1-shot": 64}
+PARTS = ("content_address", "generate_fast_weights", "summarize_gradients", "augmented_linear", "augmented_conv2d")
+#: Filters of a convolution, where it is verified.
 VERIFIED = (3, 8)
 #: The logarithm of tiny gradients makes of float32's rounding what no rule bounds. Each operator is verified in every dtype.
 DTYPES = ("float64",)
@@ -25,7 +25,7 @@ def network(filters: int, dtype: torch.dtype) -> MetaNet:
     return MetaNet.omniglot(WAYS, filters=filters, dtype=dtype)
 
 
-def inputs(stem: str, filters: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def inputs(filters: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """float64: images of five patterns under noise, and the parameters by name."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(WAYS, 1, 7, 7, generator=generator, dtype=torch.float64).round().repeat_interleave(4, 2)
@@ -111,3 +111,24 @@ def eager(support_x, query_x, *parameters):
     h = each(query_x, base, fast)
     h = F.relu(F.linear(h, base[5])) + F.relu(torch.bmm(fast[5], h[..., None])[..., 0])
     return F.linear(h, base[6]) + torch.bmm(fast[6], h[..., None])[..., 0]
+
+
+def cases(quick: bool) -> list[Case]:
+    # --quick leaves out the compiling that takes as long as all the others together
+    why = "not compiled by --quick" if quick else None
+    return [Case("omniglot 5-way 1-shot", 64, rank=0, uncompiled=why)]
+
+
+BENCH = Bench(
+    op="metanet_update",
+    suite="metanet",
+    inputs=inputs,
+    constant=("support_x", "query_x"),
+    verified=VERIFIED,
+    cases=cases,
+    eager=eager,
+    ours=ours,
+    plain=eager,
+    parts=PARTS,
+    dtypes=DTYPES,
+)
