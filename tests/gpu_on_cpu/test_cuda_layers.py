@@ -16,13 +16,14 @@ from stem import matches, quantities, run
 from test_properties import class_of
 
 import mann_kernels
-from bench import metanet_augmented as bench
+from bench import bench_augmented_conv2d, bench_augmented_linear
 
 pytestmark = [
     pytest.mark.compiles,
     pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing())),
 ]
-SHAPES = {name: (stem, shape) for stem, shapes in bench.SHAPES.items() for name, shape in shapes.items()}
+BENCHES = {"augmented_conv2d": bench_augmented_conv2d, "augmented_linear": bench_augmented_linear}
+SHAPES = {name: (stem, shape) for stem, bench in BENCHES.items() for name, shape in bench.SHAPES.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +113,7 @@ def test_tiles_of_a_product(sizes, options):
     matches("augmented_linear", linear(6, *sizes, **options), torch.float32)
 
 
-@pytest.mark.parametrize("stem", bench.STEMS)
+@pytest.mark.parametrize("stem", BENCHES)
 def test_any_schedule(stem, cuda):
     """Whichever thread comes first: the same bits."""
     call = (conv if stem == "augmented_conv2d" else linear)(7, 5, 9, 12, 3).to(torch.float32)
@@ -126,10 +127,10 @@ def test_any_schedule(stem, cuda):
 def launches_of(cuda, name):
     """What a training step at one of the paper's shapes launches."""
     stem, shape = SHAPES[name]
-    inputs = {key.replace("hidden", "x"): value.float() for key, value in bench.inputs(stem, shape).items()}
+    inputs = {key.replace("hidden", "x"): value.float() for key, value in BENCHES[stem].inputs(shape).items()}
     leaves = {key: value.requires_grad_(shape.C > 1 or key != "x") for key, value in inputs.items()}
     with cuda_on_cpu.recorded(cuda) as launches:
-        getattr(mann_kernels, stem)(**leaves, **bench.OPTIONS.get(stem, {})).sum().backward()
+        getattr(mann_kernels, stem)(**leaves, **({"pool": True} if shape.side else {})).sum().backward()
     return launches
 
 
