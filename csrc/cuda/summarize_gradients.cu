@@ -249,12 +249,10 @@ MANN_INLINE void add_weight_gradients(const T *stage, const Lane &lane, const T 
     for (int j = 0; j < kUnits; ++j) {
         Left gates[2];
         load_rows(stage + j * 256, lane, gates);
+        T more[kPairs][4] = {};
+        multiply_each(more, gates, columns);
 #pragma unroll
-        for (int p = 0; p < kPairs; ++p) {
-            T more[4] = {};
-            multiply(more, gates, columns[p]);
-            sums.add(j, p, more);
-        }
+        for (int p = 0; p < kPairs; ++p) sums.add(j, p, more[p]);
     }
 }
 
