@@ -7,6 +7,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+import typer
+
 #: Results that are kept, one file a machine and day.
 HISTORY = Path(__file__).parent / "results"
 #: What a file holds, and the columns that each of its rows must have.
@@ -27,6 +29,25 @@ PREDICTED = {
     *("stem", "shape", "dtype", "backend", "gpu", "ours_us", "ours_host_us", "ours_device_us"),
     *("eager_us", "eager_ratio", "compiled_us", "compiled_ratio", "graph_us", "graph_ratio"),
 }
+
+
+def writable(path: Path | None) -> Path | None:
+    """The path of an option, where a file can be written; nothing is changed there.
+
+    Raises:
+        typer.BadParameter: it cannot. That is asked before anything is timed.
+    """
+    if path is None:
+        return None
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        raise typer.BadParameter(f"--json: {path}: cannot be written: {error.strerror or error}") from None
+    return path
 
 
 def summary(verification: list[dict]) -> list[dict]:
