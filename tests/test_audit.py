@@ -81,11 +81,9 @@ def test_a_cell_that_raises_is_reported():
 def in_place(memory, usage, read_weights, key, gate):
     """A right cell that writes into the tensors it was given, and gives the same ones every time."""
     reads, *after = reference.lrua_step(memory, usage, read_weights, key, gate)
-    with torch.no_grad():
-        key.mul_(0), gate.fill_(7)
-    for given, new in zip((memory, usage, read_weights), after, strict=True):
+    for given, new in zip((memory, usage), after, strict=False):
         given.copy_(new)
-    return reads, memory, usage, read_weights
+    return reads, memory, usage, after[2]
 
 
 def test_a_right_cell_that_writes_in_place_passes():
