@@ -57,6 +57,23 @@ class TestSetup:
         assert not there
 
     @pytest.mark.compiles
+    def test_a_path_with_spaces_and_other_signs(self, tree):
+        odd = tree / "a b" / "c$d e'f"
+        odd.mkdir(parents=True)
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "mann_kernels", "csrc"):
+            shutil.move(tree / name, odd / name)
+        (odd / "csrc/cpu/one.h").write_text("#define NUMBER 1\n")
+        (odd / "csrc/cpu/one.cpp").write_text(
+            '#include "one.h"\n[[maybe_unused]] static int number() { return NUMBER; }\n'
+        )
+        assert self.build(odd, MANN_CUDA="0", MANN_NATIVE="1")[1] is False
+        built = next((odd / "build/ninja").glob("*one.o"))
+        first = built.stat().st_mtime_ns
+        (odd / "csrc/cpu/one.h").write_text("#define NUMBER 2\n")
+        self.build(odd, MANN_CUDA="0", MANN_NATIVE="1")  # its dependencies are followed too
+        assert built.stat().st_mtime_ns > first
+
+    @pytest.mark.compiles
     def test_what_this_machine_runs(self, tree):
         if shutil.which("nvidia-smi"):
             pytest.skip("a driver is here")
