@@ -18,7 +18,7 @@ from bench.tables import fits_table, sweep_table, timings_table
 
 
 class Device(Enum):
-    """Where to run."""
+    """The kind of device to run on."""
 
     cpu = "cpu"
     cuda = "cuda"
@@ -30,7 +30,7 @@ console = Console(width=None if sys.stdout.isatty() else WIDE)
 
 
 def known(option, values, allowed) -> None:
-    """Refuse what is not known.
+    """Refuse values of an option that nothing knows.
 
     Raises:
         typer.BadParameter: naming the option, what it got and what it knows.

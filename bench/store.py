@@ -29,7 +29,7 @@ TABLES = {
 
 
 def key_of(row: dict) -> tuple:
-    """What a summary of verification has one row of."""
+    """Name the row of a summary of verification: operator, device, implementation and dtype."""
     return tuple(row[name] for name in ("op", "device", "backend", "dtype"))
 
 
@@ -116,7 +116,7 @@ def _loaded(path: Path):
 
 
 def read(path: Path) -> dict:
-    """What a file holds.
+    """Read a file of results.
 
     Raises:
         ValueError: naming the file and what is wrong with it.

@@ -194,12 +194,8 @@ class DNC(nn.Module):
             cell_size,
             read_heads,
         )
-        self.independent_linears, self.share_memory, self.debug, self.clip = (
-            independent_linears,
-            share_memory,
-            debug,
-            clip,
-        )
+        self.independent_linears, self.debug, self.clip = independent_linears, debug, clip
+        self.share_memory = share_memory  # type: ignore[method-assign, assignment]  # as in that class, over Module's method
         self.read_vectors_size, self.output_size = read_heads * cell_size, hidden_size
         self.nn_input_size = input_size + self.read_vectors_size
         self.nn_output_size = hidden_size + self.read_vectors_size

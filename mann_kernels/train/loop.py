@@ -36,7 +36,7 @@ def mean_and_half_width(totals: torch.Tensor, counts: torch.Tensor) -> tuple[flo
 
 
 def answer(learner: Any, batch) -> torch.Tensor:
-    """What the learner says: at each step of an episode, or to the queries, given the support set or the task's descriptor."""
+    """Ask the learner: at each step of an episode, or for the queries, given the support set or the task's descriptor."""
     if isinstance(batch, Episodes):
         return learner(batch.x)
     if not hasattr(learner, "adapt"):
