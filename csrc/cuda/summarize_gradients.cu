@@ -57,17 +57,16 @@ MANN_INLINE Fraction<double> hyperbolic_tangent_fraction(double x) { return {tan
 // The gates of unit j of every part, before their activations; sigmoids' times -log2 e.
 template <int tiles>
 MANN_INLINE void gates_of(const T *operands, int j, int lane, const Left (&x)[tiles][kPairs], T (&gate)[tiles][2][4]) {
+    Right w[2][kPairs];
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-        Right w[kPairs];
+    for (int s = 0; s < 2; ++s)
 #pragma unroll
-        for (int p = 0; p < kPairs; ++p) w[p] = load_operand(operands, (2 * j + s) * kPairs + p, lane);
+        for (int p = 0; p < kPairs; ++p) w[s][p] = load_operand(operands, (2 * j + s) * kPairs + p, lane);
 #pragma unroll
-        for (int tile = 0; tile < tiles; ++tile) {
+    for (int tile = 0; tile < tiles; ++tile) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) gate[tile][s][i] = 0;
-            multiply(gate[tile][s], x[tile], w);
-        }
+        for (int i = 0; i < 8; ++i) gate[tile][i / 4][i % 4] = 0;
+        multiply_each(gate[tile], x[tile], w);
     }
 }
 
@@ -250,12 +249,10 @@ MANN_INLINE void add_weight_gradients(const T *stage, const Lane &lane, const T 
     for (int j = 0; j < kUnits; ++j) {
         Left gates[2];
         load_rows(stage + j * 256, lane, gates);
+        T more[kPairs][4] = {};
+        multiply_each(more, gates, columns);
 #pragma unroll
-        for (int p = 0; p < kPairs; ++p) {
-            T more[4] = {};
-            multiply(more, gates, columns[p]);
-            sums.add(j, p, more);
-        }
+        for (int p = 0; p < kPairs; ++p) sums.add(j, p, more[p]);
     }
 }
 

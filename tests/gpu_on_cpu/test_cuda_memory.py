@@ -5,19 +5,14 @@ mann_sequence is asked for in its step-by-step form, which no small size takes o
 
 import collections
 import importlib
-import os
 import re
 import shutil
 import subprocess
 from typing import NamedTuple
 
+import cuda_on_cpu
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("has nothing to do with Triton", allow_module_level=True)
-
-import cuda_on_cpu
 from mutant import cuda_mutant
 from stem import compare, matches, quantities
 from test_properties import class_of, tie, zero_rows
