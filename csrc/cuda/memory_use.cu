@@ -133,7 +133,8 @@ MANN_INLINE void use_reads(const MemoryUse<S> &a, int b, int step, int reader, c
 
 using MemoryUseArgs = MemoryUse<S>;
 MANN_KERNEL(memory_use, kMemoryThreads, MemoryUseArgs) {
-    after_previous();
+    start_next();
+    wait_for_previous();
     constexpr int numbers = kMemoryWarps * (kHeads > kReadColumns ? kHeads : (kReadColumns > 2 ? kReadColumns : 2));
     MANN_SHARED(T, totals, 2 * kHeads);
     MANN_SHARED(T, shared, numbers);

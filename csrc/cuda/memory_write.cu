@@ -230,7 +230,8 @@ MANN_INLINE void choose(const MemoryWrite<S> &a, int b, int32_t *slots) {
 
 using MemoryWriteArgs = MemoryWrite<S>;
 MANN_KERNEL(memory_write, kMemoryThreads, MemoryWriteArgs) {
-    after_previous();
+    start_next();
+    wait_for_previous();
     MANN_SHARED(int32_t, slots, kHeads);
     MANN_SHARED(T, totals, 2 * kHeads);
     MANN_SHARED(T, shared_own, kMemoryWarps * kHeads);
