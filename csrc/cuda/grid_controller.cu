@@ -28,7 +28,7 @@ MANN_INLINE int64_t row_of(const ControllerSizes &s, int64_t b) { return s.step 
 
 // Weights that a thread multiplies: at(0), at(1), ... of them, kChunk at once; the first before the launch that this
 // one follows has ended, for nobody writes to them.
-constexpr int kChunk = 16;
+constexpr int kChunk = 12;
 template <typename At, typename Use> MANN_INLINE void with_weights(int count, At &&at, Use &&use) {
     T weights[kChunk];
     const auto load = [&](int from) {
