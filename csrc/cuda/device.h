@@ -254,11 +254,15 @@ MANN_INLINE void cluster_barrier() {
     cluster_wait();
 }
 
-// First thing in a kernel that is launched as one that follows another (Grid::follows): the next may start, then this
-// one waits until what it follows has ended, and sees what that wrote.
-MANN_INLINE void after_previous() {
+// Of a kernel that is launched as one that follows another (Grid::follows): lets the next start; waits until what it
+// follows has ended, and sees what that wrote. Before, it may read what was there before the first of them alone.
+MANN_INLINE void start_next() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+MANN_INLINE void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

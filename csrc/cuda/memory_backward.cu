@@ -258,7 +258,8 @@ constexpr int kBlocks = kHeads * kColumns * (3 + 2 * kAdd) + 2 * kColumns <= 76 
 #define MANN_BACKWARD_BOUNDS kMemoryThreads, kBlocks
 using MemoryBackwardArgs = MemoryBackward<S>;
 MANN_KERNEL(memory_backward, MANN_BACKWARD_BOUNDS, MemoryBackwardArgs) {
-    after_previous();
+    start_next();
+    wait_for_previous();
     MANN_SHARED(int32_t, slots, kHeads);
     MANN_SHARED(T, mean, kHeads);
     MANN_SHARED(T, shared_own, kMemoryWarps * kHeads);
@@ -308,7 +309,8 @@ MANN_KERNEL(memory_backward, MANN_BACKWARD_BOUNDS, MemoryBackwardArgs) {
 // kReadColumns columns of a head at a step, the parts of each shared by the other threads.
 using MemorySumArgs = MemorySum<S>;
 MANN_KERNEL(memory_sum, kSumThreads, MemorySumArgs) {
-    after_previous();
+    start_next();
+    wait_for_previous();
     constexpr int blocks = (kHead + kReadColumns - 1) / kReadColumns, groups = kSumThreads / kReadColumns;
     constexpr int add_at = kHead - kWords;
     MANN_SHARED(T, shared, kSumThreads / 32 * kReadColumns);

@@ -185,14 +185,14 @@ ONE_PART_EACH = "    if constexpr (kParts > 1) return;\n"
 FAULTS = {
     "ties to the highest index": Fault("lrua_step", 11, "memory_rows.h", "(a == b && i < j)", "(a == b && i > j)"),
     "slots before they are chosen": Fault(
-        "lrua_step", 13, "memory_forward.cu", f"        __syncthreads();\n{CHOSEN}", CHOSEN
+        "lrua_step", 13, "memory_write.cu", f"        __syncthreads();\n{CHOSEN}", CHOSEN
     ),
     "a part of the reads is missing": Fault(
         "lrua_step",
         14,
-        "memory_forward.cu",
-        "part < s.parts; part += kMemoryWarps",
-        "part < s.parts - 1; part += kMemoryWarps",
+        "memory_use.cu",
+        "part < s.parts; part += groups",
+        "part < s.parts - 1; part += groups",
     ),
     "means of the wrong step": Fault(
         "lrua_sequence", 17, "memory_backward.cu", "a.means + ((s.step + 1) % 2 * s.B", "a.means + (s.step % 2 * s.B"
@@ -211,7 +211,7 @@ FAULTS = {
         f"{ONE_PART_EACH}    for (int at =",
     ),
     "one buffer of read weights": Fault(
-        "lrua_sequence", 22, "memory_forward.cu", "step % s.ring * s.B + b; }", "step * 0 * s.B + b; }"
+        "lrua_sequence", 22, "memory_write.cu", "step % s.ring * s.B + b; }", "step * 0 * s.B + b; }"
     ),
     "h of the wrong step": Fault(
         "mann_sequence", 23, "grid_controller.cu", "((s.step - 1) * s.B + b0)", "(s.step * s.B + b0)"
