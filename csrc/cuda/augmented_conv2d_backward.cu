@@ -298,8 +298,10 @@ MANN_KERNEL(augmented_conv2d_backward_first, MANN_BOUNDS(OfWeights::kThreads, 2)
     }
 }
 
+// To a multiprocessor: so many of the blocks with few threads.
+constexpr int kSecondBlocks = Backward::kTensor || Backward::kThreads > 256 ? 1 : 2;
 // Blocks for the gradient of the images, the others for that of the rows of the memory.
-MANN_KERNEL(augmented_conv2d_backward_second, MANN_BOUNDS(Backward::kThreads, 1), ConvBackwardSecond<S>) {
+MANN_KERNEL(augmented_conv2d_backward_second, MANN_BOUNDS(Backward::kThreads, kSecondBlocks), ConvBackwardSecond<S>) {
     MANN_DYNAMIC_SHARED(bytes);
     T *shared = reinterpret_cast<T *>(bytes);
     if (blockIdx.x < args.x_blocks) {
