@@ -1,6 +1,8 @@
 # make bench   verify every kernel, then time it: build/bench/report.html and its pictures; twelve minutes
 #              (with BENCH="--op mann_sequence", "sweep --variable N", ...: python -m bench with these)
-# make test    run the tests                             (TEST="-k name" is passed on)
+# make test    run the tests: ten minutes                (TEST="-k name" is passed on)
+# make test-long   what is too long for that: every schedule, dtype, target and planted fault, two versions of Triton
+# make test-gpu    on a machine with a GPU: the tests marked gpu, then compute-sanitizer over every kernel
 # make reproduce DATA=FILE   train MANN and LSTM on Omniglot and print the paper's table beside ours (hours; goes on where it was)
 # make test-wheel TORCH=2.13.0   build the sdist and from it the wheel, and try that beside this torch (minutes; for others downloads)
 # make sanitize, verify-gpu, verify-sharded, docs, lint, format, wheel, clean
@@ -17,14 +19,12 @@ SANITIZED := build/sanitize
 # A second version of Triton, beside the pinned one: alone in a folder that comes first on the path.
 OTHER_TRITON := 3.9.0
 OTHER_PATH := build/triton-$(OTHER_TRITON)
-INTERPRETED := tests/gpu_on_cpu/test_interpreter.py tests/gpu_on_cpu/test_guard.py
-COMPILED := tests/gpu_on_cpu/test_triton_compile.py
 CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/cpu/*.cpp csrc/cuda/*.cu $(addprefix tests/gpu_on_cpu/*.,h cpp cu))
 # The tests that drive the C++ kernels; those that start compilers or other processes would only slow the sanitizers down.
 SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles and not gpu"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test reproduce verify-gpu verify-sharded docs sanitize lint format wheel test-wheel clean
+.PHONY: help setup bench test test-long test-gpu reproduce verify-gpu verify-sharded docs sanitize lint format wheel test-wheel clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -61,10 +61,20 @@ else
 	$(RUN) -m bench $(BENCH)
 endif
 
+# Everything over all cores; what runs under Triton's interpreter has processes of its own.
+PYTEST := $(RUN) -m pytest -n auto --durations 10
 test: setup
-	$(RUN) -m pytest --ignore=tests/gpu_on_cpu $(TEST)
-	$(RUN) -m pytest -n auto tests/gpu_on_cpu $(TEST)
-	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED) $(TEST)
+	$(PYTEST) tests $(TEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/gpu_on_cpu $(TEST)
+
+test-long: setup verify-gpu
+	$(PYTEST) --long tests --ignore=tests/gpu_on_cpu $(TEST)
+
+# compute-sanitizer comes with CUDA; each kernel runs once, small.
+test-gpu: setup
+	$(RUN) -m pytest --durations 10 -m gpu tests $(TEST)
+	for tool in memcheck racecheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) tests/every_kernel.py || exit 1; done
 
 # Santoro et al. 2016, table 1: 5 classes, one-hot labels, the paper's sizes, classes drawn at random for training and testing. A
 # second call goes on from the last checkpoint.
@@ -80,10 +90,10 @@ reproduce: setup
 # What can be known of the GPU kernels without a GPU: that they compile and fit every target, their numbers as source, that every
 # access is sound; with both versions of Triton, and for the CUDA kernels under sanitizers.
 verify-gpu: setup $(OTHER_PATH)
-	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED) --all-targets
-	$(RUN) -m pytest -n auto tests/gpu_on_cpu --all-targets
-	TRITON_INTERPRET=1 PYTHONPATH=$(OTHER_PATH) $(RUN) -m pytest -n auto $(INTERPRETED)
-	PYTHONPATH=$(OTHER_PATH) $(RUN) -m pytest -n auto $(COMPILED)
+	TRITON_INTERPRET=1 $(PYTEST) --long tests/gpu_on_cpu
+	$(PYTEST) --long tests/gpu_on_cpu
+	TRITON_INTERPRET=1 PYTHONPATH=$(OTHER_PATH) $(PYTEST) tests/gpu_on_cpu
+	PYTHONPATH=$(OTHER_PATH) $(PYTEST) tests/gpu_on_cpu/test_triton_compile.py
 
 # The documentation as a site, in build/site.
 docs: setup

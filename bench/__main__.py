@@ -18,7 +18,7 @@ from bench.tables import fits_table, sweep_table, timings_table
 
 
 class Device(Enum):
-    """Where to run."""
+    """The kind of device to run on."""
 
     cpu = "cpu"
     cuda = "cuda"
@@ -30,7 +30,7 @@ console = Console(width=None if sys.stdout.isatty() else WIDE)
 
 
 def known(option, values, allowed) -> None:
-    """Refuse what is not known.
+    """Refuse values of an option that nothing knows.
 
     Raises:
         typer.BadParameter: naming the option, what it got and what it knows.
@@ -79,7 +79,7 @@ app = typer.Typer(add_completion=False)
 
 DeviceOption = Annotated[Device | None, typer.Option(help="Default: the CPU, and a CUDA device if there is one.")]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="Threads for every contestant on the CPU.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results here, as they come.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", callback=store.writable, help="Write the results here, as they come.")]
 QUICK = (
     "Training steps alone, fewer sizes and rounds; MetaNet's update not compiled, the compiled loop and MANN's other structures at"
     " the paper's size alone."

@@ -11,7 +11,7 @@ from bench.operators import Bench, normals
 
 
 def state(s: Shape, normal) -> dict[str, torch.Tensor]:
-    """What an episode of the memory starts from."""
+    """Draw the memory, usage and read weights that an episode starts from."""
     read_weights = torch.softmax(normal(s.B, s.R, s.N), -1)
     return {"memory": normal(s.B, s.N, s.W), "usage": normal(s.B, s.N).abs(), "read_weights": read_weights}
 
@@ -36,7 +36,7 @@ def sizes_of_state(s: Shape) -> dict[str, int]:
 
 
 def sizes(s: Shape, steps: int = 1) -> Sizes:
-    """Of so many steps in one call."""
+    """Count the numbers of each tensor, for so many steps in one call."""
     of_state, reads = sizes_of_state(s), steps * s.B * s.R * s.W
     return Sizes({**of_state, "key": reads, "gate": steps * s.B * s.R}, (reads, *of_state.values()))
 

@@ -96,7 +96,7 @@ def compiled(loop: bool):
 
 
 def others(s: Shape, tensors) -> dict:
-    """What an episode is measured by that computes something else."""
+    """Make the contestants that compute something else, for scale."""
     x = tensors["x"].detach()
     return {"lstm": lambda: lstm(s, x), "gemm_floor": lambda: gemm_floor(s, x)} | peers.others(s, x)
 

@@ -62,7 +62,7 @@ def both(x, slow, fast):
 
 
 def each(x, slow, fast):
-    """The same with fast weights [L, O, C, k, k], one set for each image."""
+    """Run the convolutions with slow weights and with fast weights [L, O, C, k, k], one set for each image."""
     for weight, other in zip(slow[:CONVOLUTIONS], fast[:CONVOLUTIONS], strict=True):
         grouped = F.conv2d(x.flatten(0, 1)[None], other.flatten(0, 1), padding=1, groups=len(x))
         y = F.relu(F.conv2d(x, weight, padding=1)) + F.relu(grouped.unflatten(1, (len(x), -1))[0])

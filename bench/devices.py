@@ -40,7 +40,7 @@ class Cpu:
         return None
 
     def measure(self, function) -> float:
-        """Milliseconds of one call."""
+        """Time one call, in milliseconds."""
         before = time.perf_counter()
         function()
         return (time.perf_counter() - before) * 1e3
@@ -60,7 +60,7 @@ class Cpu:
         return peak
 
     def facts(self) -> dict:
-        """None beside those of the machine."""
+        """Return no facts: those of the CPU are the machine's."""
         return {}
 
     def state(self) -> dict:
@@ -217,7 +217,8 @@ def why_no_gpu() -> str | None:
 
 
 def attempt(device, function):
-    """What function() returns and None, or None and a note why it cannot: what is asked too much of a machine is no crash.
+    """Call a function; return its result and None, or None and a note why it failed: what is asked too much of a
+    machine is no crash.
 
     Raises:
         DeviceLost: where the device does not answer any more.

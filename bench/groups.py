@@ -1,4 +1,5 @@
-"""What the rows of a run say: who is the fastest at the same work, by how much, and what got slower since another run."""
+"""Rows of a run in groups: which contestant is the fastest at the same work, by how much, and what got slower since
+another run."""
 
 import math
 from typing import NamedTuple
@@ -26,14 +27,15 @@ class Group(NamedTuple):
 
     @property
     def gain_quartiles(self) -> tuple[float, float] | None:
-        """Of the gain, over the rounds; None where we are not timed beside the rival, and in results that lack them."""
+        """Quartiles of the gain over the rounds; None where we are not timed beside the rival, and in results that lack
+        them."""
         if self.gain is None or self.rival.get("of_ours_q1") is None:
             return None
         return self.rival["of_ours_q1"] / speed(self.ours), self.rival["of_ours_q3"] / speed(self.ours)
 
 
 def speed(row: dict) -> float:
-    """By what contestants of one group are ranked: `of_ours` of the rounds, or in results that lack it the median."""
+    """Rank a row within its group: by `of_ours` of the rounds, or in results that lack it by the median."""
     if row["median_ms"] is None:
         return math.inf
     return row["median_ms"] if row.get("of_ours") is None else row["of_ours"]

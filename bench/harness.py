@@ -154,7 +154,7 @@ def interleave(
 
 
 def statistics(times: list[float] | None) -> dict[str, float | None]:
-    """Of milliseconds: quartiles and what pytest-benchmark knows beside them; None where there are none."""
+    """Summarise milliseconds: quartiles and what pytest-benchmark knows beside them; None where there are none."""
     names = ("q1_ms", "median_ms", "q3_ms", "min_ms", "max_ms", "mean_ms", "stddev_ms")
     if not times:
         return dict.fromkeys(names)
@@ -198,7 +198,7 @@ PARTS = ("all", "graphs", "plain", "compiled")
 
 
 def belongs(name: str, part: str) -> bool:
-    """Whether a contestant is in a part."""
+    """Say whether a contestant is in a part."""
     if part == "all":
         return True
     compiled, graph = name.startswith("compile"), name.endswith(" graph")

@@ -1,4 +1,4 @@
-"""What the benches of the augmented layers have in common: sizes, inputs and how their work is counted."""
+"""Sizes, inputs and counts that the benches of the two augmented layers have in common."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,5 @@
-"""What the machine can do at most, measured: operations a second in a large matrix product, bytes a second in a large copy."""
+"""The most that the machine can do, measured: operations a second in a large matrix product, bytes a second in a large
+copy."""
 
 import functools
 from typing import NamedTuple
@@ -42,7 +43,7 @@ def least_ms(work: Work, peak: Peak) -> float:
 
 
 def facts(device, dtypes, threads: int) -> dict:
-    """For the record of a run, by dtype."""
+    """Give the measured peaks by dtype, for the record of a run."""
     found = {}
     for name in dtypes:
         limit = peak(device, getattr(torch, name), threads)

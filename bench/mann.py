@@ -1,4 +1,4 @@
-"""What the benches of MANN's operators have in common: the sizes of a model and which of them are timed."""
+"""Sizes and cases that the benches of MANN's operators have in common."""
 
 from dataclasses import dataclass, replace
 
@@ -21,7 +21,7 @@ class Shape:
     R: int
 
     def at(self, T: int) -> "Shape":
-        """The same sizes over T steps."""
+        """Give the same sizes over T steps."""
         return replace(self, T=T)
 
 

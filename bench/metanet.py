@@ -1,4 +1,4 @@
-"""What the benches of MetaNet's two generators have in common: sizes, gradients and their features."""
+"""Sizes, gradients and features that the benches of MetaNet's two generators have in common."""
 
 import math
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def gradients(s: Shape, normal) -> torch.Tensor:
-    """What a generator reads, [S, P]; a third of it is below e^-7."""
+    """Draw the gradients that a generator reads, [S, P]; a third of them is below e^-7."""
     return normal(s.S, s.P) ** 3 * 0.01
 
 

@@ -1,4 +1,5 @@
-"""What the bench knows of an operator, and which there are: each file bench_<op>.py holds one, and nothing else names any."""
+"""The description of an operator for the bench, and the search for all of them: each file bench_<op>.py holds one, and
+nothing else names any."""
 
 import functools
 import importlib
@@ -97,11 +98,11 @@ class Bench:
     axes: Mapping[str, Axis] = field(default_factory=dict)
 
     def kernel(self) -> Callable:
-        """What is timed as ours."""
+        """Return the function that is timed as ours."""
         return self.ours or functools.partial(getattr(mann_kernels, self.op), **self.options)
 
     def reference(self) -> Callable:
-        """What defines the right result."""
+        """Return the function that defines the right result."""
         return self.plain or functools.partial(getattr(reference, self.op), **self.options)
 
     def compile(self, loop: bool) -> Callable:
@@ -109,7 +110,7 @@ class Bench:
         return self.compiled(loop) if self.compiled else compiled_anew(self.eager)
 
     def work(self, shape, itemsize: int) -> dict[str, counts.Work] | None:
-        """The least work by pass."""
+        """Count the least work of a shape, by pass."""
         if self.products is None or self.sizes is None:
             return None
         return counts.work(self.products(shape), self.sizes(shape), itemsize, self.constant)

@@ -1,4 +1,5 @@
-"""What one would take instead of writing the loop oneself: two well-known ways to write this model, and the `dnc` package.
+"""Contestants that one would take instead of writing the loop oneself: two well-known ways to write this model, and the
+`dnc` package.
 
 The two ways are written here from the mathematics, in the structure of public code: what is one matrix product, what a loop over
 heads. They return what the reference returns: that code has keys of their own for writing, and the first of the two compares with
@@ -39,7 +40,7 @@ def _three_products(weight_ih, weight_hh, bias):
 
 
 def _cosine(key, memory):
-    """Of one key [B, W] with all slots."""
+    """Take the cosine of one key [B, W] with all slots."""
     dot = torch.matmul(memory, key[..., None])[..., 0]
     return dot / torch.sqrt((key * key).sum(1, keepdim=True) * (memory * memory).sum(2) + EPS)
 
@@ -142,7 +143,8 @@ def others(s: Shape, x: torch.Tensor) -> dict:
 
 
 def module(kind: str, s: Shape, device: torch.device) -> torch.nn.Module:
-    """Of the package dnc, at the same sizes: one LSTM layer, N cells of W, R read heads and one write head."""
+    """Make a module of the package dnc at the same sizes: one LSTM layer, N cells of W, R read heads and one write
+    head."""
     import dnc
 
     sizes = {"nr_cells": s.N, "cell_size": s.W, "read_heads": s.R, "num_layers": 1, "num_hidden_layers": 1}

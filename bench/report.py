@@ -26,7 +26,7 @@ def number(value, digits: int = 2) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """Three significant digits."""
+    """Write milliseconds with three significant digits."""
     digits = next((digits for digits, end in ((3, 1), (2, 10), (1, 100)) if value < end), 0)
     return f"{value:,.{digits}f}"
 
@@ -49,7 +49,7 @@ def flat(facts: dict, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def figures(result: dict) -> dict:
-    """Those that there is something to show in, by the name of their file."""
+    """Draw the pictures that there is something to show in, by the name of their file."""
     groups = grouped(result["timings"])
     made = {
         "gains": pictures.gains(groups),

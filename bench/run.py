@@ -34,7 +34,7 @@ class TimeUp(BaseException):
 
 @dataclass(frozen=True)
 class Selection:
-    """What is to be timed."""
+    """The operators and sizes that are to be timed, and how."""
 
     benches: list[Bench]
     shapes: Collection[str] | None
@@ -53,7 +53,7 @@ class Job:
     part: str = "all"
 
     def is_in(self, rows) -> bool:
-        """Whether these rows have it already."""
+        """Say whether these rows have the comparison already."""
         key = {"op": self.bench.op, "shape": self.case.name, "device": self.device.type, "dtype": self.dtype}
         mine = (row["contestant"] for row in rows if all(row[name] == value for name, value in key.items()))
         return any(harness.belongs(name, self.part) for name in mine)
@@ -72,7 +72,8 @@ def with_kernels(benches, device, console) -> list[Bench]:
 
 
 class Run:
-    """What a run has found by now. Every comparison that is through is written to `path`, whatever happens to the others."""
+    """A run of the bench and its results so far. Every comparison that is through is written to `path`, whatever
+    happens to the others."""
 
     def __init__(self, console, where, threads: int, timing: bool, path: Path | None):
         self.began = time.perf_counter()
@@ -157,7 +158,7 @@ class Run:
         self.verification += rows
 
     def jobs(self, selection: Selection, in_parts: bool) -> list[Job]:
-        """What is to be done, in order."""
+        """List the comparisons that are to be made, in order."""
         found = []
         for place in self.where:
             able = with_kernels(selection.benches, place, self.console)
@@ -223,7 +224,7 @@ class Run:
             self.write()
 
     def write(self) -> None:
-        """What there is by now, to the file that was asked for."""
+        """Write the results so far to the file that was asked for."""
         if self.path is not None:
             store.write(self.path, self.facts, self.verification, self.timings, self.sweep, self.earlier)
 

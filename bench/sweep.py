@@ -19,7 +19,7 @@ HELD = 2
 
 @dataclass(frozen=True)
 class Bounds:
-    """What no point may exceed: seconds of one training step, MiB that it holds."""
+    """Bounds that no point may exceed: seconds of one training step, MiB that it holds."""
 
     seconds: float = 2.0
     memory_mb: float = 2048.0
@@ -35,7 +35,7 @@ def exponent(points: list[tuple[float, float]]) -> float | None:
 
 
 def predicted(points: list[tuple[float, float]], value: float) -> float:
-    """What the last points lead to at a larger value: a power law through the last two, at least proportional."""
+    """Predict y at a larger value: by a power law through the last two points, at least proportional."""
     if not points:
         return 0.0
     (x, y), slope = points[-1], max(1.0, exponent(points[-2:]) or 1.0)
@@ -52,7 +52,7 @@ class Contestant:
         self.note: str | None = None
 
     def may_run(self, value: int, bounds: Bounds) -> bool:
-        """Whether no bound would be exceeded. Who has once exceeded one is not asked again."""
+        """Say whether no bound would be exceeded. Who has once exceeded one is not asked again."""
         if self.note is None and predicted(self.times, value) > bounds.seconds:
             self.note = OUT_OF_TIME
         if self.note is None and HELD * predicted(self.saved, value) > bounds.memory_mb:

@@ -20,7 +20,8 @@ def number(value, form=".2f") -> str:
 
 
 def timings_table(rows):
-    """By device, dtype, operator, size and pass: the fastest first, and last, with a note, what could not be timed."""
+    """Lay out timings by device, dtype, operator, size and pass: the fastest first, and last, with a note, what could
+    not be timed."""
     table = Table(title="Time and memory")
     shown = ("device", "dtype", "op", "shape", "pass")
     for column in shown:
@@ -51,7 +52,7 @@ def timings_table(rows):
 
 
 def sweep_table(rows):
-    """By size and value: time and memory, or why there is none."""
+    """Lay out a sweep by size and value: time and memory, or why there is none."""
     table = Table(title="Growth: a training step")
     for column in ("device", "size", "value", "contestant", "median ms", "q1 - q3", "saved MiB"):
         table.add_column(

@@ -11,7 +11,7 @@ from mann_kernels._version import __version__
 
 
 def report() -> dict:
-    """What runs where, for float32 tensors, with versions; JSON-ready."""
+    """Collect which implementation runs where, for float32 tensors, with versions; JSON-ready."""
     operators: dict[str, dict] = {}
     for stem in _backend.STEMS:
         operators[stem] = {}

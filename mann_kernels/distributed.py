@@ -31,7 +31,8 @@ SLOTS = {"memory": 1, "usage": 1, "read_weights": 2}
 
 
 class _Copy(Function):
-    """What every rank has whole enters its own slots; the gradients that come back from the ranks' slots add up."""
+    """Hand a tensor that every rank has whole to this rank's slots; the gradients that come back from the ranks' slots
+    add up."""
 
     @staticmethod
     def forward(ctx, tensor, group):
@@ -232,7 +233,7 @@ class ShardedMANN(MANN):
                 dist.broadcast(parameter, group=mesh.get_group(), group_src=0)
 
     def initial_state(self, batch_size: int) -> MANNState:
-        """As MANN's, but no rank ever holds more than its own slots."""
+        """Make the state that MANN's episodes start from, without that any rank holds more than its own slots."""
         shapes = self._state_shapes(batch_size)
         kind: dict[str, Any] = {"dtype": self.bias.dtype, "device_mesh": self.mesh}
         memory = full(shapes.memory, self.memory_init, placements=[Shard(SLOTS["memory"])], **kind)

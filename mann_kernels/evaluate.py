@@ -52,6 +52,7 @@ def main(
         with about(checkpoint, UNREADABLE):
             settings = Settings(**facts["settings"])
             settings.check()
+            build.check_choices(settings)
         _, test_tasks = build.tasks(settings, data)
         learner = build.learner(settings, test_tasks)
         load_weights(checkpoint, learner)
@@ -66,7 +67,7 @@ def main(
     with told(status=1):
         found = measure(learner, test_tasks, tasks, seed, device)
         show(found, settings, facts["update"], tasks)
-        if rows:
+        if rows and plots is not None:
             with about(checkpoint.parent / "log.csv", "cannot be drawn"):
                 picture = plot_log(rows, list(found), settings.title())
             write_atomically(plots / "training.png", picture)
@@ -93,7 +94,7 @@ def show(found: dict[str, tuple[float, float]], settings: Settings, update: int,
 
 @torch.no_grad()
 def draw(learner, test_tasks, plots: Path, seed: int, device: str) -> None:
-    """What there is to be seen of test tasks, as PNGs: a Gaussian process's likelihoods, a MANN's memory in one episode."""
+    """Draw test tasks as PNGs: a Gaussian process's likelihoods, a MANN's memory in one episode."""
     from mann_kernels.visualize import draw_episode
 
     batch = test_tasks.sample(100, torch.Generator().manual_seed(seed)).to(device)

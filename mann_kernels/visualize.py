@@ -12,7 +12,7 @@ from mann_kernels.reference.mann_sequence import split_head
 
 
 class Trace(NamedTuple):
-    """What the memory did over an episode.
+    """A record of what a memory did over an episode.
 
     Attributes:
         read_weights, write_weights: [T, B, R, N].

@@ -4,6 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers have the other cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -12,8 +15,46 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+from expected_skips import is_expected, must_run
+
+
 def pytest_addoption(parser):
-    parser.addoption("--all-targets", action="store_true", help="compile the Triton kernels for every GPU, not for two")
+    parser.addoption("--long", action="store_true", help="with the tests that are too long for `make test`")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what needs a GPU where there is none, and what is too long."""
+    left_out = {"gpu": not torch.cuda.is_available(), "long": not config.getoption("--long")}
+    out = [item for item in items if any(left_out.get(mark.name) for mark in item.iter_markers())]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in set(out)]
+
+
+#: Reasons of skips that nobody expects, with a test that was skipped for it.
+unexpected: dict[str, str] = {}
+
+
+def pytest_runtest_logreport(report):
+    """Note a skip that is not expected."""
+    if report.skipped and not hasattr(report, "wasxfail") and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not is_expected(reason):
+            unexpected[reason] = report.nodeid
+
+
+pytest_collectreport = pytest_runtest_logreport
+
+
+def pytest_terminal_summary(terminalreporter):
+    if unexpected:
+        terminalreporter.section("skips that tests/expected_skips.py does not have", red=True)
+        for reason, test in unexpected.items():
+            terminalreporter.line(f"{test}: {reason}")
+
+
+def pytest_sessionfinish(session):
+    if unexpected:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +64,6 @@ def _fill_uninitialized():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture(autouse=True)
-def _gpu_marker(request):
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
 
 
 def asked_backend(item):
@@ -58,6 +93,7 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     except RuntimeError as error:  # not every implementation takes every type, size or operator
-        if asked_backend(item) is not None and "was asked for, but cannot run" in str(error):
-            pytest.skip(str(error))
-        raise
+        asked = asked_backend(item)
+        if asked is None or "was asked for, but cannot run" not in str(error) or must_run(asked, str(error)):
+            raise
+        pytest.skip(str(error))

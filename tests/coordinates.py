@@ -1,4 +1,4 @@
-"""What the tests of the operators on gradient coordinates share: inputs, and inputs that no rounding pushes over an edge."""
+"""Inputs of the operators on gradient coordinates, and inputs that no rounding pushes over an edge."""
 
 import math
 

@@ -38,7 +38,7 @@ def total(function, field, dim):
 
 
 def pair(mesh, *sizes, **options):
-    """The same layer, sharded and whole."""
+    """Make the same layer, sharded and whole."""
     torch.manual_seed(dist.get_rank())  # the ranks agree all the same: the first one's weights are everybody's
     sharded = ShardedMANN(*sizes, mesh=mesh, **options)
     plain = MANN(*sizes, **options)

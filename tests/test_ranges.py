@@ -94,7 +94,8 @@ def options_of(command):
 
 #: Options that take one of the values that are tried. Ways and points are those of other tasks.
 TAKEN = {
-    "minutes": {"inf"}, "clip": {"inf"}, "forget_bias": {"-1", "0"}, "seed": {"0"}, "split_seed": {"0"},
+    "minutes": {"inf", "18446744073709551616"}, "clip": {"inf", "18446744073709551616"},
+    "forget_bias": {"-1", "0"}, "seed": {"0"}, "split_seed": {"0"},
 }  # fmt: skip
 
 
@@ -131,7 +132,9 @@ def test_a_test_that_falls_on_no_row_of_the_log(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("sizes", [["--hidden-size", "2000000"], ["--num-slots", "2000000000"], ["--length", "2000000000"]])
+@pytest.mark.parametrize(
+    "sizes", [["--hidden-size", "2000000"], ["--num-slots", "2000000000"], ["--length", "2000000000"]]
+)
 def test_sizes_that_no_memory_has(sizes, tmp_path):
     result = invoke("copy", "--out", str(tmp_path / "run"), *TINY.split(), "--updates", "1", *sizes)
     assert result.exit_code in (1, 2)

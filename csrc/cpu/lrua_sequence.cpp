@@ -70,7 +70,7 @@ template <typename S> void lrua_sequence(const LruaSequenceArgs &a, int64_t begi
     }
 }
 
-// Backward of one example: a segment of steps at a time, the last one first. A segment's steps are taken again from the
+// Backward of one example: a segment of steps at a time, the last one first. A segment's steps are recomputed from the
 // state before it, then undone one by one.
 template <typename S> struct SequenceBackward {
     using T = Arith<S>;

@@ -8,7 +8,7 @@
 namespace mann::MANN_ISA {
 
 // The working memory of one part of the batch, going backward a segment of steps at a time. The memory's steps of a
-// segment are taken again from the state before it, with the heads made anew from h, then undone one by one.
+// segment are recomputed from the state before it, with the heads made anew from h, then undone one by one.
 template <typename S> struct Backward {
     using T = Arith<S>;
     const MannSequenceBackwardArgs &a;

@@ -121,7 +121,7 @@ inline void activate_head_backward(const MannOptions &o, const HeadRow<const T> 
     for (int64_t h = 0; head.beta && h < o.step.R; ++h) dhead.beta[h] *= -std::expm1(-head.beta[h]);
 }
 
-// What is kept in storage type counts as that from there on: a step can be taken again from what was kept.
+// What is kept in storage type counts as that from there on: a step can be recomputed from what was kept.
 template <typename S> inline void keep(Arith<S> *row, S *kept, int64_t n) {
     convert(row, kept, n);
     if constexpr (!std::is_same_v<S, Arith<S>>) convert(kept, row, n);

@@ -128,7 +128,7 @@ inline void interpolate_backward(const MemoryShape<T> &s, const T *dwrite_weight
     }
 }
 
-// What backward needs of a step beside its inputs: kept for the steps of a segment only, which are taken again.
+// What backward needs of a step beside its inputs: kept for the steps of a segment only, which are recomputed.
 template <typename T> struct StepRecord {
     T *read_weights, *dots; // [R, P]
     T *row_squares;         // [P]
@@ -141,7 +141,7 @@ template <typename T> struct StepRecord {
 inline int64_t step_record_size(const StepOptions &o, int64_t P) { return (2 * o.R + 1) * P + padded_slots(o.R * o.W); }
 
 // Undoing writes rounds, and small rows would drown in what was written to them later: while the steps of a segment are
-// taken again, every so many of them the memory is set aside, to go on from there on the way back.
+// recomputed, every so many of them the memory is set aside, to go on from there on the way back.
 constexpr int64_t kRestartEvery = 8;
 inline int64_t restarts_size(const StepOptions &o, int64_t P, int64_t steps) { return steps / kRestartEvery * o.W * P; }
 // After step j of the segment was taken, and before it is undone. `restarts` holds one memory [W, P] of this example

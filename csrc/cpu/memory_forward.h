@@ -167,7 +167,7 @@ template <typename T, int heads> inline void read(int64_t P, int64_t W, const T 
 }
 
 // One step forward. All arrays are this example's; `gate` is after its sigmoid, `add` may be `key`. Without usage and
-// reads the step is taken again: the slots it chose are given.
+// reads the step is recomputed: the slots it chose are given.
 template <typename T> struct StepForward {
     T *memory;             // [W, P] in and out
     T *usage;              // [P] in and out, or null

@@ -11,7 +11,8 @@ struct WriteTile {
     const MemoryWrite<S> &a;
     const MemorySizes &s;
     const int b, first, last, slots_of_example; // the example, and the slots of the tile
-    const int64_t at;                           // the row of the head, [T, B]
+    const int64_t at, now;                      // the row of the head, [T, B]; of the example in [ring, B]
+    const T eps, decay;
     // Of the example.
     const S *const memory_in;
     const T *const memory_in_t;
@@ -25,11 +26,11 @@ struct WriteTile {
 
     MANN_INLINE WriteTile(const MemoryWrite<S> &args, int example, int tile)
         : a(args), s(a.sizes), b(example), first(tile * s.tile_slots), last(min(first + s.tile_slots, int(s.N))),
-          slots_of_example(int(s.N)), at(int64_t(s.step) * s.B + example),
-          memory_in(starts() || !kWrite ? of_example(a.before.memory, kWidth) : nullptr),
+          slots_of_example(int(s.N)), at(int64_t(s.step) * s.B + example), now(ring(s.step)), eps(T(a.eps)),
+          decay(T(a.decay)), memory_in(starts() || !kWrite ? of_example(a.before.memory, kWidth) : nullptr),
           memory_in_t(of_example(starts() ? a.before.memory_t : static_cast<const T *>(a.memory), kWidth)),
           memory(of_example(a.memory, kWidth)), memory_copy(of_example(a.memory_copy, kWidth)),
-          logits(a.logits + ring(s.step) * kHeads * s.N), usage1(of_example(a.usage1, 1)),
+          logits(a.logits + now * kHeads * s.N), usage1(of_example(a.usage1, 1)),
           memory1(of_example(a.memory1, kWidth)) {
         if constexpr (!kWrite) return;
         previous.only_slot = slots_of_example == 1;
@@ -82,7 +83,7 @@ struct WriteTile {
         for (int u = 0; u < kAtOnce; ++u) {
             const int n = slot(base, u), place = chosen && n < last ? place_of(slots, n) : -1;
             if (chosen && place >= 0 && a.overwritten)
-                store_row(a.overwritten + (ring(s.step) * kHeads + place) * kWidth, true, m[u]);
+                store_row(a.overwritten + (now * kHeads + place) * kWidth, true, m[u]);
             T own[kOwn];
 #pragma unroll
             for (int k = 0; k < kOwn; ++k)
@@ -107,7 +108,7 @@ struct WriteTile {
         if (!usage1 || lane_of_row() != 0) return;
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u)
-            if (slot(base, u) < last) usage1[slot(base, u)] = T(a.decay) * usage[u] + written[u];
+            if (slot(base, u) < last) usage1[slot(base, u)] = decay * usage[u] + written[u];
     }
 
     // Eq. 2 of row u.
@@ -128,7 +129,7 @@ struct WriteTile {
         for (int k = 0; k < kOwn; ++k) {
             logit[u][k] = kLowest;
             if (n >= last || own_head(k) >= kHeads) continue;
-            logit[u][k] = head.beta[k] * (own[k] * inverse_root(head.key_square[k] * square + T(a.eps)));
+            logit[u][k] = head.beta[k] * (own[k] * inverse_root(head.key_square[k] * square + eps));
             logits[weight_at(k, n)] = logit[u][k];
         }
     }
@@ -200,13 +201,13 @@ struct WriteTile {
     MANN_INLINE void give(T *shared, T *shared_own, int tile) {
         if constexpr (kBeta) agree(shared_own);
         const int part = kParts > 1 ? tile * kParts + warp_of_block() : tile;
-        T *found = a.found + (ring(s.step) * s.parts + part) * kForwardPart;
+        T *found = a.found + (now * s.parts + part) * kForwardPart;
 #pragma unroll
         for (int k = 0; k < kOwn; ++k)
             if (row_of_warp() == 0 && own_head(k) < kHeads && (kParts > 1 || warp_of_block() == 0))
                 found[own_head(k)] = largest[k];
         // give_* step from warp to warp themselves
-        T *rows = a.found + (ring(s.step) * s.parts + tile * kParts) * kForwardPart;
+        T *rows = a.found + (now * s.parts + tile * kParts) * kForwardPart;
         give_own(sum, shared_own, rows + kHeads, kForwardPart);
         if constexpr (kWrite) give_columns(reads, shared, rows + 2 * kHeads, kForwardPart);
     }

@@ -1,4 +1,4 @@
-"""What the constructors of the layers share."""
+"""Checks that the constructors of the layers share."""
 
 import math
 

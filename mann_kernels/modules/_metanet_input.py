@@ -1,4 +1,4 @@
-"""What MetaNet wants of its arguments: an error names the argument, what it got and what it wants."""
+"""Checks of MetaNet's arguments: an error names the argument, what it got and what it wants."""
 
 import torch
 
@@ -36,14 +36,14 @@ def check_support(support_x, support_y, ways: int) -> None:
 
 
 def _readable(tensor) -> bool:
-    """Whether its values are known now: not while torch.compile traces, nor while a CUDA graph is captured."""
+    """Say whether a tensor's values are known now: not while torch.compile traces, nor while a CUDA graph is captured."""
     if torch.compiler.is_compiling():
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_state(state, metanet) -> bool:
-    """What `adapt` returned, for this network. True if without the dimension G."""
+    """Check a state that `adapt` returned for this network. True if it is without the dimension G."""
     if not isinstance(state, MetaNetState):
         raise TypeError(f"state: got {type(state).__name__}, want the MetaNetState that adapt returns")
     alone = state.memory.dim() == 2

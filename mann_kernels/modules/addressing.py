@@ -41,7 +41,7 @@ class ContentAddressing(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Key strength 1."""
+        """Set every key strength to 1."""
         if self.beta is not None:
             nn.init.constant_(self.beta, SOFTPLUS_INVERSE_OF_1)
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, with_autograd
 from mann_kernels.modules._init import HeStart, check_sizes, flag
-from mann_kernels.ops import augmented_conv2d, augmented_linear
 from mann_kernels.ops._check import choice
+from mann_kernels.ops.augmented_conv2d import augmented_conv2d
+from mann_kernels.ops.augmented_linear import augmented_linear
 
 FORMS = ("hidden", "output")
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -39,7 +40,7 @@ class Tape:
 
 
 class _Augmented(HeStart):
-    """What the augmented layers have in common beside nn.Linear and nn.Conv2d, which they extend.
+    """Methods that the augmented layers have beside those of nn.Linear and nn.Conv2d, which they extend.
 
     A layer's weights are read when it is called, and once: hooks, parametrizations and shards put them there then.
     """
@@ -122,7 +123,7 @@ class AugmentedLinear(_Augmented, nn.Linear):
         return torch.Size([self.out_features, self.in_features])
 
     def slow(self, x: torch.Tensor) -> torch.Tensor:
-        """`x W^T + b`."""
+        """Compute the slow layer's `x W^T + b`."""
         return F.linear(x, self.weight, self.bias)
 
     def weight_gradients(self, x: torch.Tensor, dz: torch.Tensor) -> torch.Tensor:

@@ -149,7 +149,7 @@ class _MANNBase(nn.Module):
         return state
 
     def _state_shapes(self, batch: int) -> Any:
-        """A MANNState of shapes."""
+        """Give the shape of each field of a MANNState."""
         heads, slots, width = self.num_heads, self.num_slots, self.slot_size
         hidden = (batch, self.hidden_size) if self.controller == "lstm" else None
         of_memory = (batch, slots, width), (batch, slots), (batch, heads, slots), (batch, heads, width)

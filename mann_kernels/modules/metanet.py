@@ -11,8 +11,10 @@ from mann_kernels.modules._init import HeStart, check_sizes, flag
 from mann_kernels.modules._metanet_input import check_queries, check_state, check_support
 from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedLinear, AugmentedSequential
 from mann_kernels.modules.state import MetaNetState
-from mann_kernels.ops import content_address, generate_fast_weights, summarize_gradients
 from mann_kernels.ops._check import choice, eps_of_cosine, number, preprocessing
+from mann_kernels.ops.content_address import content_address
+from mann_kernels.ops.generate_fast_weights import generate_fast_weights
+from mann_kernels.ops.summarize_gradients import summarize_gradients
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,6 +51,13 @@ class FastWeightGenerator(nn.Module):
     Raises:
         TypeError, ValueError: a size below 1; otherwise as mann_kernels.generate_fast_weights.
     """
+
+    weight1: nn.Parameter
+    bias1: nn.Parameter
+    weight2: nn.Parameter
+    bias2: nn.Parameter
+    weight3: nn.Parameter
+    bias3: nn.Parameter
 
     def __init__(
         self, hidden_size: int = 20, *, p: float = 7.0,
@@ -90,6 +99,12 @@ class GradientSummarizer(nn.Module):
     Raises:
         TypeError, ValueError: a size below 1; otherwise as mann_kernels.summarize_gradients.
     """
+
+    weight_ih: nn.Parameter
+    weight_hh: nn.Parameter
+    bias: nn.Parameter
+    weight_out: nn.Parameter
+    bias_out: nn.Parameter
 
     def __init__(
         self, hidden_size: int = 20, *, p: float = 7.0,
@@ -322,7 +337,7 @@ class MetaNet(nn.Module):
         return self.second_order and torch.is_grad_enabled()
 
     def _key(self, x: torch.Tensor, task_fast: torch.Tensor | None) -> torch.Tensor:
-        """eq. 5: u(Q, Q*, x)."""
+        """Compute the keys of examples, u(Q, Q*, x) of eq. 5."""
         return called_with_autograd(self.embedding, x, None if task_fast is None else self.embedding.split(task_fast))
 
     def _in_chunks(self, x: torch.Tensor, y: torch.Tensor):

@@ -1,4 +1,4 @@
-"""What a MANN carries from one step to the next, and what a MetaNet has learned from a support set."""
+"""The states of the layers: of a MANN from one step to the next, of a MetaNet after a support set."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ class MANNState(NamedTuple):
         return self.map(torch.Tensor.detach)
 
     def clone(self) -> "MANNState":
-        """A copy of every tensor."""
+        """Copy every tensor."""
         return self.map(torch.Tensor.clone)
 
     def to(self, *args: Any, **kwargs: Any) -> "MANNState":
@@ -44,7 +44,7 @@ class MANNState(NamedTuple):
 
 
 class MetaNetState(NamedTuple):
-    """What a support set has taught a MetaNet; every field is a tensor, so it can be saved, moved and detached.
+    """The state of a MetaNet after a support set; every field is a tensor, so it can be saved, moved and detached.
 
     Attributes:
         index: [G, S, K], the keys of the support examples.

@@ -1,4 +1,4 @@
-"""What the two augmented layers share: the forms in which fast weights come, and how the operators take them."""
+"""The forms in which fast weights come, and how the two augmented layers' operators take them."""
 
 from mann_kernels.ops import _check
 

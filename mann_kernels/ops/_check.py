@@ -87,7 +87,7 @@ def preprocessing(p: float) -> None:
 
 
 def choice(name: str, value: str, *allowed: str) -> None:
-    """A string option."""
+    """Refuse a string that is none of an option's values."""
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, allowed))}")
 

@@ -15,7 +15,8 @@ CHECKPOINT_EVERY = 128
 
 
 def empty_saved(memory, time, heads, checkpoint_every, save):
-    """What a sequence keeps for its backward, not initialised: least-used slots, and copies of memory and read weights.
+    """Make the tensors that a sequence keeps for its backward, not initialised: least-used slots, and checkpoints of
+    memory and read weights.
 
     The copies are taken after every `checkpoint_every` steps but the last ones.
     """
@@ -144,7 +145,7 @@ def lrua_sequence(
         ValueError: a shape, device or option that does not fit; more heads than slots.
 
     Kept for the backward pass, beside the inputs: R slot numbers per step and example, and a copy of memory and read
-    weights every CHECKPOINT_EVERY steps. The backward pass takes the steps between two copies again, then undoes the writes.
+    weights every CHECKPOINT_EVERY steps. The backward pass recomputes the steps between two checkpoints, then undoes the writes.
     """
     sizes: dict[str, int] = {}
     _check.same_kind(memory=memory, usage=usage, read_weights=read_weights, key=key, gate=gate, beta=beta, add=add)

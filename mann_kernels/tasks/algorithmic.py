@@ -16,7 +16,7 @@ class _Bits:
         return F.binary_cross_entropy_with_logits(output[asked], episodes.y[asked])
 
     def scores(self, output: torch.Tensor, episodes: Episodes) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Of each episode [B]: right bits and bits; 1 if all of them are right, of 1."""
+        """Count for each episode [B] the right bits and all bits, and whether all of them are right."""
         assert episodes.asked is not None
         asked = episodes.asked[..., None].expand_as(episodes.y)
         right = ((output > 0) == (episodes.y > 0)) & asked

@@ -17,7 +17,7 @@ LABELS = ("onehot", "string")
 
 
 class Episodes(NamedTuple):
-    """B episodes of T steps.
+    """A batch of B episodes of T steps: input, answers, and which steps are to be answered.
 
     Attributes:
         x: [T, B, I], the input.
@@ -34,7 +34,7 @@ class Episodes(NamedTuple):
     exact: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Episodes":
-        """The same on another device."""
+        """Move the episodes to another device."""
         fields: list[Any] = [None if field is None else field.to(device) for field in self]
         return Episodes(*fields)
 

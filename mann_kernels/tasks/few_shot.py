@@ -24,7 +24,7 @@ class Tasks(NamedTuple):
     descriptor: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Tasks":
-        """The same on another device."""
+        """Move the tasks to another device."""
         fields: list[Any] = [None if field is None else field.to(device) for field in self]
         return Tasks(*fields)
 

@@ -65,7 +65,8 @@ class GPRegression:
         return self.nll(output, episodes).mean()
 
     def scores(self, output: torch.Tensor, episodes: Episodes) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Of each function [B]: its negative log-likelihood and points, and at single points; `exact` is the true process's."""
+        """Sum for each function [B] the negative log-likelihood over its points, and at single points; `exact` is the
+        true process's."""
         assert episodes.exact is not None
         found = {}
         for name, nll in (("nll", self.nll(output, episodes)), ("exact", episodes.exact)):

@@ -97,7 +97,7 @@ class _Cell:
         return self.normal(self.B, self.R, self.W), self.normal(self.B, self.R)
 
     def inverted_erase(self):
-        """With nothing written (key 0), only the least-used rows may be gone."""
+        """Check that with nothing written (key 0) only the least-used rows are gone."""
         memory, usage, read_weights = self.state()
         key, gate = (torch.zeros_like(tensor) for tensor in self.controls())
         after = self.step(memory, usage, read_weights, key, gate)[1]
@@ -106,7 +106,7 @@ class _Cell:
         return 2 * kept >= self.N, f"{kept} of {self.N} rows survive a step that writes nothing, {should} should"
 
     def most_used(self):
-        """With the gate shut, what is written goes to the slots of least usage."""
+        """Check that with the gate shut the write goes to the slots of least usage."""
         memory, usage, read_weights = self.state()
         key = self.normal(self.B, self.R, self.W) * 100
         after = self.step(memory, usage, read_weights, key, self.normal(self.B, self.R) * 0 - 30)[1]
@@ -120,7 +120,7 @@ class _Cell:
         )
 
     def all_slots_tied(self):
-        """With equal usage everywhere, at most one slot per head is written to."""
+        """Check that with equal usage everywhere at most one slot per head is written to."""
         memory, _, read_weights = self.state()
         usage = self.normal(self.B, self.N) * 0 + 1
         key = self.normal(self.B, self.R, self.W) + 3
@@ -130,7 +130,7 @@ class _Cell:
         return written <= self.R, f"{written} of {self.N} slots written to by {self.R} heads when all usages are equal"
 
     def batch_leak(self):
-        """What happens in example 0 must not be seen in the others."""
+        """Check that what happens in example 0 is not seen in the others."""
         state, controls = self.state(), self.controls()
         before = self.step(*state, *controls)[0]
         changed = [tensor.clone() for tensor in (*state, *controls)]

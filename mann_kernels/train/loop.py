@@ -36,7 +36,7 @@ def mean_and_half_width(totals: torch.Tensor, counts: torch.Tensor) -> tuple[flo
 
 
 def answer(learner: Any, batch) -> torch.Tensor:
-    """What the learner says: at each step of an episode, or to the queries, given the support set or the task's descriptor."""
+    """Ask the learner: at each step of an episode, or for the queries, given the support set or the task's descriptor."""
     if isinstance(batch, Episodes):
         return learner(batch.x)
     if not hasattr(learner, "adapt"):
@@ -140,6 +140,8 @@ class Run:
     def _restore(self) -> None:
         # An older checkpoint lacks newer settings, and did what is their default.
         found = asdict(self.settings) | asdict(Settings()) | read_facts(self.checkpoint)["settings"]
+        if unknown := sorted(set(found) - set(asdict(self.settings))):
+            raise ValueError(f"{self.checkpoint}: got settings that this version does not know: {', '.join(unknown)}")
         other = {name: value for name, value in asdict(self.settings).items() if found.get(name) != value}
         if other:
             changes = ", ".join(

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on."""
+"""The settings that the numbers of a run depend on."""
 
 import math
 from collections.abc import Iterable
@@ -110,13 +110,13 @@ class Settings:
         return OPTIMIZERS[self.optimizer](parameters, self.learning_rate)
 
     def learning_rate_at(self, update: int) -> float:
-        """Of the update after this many: constant, or falling to 0 by half a cosine every `schedule_updates`; each of these
-        begins at half the rate of the one before."""
+        """Give the learning rate of the update after this many: constant, or falling to 0 by half a cosine every
+        `schedule_updates`; each of these begins at half the rate of the one before."""
         if self.schedule == "constant":
             return self.learning_rate
         cycle, within = divmod(update, self.schedule_updates)
         return self.learning_rate * 0.5**cycle * 0.5 * (1 + math.cos(math.pi * within / self.schedule_updates))
 
     def title(self) -> str:
-        """Of a picture."""
+        """Write the title of a run's picture."""
         return f"{self.learner}, {self.task}"

@@ -1,4 +1,4 @@
-"""What the kernels of the two augmented layers share: activations with their slopes, tile sizes."""
+"""Activations with their slopes, and tile sizes, that the kernels of the two augmented layers have in common."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""What the kernels share that put every coordinate of a gradient through one small network.
+"""Features, tiles and sizes of the kernels that put every coordinate of a gradient through one small network.
 
 A program takes a block of BP coordinates; a row of a tile [BP,BD] is a coordinate, its columns are hidden units. Backward, a
 program goes over every PROGRAMS-th block and keeps its own sums of the weight gradients, which are added up in order at the
@@ -58,7 +58,7 @@ def between_ends(g, POWER: tl.constexpr, SCALE: tl.constexpr):
 
 @triton.jit
 def features_backward(g, dmagnitude, dsign, POWER: tl.constexpr, SCALE: tl.constexpr):
-    """What a gradient of the two features is to g."""
+    """Take the gradient of g from the gradients of its two features."""
     size = tl.abs(g) + 1.1920928955078125e-07
     slope = dmagnitude / (size * POWER)
     slope = tl.where(g > 0.0, slope, tl.where(g < 0.0, -slope, 0.0))

@@ -22,7 +22,7 @@ OPTIONS = ("num_warps", "maxnreg")
 
 
 class Acc(NamedTuple):
-    """What a kernel computes in."""
+    """The type that a kernel computes in, for torch and for Triton."""
 
     torch: torch.dtype
     triton: tl.dtype
@@ -33,14 +33,14 @@ def acc_of(dtype: torch.dtype) -> Acc:
 
 
 class Gpu(NamedTuple):
-    """What the launch sizes depend on."""
+    """The facts about a GPU that launch sizes depend on."""
 
     nvidia: bool
     lanes: int  # threads of a warp: 64 on AMD's data-centre GPUs, else 32
 
 
 def gpu() -> Gpu:
-    """The GPU in use."""
+    """Look up the GPU in use."""
     if torch.version.hip is None:
         return Gpu(True, 32)
     return Gpu(False, torch.cuda.get_device_properties().warp_size)
@@ -69,7 +69,7 @@ def sizes(slots: int, width: int, heads: int, dtype: torch.dtype, gpu: Gpu) -> d
 
 
 def launch(kernel, slots: int, width: int, heads: int, dtype: torch.dtype) -> dict[str, int]:
-    """Those of `sizes` that the kernel takes, on the GPU in use."""
+    """Pick those of `sizes` that the kernel takes, on the GPU in use."""
     found = sizes(slots, width, heads, dtype, gpu())
     return {name: size for name, size in found.items() if name in kernel.arg_names or name in OPTIONS}
 

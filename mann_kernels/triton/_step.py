@@ -56,7 +56,7 @@ def memory_zero(work_ptr, N: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr, B
 @triton.jit
 def memory_out(m, work_ptr, target_ptr, N: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
                BN: tl.constexpr, BW: tl.constexpr):  # fmt: skip
-    """The other way."""
+    """Store a tile of memory."""
     if N <= BN:
         store_tile(target_ptr, m, tl.arange(0, BN), N, W, BW)
     else:
@@ -88,7 +88,7 @@ def weights_zero(work_ptr, N: tl.constexpr, R, ACC: tl.constexpr, BN: tl.constex
 @triton.jit
 def weights_out(weights, work_ptr, target_ptr, N: tl.constexpr, R, ACC: tl.constexpr,
                 BN: tl.constexpr, BR):  # fmt: skip
-    """The other way."""
+    """Store read or write weights."""
     if N <= BN:
         store_slots(target_ptr, weights, tl.arange(0, BN), N, R, BR)
     else:
@@ -109,7 +109,7 @@ def usage_in(source_ptr, work_ptr, N: tl.constexpr, ACC: tl.constexpr, BU: tl.co
 
 @triton.jit
 def usage_out(usage, work_ptr, target_ptr, N: tl.constexpr, ACC: tl.constexpr, BU: tl.constexpr, BN: tl.constexpr):
-    """The other way."""
+    """Store a tile of usage."""
     if N <= BN:
         o_n = tl.arange(0, BN)
         tl.store(target_ptr + o_n, usage, mask=o_n < N)
@@ -166,7 +166,7 @@ def own_slots(slots, o_n, SHARED: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def erased_slots(slots, o_n, ERASE_ALL: tl.constexpr, BR):
-    """Whether a slot is erased before the write: bool [BN]."""
+    """Say for each slot, bool [BN], whether it is erased before the write."""
     hit = slots[:, None] == o_n[None, :]
     if not ERASE_ALL:
         hit = hit & (tl.arange(0, BR)[:, None] == 0)
@@ -213,7 +213,7 @@ def step_forward(
     slots_ptr,  # int32 [R], the least-used slots: out with CHOOSE, else in
     rows_ptr,  # [R,W] out without CHOOSE: what stood in those slots
     N: tl.constexpr, W: tl.constexpr, R, decay: tl.constexpr, eps: tl.constexpr,
-    CHOOSE: tl.constexpr,  # False: the step is taken again, for its weights, memory and overwritten rows
+    CHOOSE: tl.constexpr,  # False: the step is recomputed, for its weights, memory and overwritten rows
     HAS_BETA: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr, ACC: tl.constexpr,
     BU: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR,
 ):  # fmt: skip

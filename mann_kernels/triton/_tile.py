@@ -1,4 +1,4 @@
-"""What the kernels with a memory are made of: scalar functions, tiles of memory, and the products of heads and tiles.
+"""Scalar functions, tiles of memory, and products of heads and tiles, of which the kernels with a memory are made.
 
 A program works for one example. Slots come in tiles of BN, slot width is padded to BW and heads to BR, all powers of two, with
 zeros. Numbers per head and slot are tensors [BR,BN], rows of the memory [BN,BW]; the products between them go head after head,
@@ -39,7 +39,7 @@ def tanh(x):
 
 @triton.jit
 def log_of_one_plus(x):
-    """For x >= 0, accurate near zero too."""
+    """Compute log(1 + x) for x >= 0, accurately near zero too."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
@@ -64,7 +64,7 @@ def order_of(usage):
 
 @triton.jit
 def pick_row(values, h, BR):
-    """Row h of values [BR,BN]."""
+    """Pick row h of values [BR,BN]."""
     return tl.sum(tl.where((tl.arange(0, BR) == h)[:, None], values, 0.0), axis=0)
 
 
@@ -137,7 +137,7 @@ def store_slots(ptr, values, o_n, N: tl.constexpr, R, BR):
 
 @triton.jit
 def store_rows(ptr, rows, R, W: tl.constexpr, BR, BW: tl.constexpr):
-    """rows [BR,BW] to [R,W]."""
+    """Store rows [BR,BW] to [R,W]."""
     o_r, o_w = tl.arange(0, BR), tl.arange(0, BW)
     tl.store(ptr + o_r[:, None] * W + o_w[None, :], rows, mask=(o_r < R)[:, None] & (o_w < W)[None, :])
 

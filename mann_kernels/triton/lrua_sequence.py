@@ -90,7 +90,7 @@ def lrua_sequence_bwd_kernel(
     ACC: tl.constexpr, RECORD: tl.constexpr,
     BU: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """A segment of steps at a time, the last one first: its steps are taken again from the state before it, then undone."""
+    """A segment of steps at a time, the last one first: its steps are recomputed from the state before it, then undone."""
     i_b = tl.program_id(0).to(tl.int64)
     heads = R + tl.minimum(B, 0)  # R, but no constant: ptxas would unroll the loops over heads, and spill
     length = length_of(lengths_ptr + i_b, T, HAS_LENGTHS)

@@ -143,7 +143,7 @@ def mann_sequence_bwd_kernel(
     SCRATCH: tl.constexpr, RECORD: tl.constexpr,
     BJ: tl.constexpr, BK: tl.constexpr, BU: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """A segment of steps at a time, the last one first: the memory's steps are taken again, then undone."""
+    """A segment of steps at a time, the last one first: the memory's steps are recomputed, then undone."""
     i_b = tl.program_id(0).to(tl.int64)
     heads = R + tl.minimum(B, 0)  # R, but no constant: ptxas would unroll the loops over heads, and spill
     length = length_of(lengths_ptr + i_b, T, HAS_LENGTHS)

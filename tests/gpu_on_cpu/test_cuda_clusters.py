@@ -166,7 +166,12 @@ FAULTS = {
         "m[i][j] = T(0)",
         "error",
     ),
-    "the mean of the wrong step": ("rows_backward.h", "sums[3 * R + h] += weights[i][h]", "sums[3 * R + h] += read[i][h]", "error"),
+    "the mean of the wrong step": (
+        "rows_backward.h",
+        "sums[3 * R + h] += weights[i][h]",
+        "sums[3 * R + h] += read[i][h]",
+        "error",
+    ),
 }
 
 
@@ -180,11 +185,15 @@ def test_a_planted_fault_is_named(fault, cuda, tmp_path):
     # sizes that no other test has: nothing compiled before is taken for it
     call = mann(1, (4, 22, 10 + list(FAULTS).index(fault), 2), T=9, H=10)
     cuda.mann_cuda_on_cpu_compiler(cuda_on_cpu.kernel_command("plain", csrc).encode(), str(folder).encode())
+
+    def schedules():
+        for seed in range(10):
+            cuda.mann_cuda_on_cpu_seed(seed)
+            matches("mann_sequence", call, torch.float32)
+
     try:
         with pytest.raises((AssertionError, RuntimeError), match=said):
-            for seed in range(10):
-                cuda.mann_cuda_on_cpu_seed(seed)
-                matches("mann_sequence", call, torch.float32)
+            schedules()
     finally:
         right_folder = cuda_on_cpu.kernel_folder(cuda_on_cpu.BUILD / "plain", cuda_on_cpu.CSRC)
         cuda.mann_cuda_on_cpu_compiler(cuda_on_cpu.kernel_command("plain").encode(), str(right_folder).encode())

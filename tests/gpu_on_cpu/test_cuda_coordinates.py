@@ -1,17 +1,12 @@
 """The CUDA kernels that put coordinates through a network, on the CPU: every size of network, many steps, many tiles of a warp."""
 
-import os
 import re
 import shutil
 import subprocess
 
+import cuda_on_cpu
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("has nothing to do with Triton", allow_module_level=True)
-
-import cuda_on_cpu
 from coordinates import far_from_edges
 from stem import compare, matches, quantities, run
 from test_properties import class_of

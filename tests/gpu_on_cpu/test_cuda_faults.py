@@ -1,6 +1,6 @@
 """The CUDA kernels under sanitizers, which report nothing; and the same kernels with a fault planted, which is named.
 
-A part of `make verify-gpu`, with --all-targets: every fault is a build of its own.
+A part of `make test-long`: every fault is a build of its own.
 """
 
 import os
@@ -10,15 +10,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("has nothing to do with Triton", allow_module_level=True)
-
 import cuda_on_cpu
+import pytest
 from mutant import cuda_mutant
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.compiles,
     pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing())),
 ]
@@ -31,12 +28,6 @@ CALLS = {
     "augmented_linear": ("3,7,5,2",),
     "mann_sequence": ("3,7,5,2", "T=2", "lengths=True", "write='add'", "key_strength=True"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _only_when_everything_is_asked_for(request):
-    if not request.config.getoption("--all-targets"):
-        pytest.skip("with --all-targets")
 
 
 def run_in_process(kind, library, stem, seeds):

@@ -1,14 +1,8 @@
 """The CUDA kernels on the CPU, from their own source, against the reference: every option and gradient, many schedules."""
 
-import os
-
+import cuda_on_cpu
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("has nothing to do with Triton", allow_module_level=True)
-
-import cuda_on_cpu
 from stem import compare, matches, quantities
 from test_properties import class_of, tie, zero_rows
 

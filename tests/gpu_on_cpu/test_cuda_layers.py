@@ -1,28 +1,24 @@
 """The CUDA kernels of the augmented layers on the CPU: several of every tile, groups and chunks of examples, what they launch."""
 
-import os
 import re
 import shutil
 import subprocess
 
+import cuda_on_cpu
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("has nothing to do with Triton", allow_module_level=True)
-
-import cuda_on_cpu
 from stem import matches, quantities, run
 from test_properties import class_of
 
 import mann_kernels
-from bench import metanet_augmented as bench
+from bench.operators import operators
 
 pytestmark = [
     pytest.mark.compiles,
     pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing())),
 ]
-SHAPES = {name: (stem, shape) for stem, shapes in bench.SHAPES.items() for name, shape in shapes.items()}
+STEMS = ("augmented_linear", "augmented_conv2d")
+SHAPES = {case.name: (stem, case.shape) for stem in STEMS for case in operators()[stem].cases(False)}
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +108,7 @@ def test_tiles_of_a_product(sizes, options):
     matches("augmented_linear", linear(6, *sizes, **options), torch.float32)
 
 
-@pytest.mark.parametrize("stem", bench.STEMS)
+@pytest.mark.parametrize("stem", STEMS)
 def test_any_schedule(stem, cuda):
     """Whichever thread comes first: the same bits."""
     call = (conv if stem == "augmented_conv2d" else linear)(7, 5, 9, 12, 3).to(torch.float32)
@@ -126,10 +122,11 @@ def test_any_schedule(stem, cuda):
 def launches_of(cuda, name):
     """What a training step at one of the paper's shapes launches."""
     stem, shape = SHAPES[name]
-    inputs = {key.replace("hidden", "x"): value.float() for key, value in bench.inputs(stem, shape).items()}
+    bench = operators()[stem]
+    inputs = {key.replace("hidden", "x"): value.float() for key, value in bench.inputs(shape, 0).items()}
     leaves = {key: value.requires_grad_(shape.C > 1 or key != "x") for key, value in inputs.items()}
     with cuda_on_cpu.recorded(cuda) as launches:
-        getattr(mann_kernels, stem)(**leaves, **bench.OPTIONS.get(stem, {})).sum().backward()
+        getattr(mann_kernels, stem)(**leaves, **bench.options).sum().backward()
     return launches
 
 

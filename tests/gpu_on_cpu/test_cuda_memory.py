@@ -3,17 +3,16 @@
 mann_sequence is asked for in its step-by-step form, which no small size takes of itself.
 """
 
+import collections
 import importlib
-import os
+import re
+import shutil
+import subprocess
 from typing import NamedTuple
 
+import cuda_on_cpu
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("has nothing to do with Triton", allow_module_level=True)
-
-import cuda_on_cpu
 from mutant import cuda_mutant
 from stem import compare, matches, quantities
 from test_properties import class_of, tie, zero_rows
@@ -47,7 +46,8 @@ def inputs_of(stem, seed, size, **options):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("stem", STEMS)
 def test_matches_reference(stem, size):
-    for options in class_of(stem).options:
+    every = class_of(stem).options
+    for options in every if size == SIZES[0] else (every[0], every[-1]):  # a build takes seconds
         matches(stem, inputs_of(stem, 1, size, **options), torch.float32)
 
 
@@ -127,6 +127,48 @@ def test_usage_that_is_no_number(value):
     call = inputs_of("lrua_step", 3, (2, 9, 4, 3))
     call["usage"][:, ::2] = value
     matches("lrua_step", call, torch.float64)
+
+
+def launches_of(cuda, stem, size, T=10, H=20):
+    """Forward and backward in float32, written down instead of run."""
+    sizes = {"T": T} if stem.endswith("sequence") else {}
+    call = inputs_of(stem, 1, size, **(sizes | {"H": H} if stem == "mann_sequence" else sizes))
+    with cuda_on_cpu.recorded(cuda) as launches:
+        quantities(getattr(mann_kernels, stem), call.to(torch.float32))
+    return launches
+
+
+#: A step of the memory is two launches forward, two backward; the controller adds two and three.
+MOST = {"content_address": 5, "lrua_step": 7, "lrua_sequence": 4 * 10 + 4, "mann_sequence": 9 * 10 + 7}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_launches(cuda, stem):
+    counts = collections.Counter(launch.kernel for launch in launches_of(cuda, stem, (1, 2000, 8, 2)))
+    assert sum(counts.values()) <= MOST[stem], counts
+
+
+def test_the_whole_device_is_used(cuda):
+    """One example of many slots: every launch that goes over the memory has a block for each multiprocessor, or more."""
+    for launch in launches_of(cuda, "mann_sequence", (1, 32768, 32, 4), T=2):
+        if launch.kernel in ("memory_write", "memory_backward"):
+            assert int(launch.blocks.split("x")[0]) >= 132, launch
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("size", [(16, 128, 40, 4), (16, 1024, 64, 4), (1, 32768, 32, 4)], ids=str)
+def test_nothing_spills(cuda, size, target, tmp_path):
+    """What ptxas made of every kernel, at the paper's size and those of the bench with many slots."""
+    launches = [launch for stem in STEMS for launch in launches_of(cuda, stem, size, T=2, H=200)]
+    builds = sorted({(launch.source, launch.options) for launch in launches})
+    for source, options in builds:
+        command = ["nvcc", "-std=c++17", f"-arch={target}", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "made"]
+        command += [*options.split(), cuda_on_cpu.CSRC / "cuda" / source]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        spilled = [int(bytes) for bytes in re.findall(r"(\d+) bytes spill", said)]
+        assert spilled, said
+        assert not any(spilled), said
 
 
 class Fault(NamedTuple):

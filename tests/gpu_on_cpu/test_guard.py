@@ -1,15 +1,10 @@
 """The memory guard over the real kernels, and over kernels with one mistake planted in their source."""
 
 import importlib
-import os
 import sys
 
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
-
 from guard import GuardError, MemoryGuard
 from mutant import mutant
 from stem import run

@@ -3,14 +3,8 @@
 Run with TRITON_INTERPRET=1, which Triton reads when a kernel is defined, so in a process of its own.
 """
 
-import os
-
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
-
 from stem import compare, lay_out_backwards, matches, saturate
 from test_properties import class_of, tie, zero_rows
 
@@ -19,8 +13,11 @@ from mann_kernels import _backend
 
 #: (B, N, W, R): odd, more heads than 16 needs padding for, several tiles of slots, the least there is.
 SIZES = ((2, 7, 5, 2), (1, 150, 20, 6), (1, 1, 1, 1))
-#: The first two always, the others with --all-targets.
-DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    *(pytest.param(d, marks=pytest.mark.long) for d in (torch.float64, torch.float16)),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +36,7 @@ def inputs_of(stem, seed, size, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stem", _backend.STEMS)
 def test_matches_reference(stem, dtype, request):
-    everything = request.config.getoption("--all-targets")
-    if not everything and dtype not in DTYPES[:2]:
-        pytest.skip("with --all-targets")
+    everything = request.config.getoption("--long")
     for seed, size in enumerate(SIZES):
         every = class_of(stem).options
         for options in every if everything or dtype == torch.float32 else every[-1:]:

@@ -1,13 +1,9 @@
 """The Triton kernels compiled for GPUs that are not here, as they are launched at the paper's shape: they compile, and fit."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter does not compile", allow_module_level=True)
 
 pytest.importorskip("triton")
 
@@ -23,7 +19,9 @@ from mann_kernels import _backend
 pytestmark = pytest.mark.compiles
 
 OF_MANN = ("content_address", "lrua_write_weights", "memory_update", "lrua_step", "lrua_sequence", "mann_sequence")
-IN_MAKE_TEST = ("sm_90", "gfx942")
+TARGETS = [
+    name if name in ("sm_90", "gfx942") else pytest.param(name, marks=pytest.mark.long) for name in SHARED_MEMORY
+]
 
 
 def call_of(stem, batch=1, steps=2):
@@ -34,13 +32,10 @@ def call_of(stem, batch=1, steps=2):
     return class_of(stem).inputs(0, 2, 128, 20, 1, **class_of(stem).options[0]).to(torch.float32)
 
 
-@pytest.mark.parametrize("target", SHARED_MEMORY)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("stem", _backend.STEMS)
 def test_compiles_and_fits(stem, target, request):
-    everything = request.config.getoption("--all-targets")
-    if not everything and target not in IN_MAKE_TEST:
-        pytest.skip("with --all-targets")
-    for dtype in ("float32", "bfloat16") if everything else ("float32",):
+    for dtype in ("float32", "bfloat16") if request.config.getoption("--long") else ("float32",):
         with compiled_for(target) as kernels:
             run(getattr(mann_kernels, stem), call_of(stem).to(getattr(torch, dtype)))
         assert len(kernels) >= 2
