@@ -85,6 +85,24 @@ template <int m, int n> MANN_INLINE void multiply_each(T (&d)[m][4], const Left 
         for (int k = 0; k < m; ++k) mma(d[k], a[i].big, b[k][i].big);
 }
 
+// m sums of products that grow side by side: a product waits for the one before it in the same numbers. Apart, too, for
+// the big parts and for the others.
+template <int m> struct Results {
+    T big[m][4] = {}, small[m][4] = {};
+
+    MANN_INLINE void add(const Left &a, const Right (&b)[m]) {
+        if constexpr (kPasses == 3) {
+#pragma unroll
+            for (int k = 0; k < m; ++k) mma(small[k], a.small, b[k].big);
+#pragma unroll
+            for (int k = 0; k < m; ++k) mma(small[k], a.big, b[k].small);
+        }
+#pragma unroll
+        for (int k = 0; k < m; ++k) mma(big[k], a.big, b[k].big);
+    }
+    MANN_INLINE T at(int k, int i) const { return kPasses == 3 ? big[k][i] + small[k][i] : big[k][i]; }
+};
+
 struct Lane {
     int lane, row, part;
     MANN_INLINE Lane() : lane(threadIdx.x % 32), row(lane / 4), part(lane % 4) {}
