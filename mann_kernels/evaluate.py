@@ -67,7 +67,7 @@ def main(
     with told(status=1):
         found = measure(learner, test_tasks, tasks, seed, device)
         show(found, settings, facts["update"], tasks)
-        if rows:
+        if rows and plots is not None:
             with about(checkpoint.parent / "log.csv", "cannot be drawn"):
                 picture = plot_log(rows, list(found), settings.title())
             write_atomically(plots / "training.png", picture)

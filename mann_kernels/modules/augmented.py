@@ -9,8 +9,9 @@ from torch import nn
 
 from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, with_autograd
 from mann_kernels.modules._init import HeStart, check_sizes, flag
-from mann_kernels.ops import augmented_conv2d, augmented_linear
 from mann_kernels.ops._check import choice
+from mann_kernels.ops.augmented_conv2d import augmented_conv2d
+from mann_kernels.ops.augmented_linear import augmented_linear
 
 FORMS = ("hidden", "output")
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -11,8 +11,10 @@ from mann_kernels.modules._init import HeStart, check_sizes, flag
 from mann_kernels.modules._metanet_input import check_queries, check_state, check_support
 from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedLinear, AugmentedSequential
 from mann_kernels.modules.state import MetaNetState
-from mann_kernels.ops import content_address, generate_fast_weights, summarize_gradients
 from mann_kernels.ops._check import choice, eps_of_cosine, number, preprocessing
+from mann_kernels.ops.content_address import content_address
+from mann_kernels.ops.generate_fast_weights import generate_fast_weights
+from mann_kernels.ops.summarize_gradients import summarize_gradients
 
 VARIANTS = ("metanet-", "metanet", "metanet+")
 #: How much smaller than usual the last layers of m and d start, so that the fast branch begins as a small addition.
@@ -32,6 +34,13 @@ class FastWeightGenerator(nn.Module):
     Raises:
         TypeError, ValueError: a size below 1; otherwise as mann_kernels.generate_fast_weights.
     """
+
+    weight1: nn.Parameter
+    bias1: nn.Parameter
+    weight2: nn.Parameter
+    bias2: nn.Parameter
+    weight3: nn.Parameter
+    bias3: nn.Parameter
 
     def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
         super().__init__()
@@ -69,6 +78,12 @@ class GradientSummarizer(nn.Module):
     Raises:
         TypeError, ValueError: a size below 1; otherwise as mann_kernels.summarize_gradients.
     """
+
+    weight_ih: nn.Parameter
+    weight_hh: nn.Parameter
+    bias: nn.Parameter
+    weight_out: nn.Parameter
+    bias_out: nn.Parameter
 
     def __init__(self, hidden_size: int = 20, *, p: float = 7.0, device=None, dtype=None):
         super().__init__()
@@ -337,7 +352,7 @@ class MetaNet(nn.Module):
         return f"{text}, shared_generators={self.shared_generators}, margin={self.margin}"
 
 
-def _reset(generator: nn.Module, last: nn.Parameter) -> None:
+def _reset(generator: nn.Module, last: Any) -> None:
     """Normal with variance 1/inputs, no bias, the last layer smaller by FIRST_FAST.
 
     The paper has every parameter uniform in +-0.1. Most gradients are tiny, so most fast weights begin equal, and a common
