@@ -17,7 +17,7 @@ SANITIZED := build/sanitize
 # A second version of Triton, beside the pinned one: alone in a folder that comes first on the path.
 OTHER_TRITON := 3.9.0
 OTHER_PATH := build/triton-$(OTHER_TRITON)
-INTERPRETED := tests/gpu_on_cpu/test_interpreter.py tests/gpu_on_cpu/test_guard.py
+INTERPRETED := tests/gpu_on_cpu/test_interpreter.py tests/gpu_on_cpu/test_guard.py tests/test_choices.py
 COMPILED := tests/gpu_on_cpu/test_compile.py tests/gpu_on_cpu/test_ptx.py tests/gpu_on_cpu/test_traffic.py
 CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/cpu/*.cpp csrc/cuda/*.cu $(addprefix tests/gpu_on_cpu/*.,h cpp cu))
 # The tests that drive the C++ kernels; those that start compilers or other processes would only slow the sanitizers down.
