@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 from mann_kernels.modules import MetaNet
-from mann_kernels.ops.mann_sequence import WRITE
 from mann_kernels.tasks import (
     COUNTS,
     LABELS,
@@ -72,7 +71,7 @@ def check_choices(settings: Settings) -> None:
         ValueError: naming the option, what it got and what it wants.
     """
     known = {"task": TASKS, "learner": LEARNERS, "labels": LABELS, "counts": COUNTS}
-    known |= {"optimizer": tuple(OPTIMIZERS), "schedule": SCHEDULES, "write": WRITE}
+    known |= {"optimizer": tuple(OPTIMIZERS), "schedule": SCHEDULES}
     for name, words in known.items():
         if getattr(settings, name) not in words:
             raise ValueError(f"--{name}: got {getattr(settings, name)!r}, want one of {', '.join(words)}")
