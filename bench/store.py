@@ -7,6 +7,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+import typer
+
 #: Results that are kept, one file a machine and day.
 HISTORY = Path(__file__).parent / "results"
 #: What earlier files call an operator.
@@ -29,6 +31,26 @@ TABLES = {
 def key_of(row: dict) -> tuple:
     """Name the row of a summary of verification: operator, device, implementation and dtype."""
     return tuple(row[name] for name in ("op", "device", "backend", "dtype"))
+
+
+def writable(path: Path | None) -> Path | None:
+    """The path of an option, where a file can be written: its folder is made, and a file that is there stays as it is.
+
+    Raises:
+        typer.BadParameter: it cannot. That is asked before anything is timed.
+    """
+    if path is None:
+        return None
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        raise typer.BadParameter(f"--json: {path}: cannot be written: {error.strerror or error}") from None
+    return path
 
 
 def summary(verification: list[dict]) -> list[dict]:

@@ -28,8 +28,8 @@ STEMS = (
 NAMES = ("reference", "cpp", "triton", "cuda")
 CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16)
-#: The least compute capability that the CUDA kernels are written for.
-CUDA_CAPABILITY = (8, 0)
+#: The least compute capability that the CUDA kernels are written for: that of an H100. Older devices run Triton's.
+CUDA_CAPABILITY = (9, 0)
 TRITON_DTYPES = (*CPP_DTYPES, torch.float16)
 #: What the compiler does not make, though the interpreter runs it.
 TRITON_CANNOT = {
@@ -109,28 +109,29 @@ def _cuda_missing(stem: str, device: str, dtype: torch.dtype) -> str | None:
         return f"this version has no CUDA kernel for {stem}"
     if dtype not in CUDA_DTYPES:
         return f"the CUDA kernels take {', '.join(map(str, CUDA_DTYPES))}, not {dtype}"
-    capability = _least_capability()
+    capability, why = _devices()
     if capability < CUDA_CAPABILITY:
         return (
             f"the CUDA kernels need compute capability {'.'.join(map(str, CUDA_CAPABILITY))} or more, a device here has"
             f" {'.'.join(map(str, capability))}"
         )
-    return None
+    return why
 
 
-def _least_capability() -> tuple[int, int]:
+def _devices() -> tuple[tuple[int, int], str | None]:
     return _asked_devices()
 
 
 #: What torch.compiler.assume_constant_result does, which would import all of the compiler: it does not look inside.
-_least_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _asked_devices() -> tuple[int, int]:
-    """The least compute capability of the CUDA devices of this process; without a device, that of an H100."""
-    count = torch.cuda.device_count()
-    return min((torch.cuda.get_device_capability(i) for i in range(count)), default=(9, 0))
+def _asked_devices() -> tuple[tuple[int, int], str | None]:
+    """The least compute capability of the CUDA devices of this process, and why kernels cannot be compiled for them; without a
+    device, what an H100 would say."""
+    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return min(found, default=(9, 0)), _library.why_no_compiler() if found else None
 
 
 #: The kernels for a device, the fastest first.

@@ -32,6 +32,8 @@ cpp_kernels: frozenset[str] = frozenset()
 #: Why the compiled CUDA kernels are missing, or None when they are loaded. They load without a device or a driver.
 cuda_missing: str | None = None
 
+_cuda_origin: str | None = None
+
 #: The operators that have a CUDA kernel; filled when the extension loads.
 cuda_kernels: frozenset[str] = frozenset()
 
@@ -98,8 +100,16 @@ def load_cpp() -> None:
 
 def load_cuda() -> None:
     """Load the extension that registers the CUDA kernels, which are compiled when they first run."""
-    global cuda_missing, cuda_kernels
-    cuda_missing, _, cuda_kernels = _load("_CUDA", "CUDA", "pip install builds it where a C++ compiler is")
+    global cuda_missing, cuda_kernels, _cuda_origin
+    cuda_missing, _cuda_origin, cuda_kernels = _load("_CUDA", "CUDA", "pip install builds it where a C++ compiler is")
+
+
+@functools.cache
+def why_no_compiler() -> str | None:
+    """Why CUDA kernels cannot be compiled and launched in this process, on which a device is; None if they can."""
+    said = ctypes.create_string_buffer(1000)
+    missing = ctypes.CDLL(_cuda_origin).mann_cuda_missing(said, ctypes.c_int64(len(said)))
+    return said.value.decode().removeprefix("mann_kernels: ") if missing else None
 
 
 def cpu_isa(limit: str | None = None) -> str | None:

@@ -63,9 +63,10 @@ class LSTM(nn.Module):
             num_layers=(num_layers, 1), bias=(bias, True), dropout=(dropout, 0.0), bidirectional=(bidirectional, False)
         )
         _only(controller=(options.get("controller", "lstm"), "lstm"))
+        at_least_one(input_size=input_size, hidden_size=hidden_size)
         if not isinstance(proj_size, int) or isinstance(proj_size, bool):
             raise TypeError(f"proj_size: got {type(proj_size).__name__}, want an int")
-        if not 0 <= proj_size < max(1, hidden_size):
+        if not 0 <= proj_size < hidden_size:
             raise ValueError(f"proj_size: got {proj_size}, want 0 (none) to {hidden_size - 1}, less than hidden_size")
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.mann = MANN(input_size, hidden_size, batch_first=batch_first, **kind, **options)
@@ -168,31 +169,19 @@ class DNC(nn.Module):
         _only(rnn_type=(rnn_type, "lstm"), num_layers=(num_layers, 1), num_hidden_layers=(num_hidden_layers, 1))
         _only(bias=(bias, True), dropout=(dropout, 0), bidirectional=(bidirectional, False), debug=(debug, False))
         _only(nonlinearity=(nonlinearity, "tanh"), independent_linears=(independent_linears, False))
+        at_least_one(input_size=input_size, hidden_size=hidden_size)
         at_least_one(nr_cells=nr_cells, read_heads=read_heads, cell_size=cell_size)
         number("clip", clip, 0)
         device = f"cuda:{gpu_id}" if device is None and gpu_id >= 0 else device
-        self.input_size, self.hidden_size, self.rnn_type, self.num_layers = (
-            input_size,
-            hidden_size,
-            rnn_type,
-            num_layers,
-        )
-        self.num_hidden_layers, self.bias, self.batch_first, self.dropout = (
-            num_hidden_layers,
-            bias,
-            batch_first,
-            dropout,
-        )
-        self.bidirectional, self.nonlinearity, self.gpu_id = bidirectional, nonlinearity, gpu_id
-        self.nr_cells, self.read_heads, self.cell_size, self.w, self.r = (
-            nr_cells,
-            read_heads,
-            cell_size,
-            cell_size,
-            read_heads,
-        )
-        self.independent_linears, self.debug, self.clip = independent_linears, debug, clip
-        self.share_memory = share_memory  # type: ignore[method-assign, assignment]  # as in that class, over Module's method
+        given = {
+            "input_size": input_size, "hidden_size": hidden_size, "rnn_type": rnn_type, "num_layers": num_layers,
+            "num_hidden_layers": num_hidden_layers, "bias": bias, "batch_first": batch_first, "dropout": dropout,
+            "bidirectional": bidirectional, "nr_cells": nr_cells, "read_heads": read_heads, "cell_size": cell_size,
+            "nonlinearity": nonlinearity, "gpu_id": gpu_id, "independent_linears": independent_linears,
+            "share_memory": share_memory, "debug": debug, "clip": clip, "w": cell_size, "r": read_heads,
+        }  # fmt: skip
+        for name, value in given.items():
+            setattr(self, name, value)
         self.read_vectors_size, self.output_size = read_heads * cell_size, hidden_size
         self.nn_input_size = input_size + self.read_vectors_size
         self.nn_output_size = hidden_size + self.read_vectors_size

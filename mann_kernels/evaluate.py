@@ -52,6 +52,7 @@ def main(
         with about(checkpoint, UNREADABLE):
             settings = Settings(**facts["settings"])
             settings.check()
+            build.check_choices(settings)
         _, test_tasks = build.tasks(settings, data)
         learner = build.learner(settings, test_tasks)
         load_weights(checkpoint, learner)

@@ -42,7 +42,7 @@ def trace_episode(mann: MANN | MANNCell, x: torch.Tensor, state: MANNState | Non
     kept = []
     for step in x:
         output, after = _one_step(mann, step, state)
-        head = F.linear(output[..., : mann.hidden_size], mann.weight_head, mann.bias_head)
+        head = F.linear(output[..., : mann.hidden_size], _whole(mann.weight_head), _whole(mann.bias_head))
         options = {name: mann.head_options[name] for name in ("key_strength", "write")}
         gate = split_head(head, mann.num_heads, mann.slot_size, **options)[1]
         # eq. 7: from the usage and the read weights of the step before
@@ -50,6 +50,11 @@ def trace_episode(mann: MANN | MANNCell, x: torch.Tensor, state: MANNState | Non
         kept.append((after.read_weights, written, after.usage, after.memory))
         state = after
     return Trace(*(torch.stack(field) for field in zip(*kept, strict=True)))
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    """The weight, all of it where this process has a shard (fully_shard)."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def _one_step(mann, x, state):

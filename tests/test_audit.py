@@ -76,3 +76,39 @@ def test_a_cell_that_raises_is_reported():
     found = audit(lambda *args: 1 / 0)
     assert len(found.faults) == 6
     assert "ZeroDivisionError" in str(found)
+
+
+def in_place(memory, usage, read_weights, key, gate):
+    """A right cell that writes into the tensors it was given, and gives the same ones every time."""
+    reads, *after = reference.lrua_step(memory, usage, read_weights, key, gate)
+    for given, new in zip((memory, usage), after, strict=False):
+        given.copy_(new)
+    return reads, memory, usage, after[2]
+
+
+def test_a_right_cell_that_writes_in_place_passes():
+    state = [torch.zeros(3, 12, 6), torch.zeros(3, 12), torch.zeros(3, 2, 12), torch.zeros(3, 2, 6)]
+
+    def with_buffers(*tensors):
+        reads, *after = reference.lrua_step(*tensors)
+        for n, (buffer, new) in enumerate(zip(state, (*after, reads), strict=True)):
+            state[n] = buffer.detach().copy_(new)
+        return state[3], *state[:3]
+
+    def controller(reads, read_weights):
+        read_weights.zero_()
+        return reads
+
+    for step in (in_place, with_buffers):
+        found = audit(step, controller=controller)
+        assert found.ok, str(found)
+
+
+def test_default_devices_and_dtypes():
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert audit(mann_kernels.lrua_step).ok
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)

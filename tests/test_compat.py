@@ -7,7 +7,7 @@ import torch
 from test_tristandeleu import B, H, I, N, Plain, R, T, W
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
-from mann_kernels import MANN
+from mann_kernels import MANN, compat
 from mann_kernels.compat import DNC, LSTM, load_tristandeleu
 
 SMALL = {"num_slots": 9, "slot_size": 4, "num_heads": 2}
@@ -174,3 +174,46 @@ def test_weights_of_tristandeleu():
         load_tristandeleu(mann, {name: value for name, value in arrays.items() if name != "W_key"})
     with pytest.raises(ValueError, match=r"want one made by MANN\.tristandeleu"):
         load_tristandeleu(MANN(I, hidden_size=H), arrays)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"proj_size": 2}])
+def test_the_attributes_of_an_lstm(options):
+    """What nn.LSTM says of itself, this says too; and what is called on one can be called."""
+    theirs, ours = torch.nn.LSTM(3, 5, **options), compat.LSTM(3, 5, num_slots=7, **options)
+    constants = {
+        "mode",
+        "input_size",
+        "hidden_size",
+        "num_layers",
+        "bias",
+        "batch_first",
+        "dropout",
+        "bidirectional",
+        "proj_size",
+    }
+    assert constants >= set(torch.nn.LSTM.__constants__)
+    for name in constants:
+        assert getattr(ours, name) == getattr(theirs, name), name
+        assert type(getattr(ours, name)) is type(getattr(theirs, name)), name
+    assert ours.flatten_parameters() is None
+    assert [p for layer in ours.all_weights for p in layer] == list(ours.parameters())
+    before = ours.mann.weight_ih.clone()
+    ours.reset_parameters()
+    assert not torch.equal(ours.mann.weight_ih, before)
+
+
+def test_the_attributes_of_dnc():
+    """Every argument of its constructor, and the sizes that it makes of them."""
+    import inspect
+
+    given = {"input_size": 3, "hidden_size": 5, "nr_cells": 7, "read_heads": 2, "cell_size": 4, "batch_first": False}
+    ours = compat.DNC(**given)
+    for name, parameter in inspect.signature(compat.DNC.__init__).parameters.items():
+        if name not in ("self", "device", "options"):
+            assert getattr(ours, name) == given.get(name, parameter.default), name
+    assert (ours.w, ours.r, ours.read_vectors_size, ours.output_size) == (4, 2, 8, 5)
+    assert (ours.nn_input_size, ours.nn_output_size) == (11, 13)
+
+
+def test_the_first_line_says_that_it_is_no_dnc():
+    assert compat.DNC.__doc__.startswith("Not a DNC, but a MANN")

@@ -375,3 +375,60 @@ def test_bad_state_and_bad_construction():
     ):
         with pytest.raises(error, match=message):
             make()
+
+
+@pytest.mark.parametrize("make", [MetaNet.omniglot, MetaNet.mini_imagenet], ids=["omniglot", "mini_imagenet"])
+def test_reset_parameters_is_a_fresh_start(make):
+    """Made on the meta device, given memory, and reset part by part: every parameter has the spread of a fresh one."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        module = make(3, batch_norm=True) if make == MetaNet.mini_imagenet else make(3)
+    module.to_empty(device="cpu")
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    fresh = make(3, batch_norm=True) if make == MetaNet.mini_imagenet else make(3)
+    for (name, a), b in zip(module.named_parameters(), fresh.parameters(), strict=True):
+        spread = float(b.double().square().mean().sqrt())
+        wide = 1 + 4 / math.sqrt(a.numel())  # what two draws of so many numbers may differ by
+        assert spread / wide <= float(a.double().square().mean().sqrt()) <= spread * wide, name
+    for (name, a), b in zip(module.named_buffers(), fresh.buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_quantized_part_is_named():
+    """Where no gradient comes through it that is said; where it is not asked for one, it runs."""
+    metanet, (x, y, queries) = small(), draw()
+    metanet, x, queries = metanet.float(), x.float(), queries.float()
+    quantized = torch.ao.quantization.quantize_dynamic(metanet, {nn.Linear})
+    with pytest.raises(RuntimeError, match=r"losses: got some that have no gradient .* quantized modules are not"):
+        quantized(x, y, queries)
+    two = draw(shots=2)[:2]
+    found = quantized(two[0].float(), two[1], queries, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found, metanet(two[0].float(), two[1], queries, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shots", [1, 2])
+def test_distributed_data_parallel_with_its_defaults(variant, shots):
+    """Three updates: its second complains of a parameter that took no part in the first."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for second_order in (False, True):
+            metanet, (x, y, queries) = small(variant, second_order=second_order), draw(shots=shots)
+            alone = copy.deepcopy(metanet)
+            wrapped = DistributedDataParallel(metanet)
+            for _ in range(3):
+                for module in (wrapped, alone):
+                    module.zero_grad()
+                    module(x, y, queries, generator=torch.Generator().manual_seed(0)).square().sum().backward()
+                    torch.optim.SGD(module.parameters(), 1e-3).step()
+            for a, b in zip(metanet.parameters(), alone.parameters(), strict=True):
+                assert torch.equal(a, b)
+            head = alone.embedding_head[1].weight.grad
+            assert (head is None) == (not second_order or variant == "metanet-" or shots == 2)
+    finally:
+        dist.destroy_process_group()

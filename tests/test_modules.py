@@ -178,3 +178,29 @@ def test_content_addressing():
     assert layer.beta.grad.abs().sum() > 0
     with pytest.raises(ValueError, match="key: got shape"):
         layer(memory, key[:, :1])
+
+
+@pytest.mark.parametrize("controller", ["lstm", "feedforward"])
+@pytest.mark.parametrize("name", ["cpp", "reference"])
+def test_what_is_returned_may_be_written_to(controller, name):
+    """Output and state in place, as with nn.LSTM: the gradients are those of the same operations out of place."""
+    torch.manual_seed(0)
+    for make in (MANN, MANNCell):
+        layer = make(6, **SIZES, controller=controller, dtype=torch.float64)
+        x = torch.randn(*((5, 3, 6) if make is MANN else (3, 6)), dtype=torch.float64)
+        found = []
+        for in_place in (True, False):
+            with mann_kernels.backend(name):
+                output, state = layer(x)
+                fields = [output]
+                if name != "reference":  # plain PyTorch keeps the last memory for its own backward pass
+                    fields += [field for field in state if field is not None and field.requires_grad]
+                if in_place:
+                    for field in fields:
+                        field.mul_(2).add_(1)
+                else:
+                    fields = [field * 2 + 1 for field in fields]
+                loss = sum(field.square().sum() for field in fields)
+                found.append(torch.autograd.grad(loss, list(layer.parameters())))
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)

@@ -94,7 +94,8 @@ def options_of(command):
 
 #: Options that take one of the values that are tried. Ways and points are those of other tasks.
 TAKEN = {
-    "minutes": {"inf"}, "clip": {"inf"}, "forget_bias": {"-1", "0"}, "seed": {"0"}, "split_seed": {"0"},
+    "minutes": {"inf", "18446744073709551616"}, "clip": {"inf", "18446744073709551616"},
+    "forget_bias": {"-1", "0"}, "seed": {"0"}, "split_seed": {"0"},
 }  # fmt: skip
 
 

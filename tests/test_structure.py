@@ -219,3 +219,25 @@ def test_a_profile_names_the_operator(stem, compiled):
         run(function, inputs)
     counts = {event.key: event.count for event in profile.key_averages()}
     assert (counts.get(f"mann::{stem}"), counts.get(f"mann::{stem}_backward")) == (1, 1)
+
+
+def test_imported_again_after_it_left():
+    """As some test runners and notebooks do: the operators are defined anew, and what was made before still runs."""
+    code = """
+import sys, torch, mann_kernels, gc
+torch.manual_seed(0)
+x, old = torch.randn(3, 2, 4), mann_kernels.MANN(4, 5, 9, 3, 2)
+for _ in range(2):
+    for name in [name for name in sys.modules if name.split('.')[0] == 'mann_kernels']:
+        del sys.modules[name]
+    import mann_kernels
+    gc.collect()
+    new = mann_kernels.MANN(4, 5, 9, 3, 2)
+    new.load_state_dict(old.state_dict())
+    with mann_kernels.backend('cpp'):
+        a, b = new(x)[0], old(x)[0]
+    assert torch.equal(a, b)
+    a.sum().backward(), b.sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

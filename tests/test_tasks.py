@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal
 
-from mann_kernels.tasks import AssociativeRecall, Copy, GPRegression, Sinusoids
+from mann_kernels import tasks
+from mann_kernels.tasks import AssociativeRecall, Copy, FewShotTasks, GPRegression, OmniglotEpisodes, Sinusoids
 
 
 def generator(seed=0):
@@ -146,3 +147,54 @@ def test_the_generator_decides(source):
 def test_what_does_not_fit(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+EVERY_TASK = {
+    "Copy": lambda: Copy(4, 3, shorter=True),
+    "AssociativeRecall": lambda: AssociativeRecall(3, 4),
+    "GPRegression": lambda: GPRegression(2, 5),
+    "Sinusoids": lambda: Sinusoids(3, 4),
+    "OmniglotEpisodes": lambda: OmniglotEpisodes(examples(), 3, length=6, augment=True, turns=True),
+    "OmniglotEpisodes of strings": lambda: OmniglotEpisodes(examples(), 3, labels="string", counts="equal", length=6),
+    "FewShotTasks": lambda: FewShotTasks(examples(), 3, 1, 2),
+}
+
+
+def examples():
+    return torch.arange(6 * 5 * 64, dtype=torch.uint8, device="cpu").view(6, 5, 1, 8, 8)
+
+
+def test_every_task_is_here():
+    made = {name.split()[0] for name in EVERY_TASK}
+    assert made == {name for name, value in vars(tasks).items() if hasattr(value, "sample")}
+
+
+@pytest.mark.parametrize("name", EVERY_TASK)
+def test_default_devices_and_dtypes(name):
+    """The same task of the same seed, on the CPU and in the default dtype, whatever the defaults are; its loss and scores too."""
+    task = EVERY_TASK[name]()
+    want = task.sample(3, generator())
+    number = task.output_size
+    shape = (*want.x.shape[:2], number) if hasattr(want, "x") else (*want.query_x.shape[:2], number)
+
+    def answer(batch, like):
+        output = torch.full(shape, 0.5, device="cpu", dtype=like)
+        return [task.loss(output, batch), *(part for score in task.scores(output, batch).values() for part in score)]
+
+    for device, dtype in (("meta", torch.float32), ("cpu", torch.float64)):
+        torch.set_default_device(device)
+        torch.set_default_dtype(dtype)
+        try:
+            got = EVERY_TASK[name]().sample(3, generator())
+            answers = answer(got, dtype)
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+        for a, b in zip(got, want, strict=True):
+            if b is not None:
+                assert a.device.type == "cpu"
+                assert a.dtype == (dtype if b.is_floating_point() else b.dtype)
+                assert torch.allclose(a.double(), b.double(), atol=1e-5)
+        assert all(tensor.device.type == "cpu" for tensor in answers)
+        for a, b in zip(answers, answer(want, torch.float32), strict=True):
+            assert torch.allclose(a.double(), b.double(), rtol=1e-4)

@@ -52,7 +52,7 @@ MANN_INLINE void convolve_example(const ConvForward<S> &a, T *shared) {
     constexpr int64_t kWeight = int64_t(kShape.C) * kTaps * D::kPadded;
     const T *slow = a.packed + o0, *fast = slow + (1 + example / a.per_weight) * kWeight;
     const auto load = [&](T *images, T *weights, int first, int count) {
-        for_each<D::kChunk * kTaps * 2 * D::kTogether, D::kThreads>([&](int i) {
+        for_each<D::kChunk * kTaps * 2 * D::kTogether, D::kThreads>([&](uint32_t i) {
             const int group = i % D::kTogether, v = i / D::kTogether % 2,
                       row = i / D::kTogether / 2; // of [channel][tap]
             T *target = weights + row / kTaps * D::kWeights + (row % kTaps * 2 + v) * 4 * D::kTogether + 4 * group;
@@ -60,7 +60,7 @@ MANN_INLINE void convolve_example(const ConvForward<S> &a, T *shared) {
                 copy_four(target, (v ? fast : slow) + (first * kTaps + row) * D::kPadded + 4 * group);
             else if (D::kTensor) clear_four(target);
         });
-        for_each<D::kChunk * D::kRows * D::kColumns, D::kThreads, 3>([&](int i) {
+        for_each<D::kChunk * D::kRows * D::kColumns, D::kThreads, 2>([&](uint32_t i) {
             const int column = i % D::kColumns, row = i / D::kColumns % D::kRows, c = i / D::kColumns / D::kRows;
             const int y = 2 * h0 + row - kShape.padding, z = 2 * w0 + column - kShape.padding;
             const bool inside = c < count && y >= 0 && y < kShape.H && z >= 0 && z < kShape.W;
@@ -103,7 +103,7 @@ MANN_KERNEL(augmented_conv2d_pack, kPackThreads, ConvPack<S>) {
                                                        reinterpret_cast<T *>(shared));
 }
 
-MANN_KERNEL(augmented_conv2d, Forward::kThreads, ConvForward<S>) {
+MANN_KERNEL(augmented_conv2d, MANN_BOUNDS(Forward::kThreads, 1), ConvForward<S>) {
     MANN_DYNAMIC_SHARED(shared);
     convolve_example(args, reinterpret_cast<T *>(shared));
 }

@@ -9,14 +9,14 @@ struct ConvShape {
     int C, H, W, O, k, padding;
     bool pool;
 
-    constexpr int taps() const { return k * k; }
-    constexpr int K() const { return C * k * k; }
+    MANN_CONSTEXPR int taps() const { return k * k; }
+    MANN_CONSTEXPR int K() const { return C * k * k; }
     // Before and after pooling.
-    constexpr int height() const { return H + 2 * padding - k + 1; }
-    constexpr int width() const { return W + 2 * padding - k + 1; }
-    constexpr int pooled_height() const { return pool ? (height() + 1) / 2 : height(); }
-    constexpr int pooled_width() const { return pool ? (width() + 1) / 2 : width(); }
-    constexpr int pooled() const { return pooled_height() * pooled_width(); }
+    MANN_CONSTEXPR int height() const { return H + 2 * padding - k + 1; }
+    MANN_CONSTEXPR int width() const { return W + 2 * padding - k + 1; }
+    MANN_CONSTEXPR int pooled_height() const { return pool ? (height() + 1) / 2 : height(); }
+    MANN_CONSTEXPR int pooled_width() const { return pool ? (width() + 1) / 2 : width(); }
+    MANN_CONSTEXPR int pooled() const { return pooled_height() * pooled_width(); }
 };
 
 // A saved code: which of the four pixels was the largest, and whether the slow and the fast side let a gradient
@@ -26,14 +26,14 @@ constexpr int kPixelBits = 3, kSlowBit = 4, kFastBit = 8;
 // An image of so many windows of 2 x 2 pixels in tiles of about the same size.
 struct WindowTiles {
     int height, width, tiles_high, tiles_wide; // of a tile in windows, and how many
-    constexpr WindowTiles(int pixels_high, int pixels_wide)
+    MANN_CONSTEXPR WindowTiles(int pixels_high, int pixels_wide)
         : height((pixels_high + 1) / 2), width((pixels_wide + 1) / 2), tiles_high((height + 7) / 8),
           tiles_wide((width + 7) / 8) {
         height = (height + tiles_high - 1) / tiles_high;
         width = (width + tiles_wide - 1) / tiles_wide;
     }
-    constexpr int windows() const { return height * width; }
-    constexpr int count() const { return tiles_high * tiles_wide; }
+    MANN_CONSTEXPR int windows() const { return height * width; }
+    MANN_CONSTEXPR int count() const { return tiles_high * tiles_wide; }
 };
 
 // A convolution of `channels` images whose result is taken in groups of 8 numbers for each of the pixels of a window:
@@ -50,8 +50,8 @@ struct ConvTiling {
     int chunk;                            // channels in shared memory at once
     int least;                            // threads of a block
 
-    constexpr ConvTiling(int height, int width, int kernel, int channel_count, int group_count, bool tensor_cores,
-                         int least_threads)
+    MANN_CONSTEXPR ConvTiling(int height, int width, int kernel, int channel_count, int group_count, bool tensor_cores,
+                              int least_threads)
         : tiles(height, width), tensor(tensor_cores), k(kernel), channels(channel_count), groups(group_count),
           together(1), quads(1), quad_groups(1), slices(1), rows(2 * tiles.height + kernel - 1), row_stride(0),
           plane(0), weights(0), chunk(1), least(least_threads) {
@@ -73,30 +73,30 @@ struct ConvTiling {
         const int chunks = int(ceil_div(channels, at_least(kStage / (plane + weights) / even * even, even)));
         chunk = int(round_up(ceil_div(channels, chunks), even));
     }
-    constexpr int warps() const { return together / 4 * quad_groups; } // of a slice
+    MANN_CONSTEXPR int warps() const { return together / 4 * quad_groups; } // of a slice
     static constexpr int kThreads = 448;
     static constexpr int kStage = 10240; // numbers in shared memory, twice
-    constexpr int units() const { return tiles.windows() * together; }
-    constexpr int threads() const {
+    MANN_CONSTEXPR int units() const { return tiles.windows() * together; }
+    MANN_CONSTEXPR int threads() const {
         return int(at_least(tensor ? 32 * warps() * slices : round_up(units() * slices, 32), least));
     }
-    constexpr int chunks() const { return int(ceil_div(channels, chunk)); }
-    constexpr int stage() const { return chunk * (plane + weights); }
+    MANN_CONSTEXPR int chunks() const { return int(ceil_div(channels, chunk)); }
+    MANN_CONSTEXPR int stage() const { return chunk * (plane + weights); }
     // Numbers of shared memory.
-    constexpr int64_t shared() const {
+    MANN_CONSTEXPR int64_t shared() const {
         const int64_t stages = int64_t(stage()) * (chunks() > 1 ? 2 : 1);
         return slices > 1 ? at_least(stages, int64_t(32) * units() * slices) : stages;
     }
-    constexpr int group_tiles() const { return int(ceil_div(groups, together)); }
+    MANN_CONSTEXPR int group_tiles() const { return int(ceil_div(groups, together)); }
     // Groups with those that fill up the last tile.
-    constexpr int padded_groups() const { return group_tiles() * together; }
+    MANN_CONSTEXPR int padded_groups() const { return group_tiles() * together; }
 };
 
 // The weights as a convolution reads them, [inner][outer][taps] to [outer][tap][padded inner]: mixed, one for the slow
 // weight and one for each example (without a mixture, for each row).
 struct ConvPacking {
     int tile_o, tile_c; // of a block
-    constexpr ConvPacking(const ConvShape &s, bool inner_is_o) : tile_o(0), tile_c(0) {
+    MANN_CONSTEXPR ConvPacking(const ConvShape &s, bool inner_is_o) : tile_o(0), tile_c(0) {
         const int taps = s.taps();
         if (inner_is_o) {
             tile_c = int(at_most(at_least(36 / taps, 1), s.C));
@@ -107,10 +107,10 @@ struct ConvPacking {
         }
     }
     static constexpr int kElements = 1152, kTogether = 8; // examples of a block
-    constexpr int run(const ConvShape &s) const { return tile_c * s.taps(); }
-    constexpr int stride(const ConvShape &s) const { return run(s) | 1; }
-    constexpr int elements(const ConvShape &s) const { return tile_o * run(s); }
-    constexpr int64_t shared(const ConvShape &s) const { return int64_t(kTogether) * tile_o * stride(s); }
+    MANN_CONSTEXPR int run(const ConvShape &s) const { return tile_c * s.taps(); }
+    MANN_CONSTEXPR int stride(const ConvShape &s) const { return run(s) | 1; }
+    MANN_CONSTEXPR int elements(const ConvShape &s) const { return tile_o * run(s); }
+    MANN_CONSTEXPR int64_t shared(const ConvShape &s) const { return int64_t(kTogether) * tile_o * stride(s); }
 };
 
 // Of the weights' gradient: a thread has all taps of an input and an output, on both sides.
@@ -120,7 +120,7 @@ struct ConvGradTiling {
     int rows, columns;                  // of a tile of the image
     int entries;                        // pixels of a tile that may have a gradient
 
-    constexpr ConvGradTiling(const ConvShape &s)
+    MANN_CONSTEXPR ConvGradTiling(const ConvShape &s)
         : tiles(s.height(), s.width()), together_c(int(at_most(s.C, 32))), together_o(1), phases(1),
           rows(2 * tiles.height + s.k - 1), columns(2 * tiles.width + s.k - 1),
           entries(tiles.windows() * (s.pool ? 1 : 4)) {
@@ -129,12 +129,12 @@ struct ConvGradTiling {
     }
     static constexpr int kThreads = 512, kEntries = 3136; // in shared memory
     static constexpr int kBatch = 64;                     // examples whose mixtures are there
-    constexpr int stride() const { return together_c | 1; }
-    constexpr int tiles_c(const ConvShape &s) const { return int(ceil_div(s.C, together_c)); }
-    constexpr int tiles_o(const ConvShape &s) const { return int(ceil_div(s.O, together_o)); }
-    constexpr int image() const { return int(round_up(rows * columns * stride(), 4)); }
-    constexpr int entry_numbers() const { return 4 * together_o * entries; }
-    constexpr int64_t shared(const ConvShape &s) const {
+    MANN_CONSTEXPR int stride() const { return together_c | 1; }
+    MANN_CONSTEXPR int tiles_c(const ConvShape &s) const { return int(ceil_div(s.C, together_c)); }
+    MANN_CONSTEXPR int tiles_o(const ConvShape &s) const { return int(ceil_div(s.O, together_o)); }
+    MANN_CONSTEXPR int image() const { return int(round_up(rows * columns * stride(), 4)); }
+    MANN_CONSTEXPR int entry_numbers() const { return 4 * together_o * entries; }
+    MANN_CONSTEXPR int64_t shared(const ConvShape &s) const {
         const int64_t work = image() + entry_numbers();
         return phases > 1 ? at_least(work, int64_t(kThreads) * (2 * s.taps() + 1)) : work;
     }

@@ -31,7 +31,7 @@ MANN_INLINE void convolve_gradient(const ConvBackwardX<S> &a, int64_t example, i
     constexpr int64_t kWeight = int64_t(kShape.O) * kTaps * 2 * D::kPadded;
     const T *slow = a.packed + c0, *fast = slow + (1 + example / a.per_weight) * kWeight;
     const auto load = [&](T *images, T *weights, int first, int count) {
-        for_each<D::kChunk * kTaps * 2 * D::kTogether, D::kThreads>([&](int i) { // channel: output and side
+        for_each<D::kChunk * kTaps * 2 * D::kTogether, D::kThreads, 2>([&](uint32_t i) { // channel: output and side
             const int four = i % (2 * D::kTogether), tap = i / (2 * D::kTogether) % kTaps;
             const int n = i / (2 * D::kTogether) / kTaps;
             T *target = weights + n * D::kWeights + (tap * 2 * D::kTogether + four) * 4;
@@ -40,7 +40,7 @@ MANN_INLINE void convolve_gradient(const ConvBackwardX<S> &a, int64_t example, i
                           (n % 2 ? fast : slow) + ((first + n) / 2 * kTaps + tap) * (2 * D::kPadded) + 4 * four);
             else if (D::kTensor) clear_four(target);
         });
-        for_each<D::kChunk / 2 * D::kRows * D::kColumns, D::kThreads>([&](int i) {
+        for_each<D::kChunk / 2 * D::kRows * D::kColumns, D::kThreads, 2>([&](uint32_t i) {
             const int column = i % D::kColumns, row = i / D::kColumns % D::kRows, n = i / D::kColumns / D::kRows * 2;
             const int y = 2 * h0 + row - (kSide - 1 - kShape.padding);
             const int x = 2 * w0 + column - (kSide - 1 - kShape.padding);
@@ -89,14 +89,14 @@ MANN_INLINE void load_tile(const ConvBackwardW<S> &a, int64_t example, int tile,
     using W = OfWeights;
     const int h0 = tile / W::kTilesWide * W::kTileHeight, w0 = tile % W::kTilesWide * W::kTileWidth;
     const S *x = a.x + (example * kShape.C + c0) * (kShape.H * kShape.W);
-    for_each<W::kInputs * W::kRows * W::kColumns, W::kThreads, 3>([&](int i) {
+    for_each<W::kInputs * W::kRows * W::kColumns, W::kThreads, 3>([&](uint32_t i) {
         const int column = i % W::kColumns, row = i / W::kColumns % W::kRows, c = i / W::kColumns / W::kRows;
         const int y = 2 * h0 + row - kShape.padding, z = 2 * w0 + column - kShape.padding;
         const bool inside = c0 + c < kShape.C && y >= 0 && y < kShape.H && z >= 0 && z < kShape.W;
         image[(row * W::kColumns + column) * W::kStride + c] =
             inside ? to_arith(x[(c * kShape.H + y) * kShape.W + z]) : T(0);
     });
-    for_each<W::kOutputs * W::kEntries, W::kThreads, 2>([&](int i) {
+    for_each<W::kOutputs * W::kEntries, W::kThreads, 2>([&](uint32_t i) {
         const int o = i / W::kEntries, at = i % W::kEntries; // a window of the tile, or a pixel
         constexpr int kWide = kShape.pool ? W::kTileWidth : 2 * W::kTileWidth, kStep = kShape.pool ? 2 : 1;
         int y = at / kWide * kStep, z = at % kWide * kStep;
@@ -298,8 +298,10 @@ MANN_KERNEL(augmented_conv2d_backward_first, MANN_BOUNDS(OfWeights::kThreads, 2)
     }
 }
 
+// To a multiprocessor: so many of the blocks with few threads.
+constexpr int kSecondBlocks = Backward::kTensor || Backward::kThreads > 256 ? 1 : 2;
 // Blocks for the gradient of the images, the others for that of the rows of the memory.
-MANN_KERNEL(augmented_conv2d_backward_second, Backward::kThreads, ConvBackwardSecond<S>) {
+MANN_KERNEL(augmented_conv2d_backward_second, MANN_BOUNDS(Backward::kThreads, kSecondBlocks), ConvBackwardSecond<S>) {
     MANN_DYNAMIC_SHARED(bytes);
     T *shared = reinterpret_cast<T *>(bytes);
     if (blockIdx.x < args.x_blocks) {

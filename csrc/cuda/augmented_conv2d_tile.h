@@ -19,7 +19,7 @@ constexpr int kPooledWidth = kShape.pooled_width(), kPooled = kShape.pooled();
 // f(i) for every i < count of the block, several at once.
 template <int count, int threads, int at_once = 4, typename F> MANN_INLINE void for_each(F &&f) {
 #pragma unroll at_once
-    for (int i = int(threadIdx.x); i < count; i += threads) f(i);
+    for (uint32_t i = threadIdx.x; i < uint32_t(count); i += threads) f(i);
 }
 
 // As a convolution takes it: for tensor cores to the nearest number of TF32.

@@ -8,11 +8,11 @@ namespace mann::cuda {
 // A block's tile of a product: groups of 4 x 4 numbers, one to a thread, and slices of the depth, summed at the end.
 struct LinearTile {
     int row_groups, column_groups, slices;
-    constexpr explicit LinearTile(bool large)
+    MANN_CONSTEXPR explicit LinearTile(bool large)
         : row_groups(large ? 8 : 2), column_groups(large ? 8 : 4), slices(large ? 4 : 32) {}
-    constexpr int rows() const { return 4 * row_groups; }
-    constexpr int columns() const { return 4 * column_groups; }
-    constexpr int64_t tiles(int64_t height, int64_t width) const {
+    MANN_CONSTEXPR int rows() const { return 4 * row_groups; }
+    MANN_CONSTEXPR int columns() const { return 4 * column_groups; }
+    MANN_CONSTEXPR int64_t tiles(int64_t height, int64_t width) const {
         return ceil_div(height, rows()) * ceil_div(width, columns());
     }
 };

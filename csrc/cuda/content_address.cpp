@@ -23,9 +23,8 @@ static Tensor content_address_cuda(Tensor memory, Tensor key, std::optional<Tens
     MemoryUse<void> use{};
     use.sizes = write.sizes, use.logits = write.logits, use.found = write.found;
     use.choosers = plan.choosers, use.chooser_slots = plan.chooser_slots, use.weights = out(read_weights);
-    const Build build = memory_build(call, "memory_forward.cu", plan, o);
-    launch_write(call, build, write, false);
-    launch_use(call, build, use);
+    launch_write(call, memory_build(call, "memory_write.cu", plan, o), write, false);
+    launch_use(call, use_build(call, o), use);
     return read_weights;
 }
 
@@ -54,7 +53,7 @@ static std::tuple<Tensor, Tensor, Tensor> content_address_backward_cuda(Tensor d
     sum.sizes = back.sizes, sum.head = back.head, sum.found = back.found;
     sum.dkey = out(dkey), sum.dbeta = out(dbeta);
     const Build backward = memory_build(call, "memory_backward.cu", plan, o);
-    launch_use(call, memory_build(call, "memory_forward.cu", plan, o), use, 1, false);
+    launch_use(call, use_build(call, o), use, 1, false);
     launch_backward(call, backward, back);
     launch_sum(call, backward, o, sum);
     return {dmemory, dkey, dbeta};

@@ -15,6 +15,9 @@ constexpr int kRecurrent = H + kWords;
 constexpr int kOwners = kExamples * kParts; // blocks that have a memory
 static_assert(kOwners <= kBlocks && (kExamples & (kExamples - 1)) == 0 && kExamples <= 8);
 
+struct alignas(2 * sizeof(T)) Two {
+    T at[2];
+};
 // A vector of a number for each example: one load or two.
 struct Each {
     T at[kExamples];
@@ -27,9 +30,11 @@ struct Each {
 #pragma unroll
                 for (int j = 0; j < 4; ++j) v.at[4 * q + j] = four[j];
             }
+        } else if constexpr (kExamples == 2) {
+            const Two two = *reinterpret_cast<const Two *>(source);
+            v.at[0] = two.at[0], v.at[1] = two.at[1];
         } else {
-#pragma unroll
-            for (int e = 0; e < kExamples; ++e) v.at[e] = source[e];
+            v.at[0] = *source;
         }
         return v;
     }

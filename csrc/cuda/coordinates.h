@@ -69,6 +69,40 @@ template <int n> MANN_INLINE void multiply(T d[4], const Left (&a)[n], const Rig
     for (int i = 0; i < n; ++i) mma(d, a[i].big, b[i].big);
 }
 
+// The same for m results of one left operand, in turn, since a product waits for the one before it.
+template <int m, int n> MANN_INLINE void multiply_each(T (&d)[m][4], const Left (&a)[n], const Right (&b)[m][n]) {
+    if constexpr (kPasses == 3)
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+#pragma unroll
+            for (int k = 0; k < m; ++k) mma(d[k], a[i].small, b[k][i].big);
+#pragma unroll
+            for (int k = 0; k < m; ++k) mma(d[k], a[i].big, b[k][i].small);
+        }
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+#pragma unroll
+        for (int k = 0; k < m; ++k) mma(d[k], a[i].big, b[k][i].big);
+}
+
+// m sums of products that grow side by side: a product waits for the one before it in the same numbers. Apart, too, for
+// the big parts and for the others.
+template <int m> struct Results {
+    T big[m][4] = {}, small[m][4] = {};
+
+    MANN_INLINE void add(const Left &a, const Right (&b)[m]) {
+        if constexpr (kPasses == 3) {
+#pragma unroll
+            for (int k = 0; k < m; ++k) mma(small[k], a.small, b[k].big);
+#pragma unroll
+            for (int k = 0; k < m; ++k) mma(small[k], a.big, b[k].small);
+        }
+#pragma unroll
+        for (int k = 0; k < m; ++k) mma(big[k], a.big, b[k].big);
+    }
+    MANN_INLINE T at(int k, int i) const { return kPasses == 3 ? big[k][i] + small[k][i] : big[k][i]; }
+};
+
 struct Lane {
     int lane, row, part;
     MANN_INLINE Lane() : lane(threadIdx.x % 32), row(lane / 4), part(lane % 4) {}

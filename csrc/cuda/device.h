@@ -73,6 +73,11 @@ MANN_INLINE float exponential_minus_one(float x) { return expm1f(x > 88.0f ? 88.
 MANN_INLINE double exponential_minus_one(double x) { return expm1(x > 709.0 ? 709.0 : x); }
 MANN_INLINE float square_root(float x) { return sqrtf(x); }
 MANN_INLINE double square_root(double x) { return sqrt(x); }
+MANN_INLINE float inverse_square_root(float x) { return rsqrtf(x); } // to 2 ulp
+MANN_INLINE double inverse_square_root(double x) { return 1 / sqrt(x); }
+// Of what is at most 0 or near it: to 2 ulp and |x| more.
+MANN_INLINE float quick_exponential(float x) { return __expf(x); }
+MANN_INLINE double quick_exponential(double x) { return exp(x); }
 MANN_INLINE float log_one_plus(float x) { return log1pf(x); }
 MANN_INLINE double log_one_plus(double x) { return log1p(x); }
 // ln(1 + e^x)
@@ -249,11 +254,15 @@ MANN_INLINE void cluster_barrier() {
     cluster_wait();
 }
 
-// First thing in a kernel that is launched as one that follows another (Grid::follows): the next may start, then this
-// one waits until what it follows has ended, and sees what that wrote.
-MANN_INLINE void after_previous() {
+// Of a kernel that is launched as one that follows another (Grid::follows): lets the next start; waits until what it
+// follows has ended, and sees what that wrote. Before, it may read what was there before the first of them alone.
+MANN_INLINE void start_next() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+MANN_INLINE void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

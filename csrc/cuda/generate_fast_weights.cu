@@ -59,18 +59,18 @@ MANN_INLINE void first_layer(const T *first, const Lane &lane, const Features (&
 template <int tiles>
 MANN_INLINE void multiply_all(const T *operands, int lane, const Left (&left)[tiles][kPairs],
                               T (&result)[tiles][kPairs][4]) {
+    Results<kPairs> results[tiles];
 #pragma unroll
-    for (int q = 0; q < kPairs; ++q) {
+    for (int p = 0; p < kPairs; ++p) {
         Right w[kPairs];
 #pragma unroll
-        for (int p = 0; p < kPairs; ++p) w[p] = load_operand(operands, q * kPairs + p, lane);
+        for (int q = 0; q < kPairs; ++q) w[q] = load_operand(operands, q * kPairs + p, lane);
 #pragma unroll
-        for (int tile = 0; tile < tiles; ++tile) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) result[tile][q][i] = 0;
-            multiply(result[tile][q], left[tile], w);
-        }
+        for (int tile = 0; tile < tiles; ++tile) results[tile].add(left[tile][p], w);
     }
+#pragma unroll
+    for (int i = 0; i < 4 * tiles * kPairs; ++i)
+        result[i / 4 / kPairs][i / 4 % kPairs][i % 4] = results[i / 4 / kPairs].at(i / 4 % kPairs, i % 4);
 }
 
 MANN_KERNEL(generate_fast_weights_forward, kSizes.forward_threads, GenerateForward<S>) {
@@ -252,12 +252,10 @@ MANN_KERNEL(generate_fast_weights_backward, kSizes.backward_threads, GenerateBac
         for (int group = 0; group < kSizes.groups; ++group) {
             Left rows[2];
             load_rows(stage + group * 256, lane, rows);
+            T more[kPairs][4] = {};
+            multiply_each(more, rows, columns);
 #pragma unroll
-            for (int p = 0; p < kPairs; ++p) {
-                T more[4] = {};
-                multiply(more, rows, columns[p]);
-                sums.add(group, p, more);
-            }
+            for (int p = 0; p < kPairs; ++p) sums.add(group, p, more[p]);
         }
         sums.first = false;
         __syncwarp(); // nobody reads it any more

@@ -1,6 +1,10 @@
 // The arguments of the kernels of generate_fast_weights, for `count` coordinates.
 #pragma once
 
+#if !defined(MANN_CONSTEXPR)
+#define MANN_CONSTEXPR constexpr // of the host
+#endif
+
 namespace mann::cuda {
 
 template <typename S> struct GenerateWeights {
@@ -50,7 +54,7 @@ struct GenerateSizes {
     bool sums_of_warps;                    // they are too many for registers
     int sums;                              // of a part
     int forward_threads, backward_threads; // of a block, at most
-    constexpr explicit GenerateSizes(int D)
+    MANN_CONSTEXPR explicit GenerateSizes(int D)
         : units((D + 3) / 4), pairs((units + 2) / 2), fragments(pairs * pairs * 32 * (D <= 32 ? 4 : 2)),
           first(16 * units), stage(128 * pairs + (pairs + 1) / 2 * 256), groups((pairs + 1) / 2),
           sums_of_warps(groups * pairs > 16), sums(32 * (groups * pairs * 4 + 4 * units + 1)), forward_threads(512),

@@ -26,9 +26,29 @@ MANN_INLINE int length_of(const ControllerSizes &s, int64_t b) {
 }
 MANN_INLINE int64_t row_of(const ControllerSizes &s, int64_t b) { return s.step * s.B + b; }
 
+// Weights that a thread multiplies: at(0), at(1), ... of them, kChunk at once; the first before the launch that this
+// one follows has ended, for nobody writes to them.
+constexpr int kChunk = 12;
+template <typename At, typename Use> MANN_INLINE void with_weights(int count, At &&at, Use &&use) {
+    T weights[kChunk];
+    const auto load = [&](int from) {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) weights[i] = from + i < count ? T(to_arith(*at(from + i))) : T(0);
+    };
+    start_next();
+    load(0);
+    wait_for_previous();
+    for (int from = 0; from < count;) {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i)
+            if (from + i < count) use(from + i, weights[i]);
+        from += kChunk;
+        if (from < count) load(from);
+    }
+}
+
 using LstmStepArgs = LstmStep<S>;
 MANN_KERNEL(lstm_step, kControllerThreads, LstmStepArgs) {
-    after_previous();
     MANN_SHARED(T, gates, kControllerWarps * kExamples);
     const LstmStep<S> &a = args;
     const ControllerSizes &s = a.sizes;
@@ -36,12 +56,13 @@ MANN_KERNEL(lstm_step, kControllerThreads, LstmStepArgs) {
     const int64_t b0 = int64_t(blockIdx.y) * kExamples;
     const int count = int(min(s.B - b0, int64_t(kExamples)));
     T sum[kExamples] = {};
-    if (unit < kHidden) {
-        const S *weights = a.weight_hh + int64_t(gate * kHidden + unit) * kRecurrent;
-        const S *before = a.output + ((s.step - 1) * s.B + b0) * kRecurrent;
-#pragma unroll 4
-        for (int k = lane_of_warp(); k < kRecurrent; k += 32) {
-            const T weight = to_arith(weights[k]);
+    const S *weights = a.weight_hh + int64_t(gate * kHidden + unit) * kRecurrent + lane_of_warp();
+    const S *before = a.output + ((s.step - 1) * s.B + b0) * kRecurrent;
+    const int mine_of_row = unit < kHidden ? (kRecurrent - lane_of_warp() + 31) / 32 : 0;
+    with_weights(
+        mine_of_row, [&](int i) { return weights + 32 * i; },
+        [&](int i, T weight) {
+            const int k = lane_of_warp() + 32 * i;
 #pragma unroll
             for (int e = 0; e < kExamples; ++e) {
                 if (e >= count) break;
@@ -50,8 +71,7 @@ MANN_KERNEL(lstm_step, kControllerThreads, LstmStepArgs) {
                                           : a.reads[(b0 + e) * kWords + k - kHidden];
                 sum[e] += weight * to_arith(x);
             }
-        }
-    }
+        });
 #pragma unroll
     for (int e = 0; e < kExamples; ++e) {
         const T total = sum_over_warp(sum[e]);
@@ -88,21 +108,20 @@ MANN_INLINE T activated(int p, T x) {
 }
 using HeadRowsArgs = HeadRows<S>;
 MANN_KERNEL(head_rows, kControllerThreads, HeadRowsArgs) {
-    after_previous();
     const HeadRows<S> &a = args;
     const int p = int(blockIdx.y) * kControllerWarps + warp_of_block();
     const int64_t r0 = int64_t(blockIdx.x) * kExamples;
     const int count = int(min(a.count - r0, int64_t(kExamples)));
     if (p >= kHead) return;
-    const S *weights = a.weight_head + int64_t(p) * kHidden, *h = a.output + (a.first + r0) * kRecurrent;
+    const S *weights = a.weight_head + int64_t(p) * kHidden + lane_of_warp();
+    const S *h = a.output + (a.first + r0) * kRecurrent + lane_of_warp();
     T sum[kExamples] = {};
-#pragma unroll 4
-    for (int k = lane_of_warp(); k < kHidden; k += 32) {
-        const T weight = to_arith(weights[k]);
+    with_weights((kHidden - lane_of_warp() + 31) / 32, [&](int i) { return weights + 32 * i; },
+                 [&](int i, T weight) {
 #pragma unroll
-        for (int e = 0; e < kExamples; ++e)
-            if (e < count) sum[e] += weight * to_arith(h[e * kRecurrent + k]);
-    }
+                     for (int e = 0; e < kExamples; ++e)
+                         if (e < count) sum[e] += weight * to_arith(h[e * kRecurrent + 32 * i]);
+                 });
     const T bias = to_arith(a.bias_head[p]);
 #pragma unroll
     for (int e = 0; e < kExamples; ++e) {
@@ -113,7 +132,8 @@ MANN_KERNEL(head_rows, kControllerThreads, HeadRowsArgs) {
 
 using CellsAgainArgs = CellsAgain<S>;
 MANN_KERNEL(cells_again, kControllerThreads, CellsAgainArgs) {
-    after_previous();
+    start_next();
+    wait_for_previous();
     const CellsAgain<S> &a = args;
     const ControllerSizes &s = a.sizes;
     const int64_t at = int64_t(blockIdx.x) * kControllerThreads + threadIdx.x;
@@ -131,7 +151,6 @@ MANN_KERNEL(cells_again, kControllerThreads, CellsAgainArgs) {
 
 using LstmBackwardArgs = LstmBackward<S>;
 MANN_KERNEL(lstm_backward, kControllerThreads, LstmBackwardArgs) {
-    after_previous();
     MANN_SHARED(T, sums, kExamples * kControllerThreads);
     const LstmBackward<S> &a = args;
     const ControllerSizes &s = a.sizes;
@@ -139,13 +158,16 @@ MANN_KERNEL(lstm_backward, kControllerThreads, LstmBackwardArgs) {
     const int64_t b0 = int64_t(blockIdx.y) * kExamples;
     const int count = int(min(s.B - b0, int64_t(kExamples)));
     T sum[kExamples] = {};
-#pragma unroll 8
-    for (int p = warp_of_block(); p < kHead; p += kControllerWarps) {
-        const T weight = unit < kHidden ? to_arith(a.weight_head[int64_t(p) * kHidden + unit]) : T(0);
+    const S *weights = a.weight_head + int64_t(warp_of_block()) * kHidden + unit;
+    with_weights(
+        unit < kHidden ? (kHead - warp_of_block() + kControllerWarps - 1) / kControllerWarps : 0,
+        [&](int i) { return weights + int64_t(i) * kControllerWarps * kHidden; },
+        [&](int i, T weight) {
+            const int p = warp_of_block() + i * kControllerWarps;
 #pragma unroll
-        for (int e = 0; e < kExamples; ++e)
-            if (e < count) sum[e] += weight * to_arith(a.dhead[row_of(s, b0 + e) * kHead + p]);
-    }
+            for (int e = 0; e < kExamples; ++e)
+                if (e < count) sum[e] += weight * to_arith(a.dhead[row_of(s, b0 + e) * kHead + p]);
+        });
 #pragma unroll
     for (int e = 0; e < kExamples; ++e) sums[e * kControllerThreads + threadIdx.x] = sum[e];
     __syncthreads();
@@ -182,7 +204,6 @@ MANN_KERNEL(lstm_backward, kControllerThreads, LstmBackwardArgs) {
 
 using StateBackwardArgs = StateBackward<S>;
 MANN_KERNEL(state_backward, kControllerThreads, StateBackwardArgs) {
-    after_previous();
     MANN_SHARED(T, sums, kExamples * kControllerThreads);
     constexpr int groups = (kRecurrent + 31) / 32;
     const StateBackward<S> &a = args;
@@ -191,13 +212,17 @@ MANN_KERNEL(state_backward, kControllerThreads, StateBackwardArgs) {
     const int64_t b0 = int64_t(blockIdx.y) * kExamples;
     const int count = int(min(s.B - b0, int64_t(kExamples)));
     T sum[kExamples] = {};
-#pragma unroll 4
-    for (int j = part * kControllerWarps + warp_of_block(); j < 4 * kHidden; j += a.parts * kControllerWarps) {
-        const T weight = column < kRecurrent ? to_arith(a.weight_hh[int64_t(j) * kRecurrent + column]) : T(0);
+    const int first = part * kControllerWarps + warp_of_block(), stride = a.parts * kControllerWarps;
+    const S *weights = a.weight_hh + int64_t(first) * kRecurrent + column;
+    with_weights(
+        column < kRecurrent ? (4 * kHidden - first + stride - 1) / stride : 0,
+        [&](int i) { return weights + int64_t(i) * stride * kRecurrent; },
+        [&](int i, T weight) {
 #pragma unroll
-        for (int e = 0; e < kExamples; ++e)
-            if (e < count) sum[e] += weight * to_arith(a.dgates[row_of(s, b0 + e) * 4 * kHidden + j]);
-    }
+            for (int e = 0; e < kExamples; ++e)
+                if (e < count)
+                    sum[e] += weight * to_arith(a.dgates[row_of(s, b0 + e) * 4 * kHidden + first + i * stride]);
+        });
 #pragma unroll
     for (int e = 0; e < kExamples; ++e) sums[e * kControllerThreads + threadIdx.x] = sum[e];
     __syncthreads();

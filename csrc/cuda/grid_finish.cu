@@ -10,7 +10,8 @@ using T = Arith<S>;
 
 using FinishArgs = Finish<S>;
 MANN_KERNEL(finish, kControllerThreads, FinishArgs) {
-    after_previous();
+    start_next();
+    wait_for_previous();
     const ControllerSizes &s = args.sizes;
     const FinishItem<S> &item = args.items[blockIdx.y];
     const int64_t b = int64_t(blockIdx.x) / args.blocks, block = int64_t(blockIdx.x) % args.blocks;

@@ -45,7 +45,7 @@ class Forward {
     Forward(Call &call, const GridSizes &s, const GridForward &a)
         : call_(call), s_(s), a_(a), o_(s.memory), narrow_(call.dtype() != call.arithmetic()),
           plan_(memory_plan(call, s.B, s.N, o_.W, o_.R, kMostForward, {a.memory, a.memory1, a.saved_memory})),
-          build_(memory_build(call, "memory_forward.cu", plan_, o_)) {
+          of_write_(memory_build(call, "memory_write.cu", plan_, o_)), of_use_(use_build(call, o_)) {
         const int64_t B = s.B, N = s.N, R = o_.R;
         write_.sizes = memory_sizes(plan_, B, N, s.T, 2), write_.sizes.lengths = s.lengths, write_.head = a.head;
         write_.before.memory = a.memory, write_.before.weights = a.read_weights;
@@ -74,8 +74,8 @@ class Forward {
         const bool chooses = t + 1 < s_.T;
         use_.candidate_usage = chooses ? const_cast<void *>(write_.candidate_usage) : nullptr;
         use_.candidate_slots = chooses ? out<int32_t>(candidates_) : nullptr;
-        launch_write(call_, build_, write_);
-        launch_use(call_, build_, use_);
+        launch_write(call_, of_write_, write_);
+        launch_use(call_, of_use_, use_);
     }
     void set_head(const MemoryHead<void> &head) { write_.head = head; }
 
@@ -98,7 +98,7 @@ class Forward {
         choose.sizes = write_.sizes, choose.choosers = plan_.choosers, choose.chooser_slots = plan_.chooser_slots;
         choose.usage = a_.usage, choose.candidate_usage = const_cast<void *>(write_.candidate_usage);
         choose.candidate_slots = out<int32_t>(candidates_);
-        if (s_.T > 0) launch_use(call_, build_, choose, 1, false);
+        if (s_.T > 0) launch_use(call_, of_use_, choose, 1, false);
     }
 
     Call &call_;
@@ -107,7 +107,7 @@ class Forward {
     const MemoryOptions &o_;
     const bool narrow_;
     const MemoryPlan plan_;
-    const Build build_;
+    const Build of_write_, of_use_;
     MemoryWrite<void> write_{};
     MemoryUse<void> use_{};
     Tensor candidates_;
@@ -123,8 +123,8 @@ class Backward {
           ring_(std::max<int64_t>(std::min(s.T, s.checkpoint_every), 1)),
           forward_plan_(memory_plan(call, s.B, s.N, o_.W, o_.R, kMostForward, {a.memory, a.saved_memory})),
           plan_(memory_plan(call, s.B, s.N, o_.W, o_.R, kMostBackward, {a.memory, a.dmemory1, a.dmemory})),
-          forward_(memory_build(call, "memory_forward.cu", forward_plan_, o_)),
-          backward_(memory_build(call, "memory_backward.cu", plan_, o_)) {
+          of_write_(memory_build(call, "memory_write.cu", forward_plan_, o_)), of_use_(use_build(call, o_)),
+          of_backward_(memory_build(call, "memory_backward.cu", plan_, o_)) {
         const int64_t B = s.B, N = s.N, R = o_.R, W = o_.W, memory = B * N * W;
         while ((ring_ - 1) / restart_every_ * memory * call.arith_bytes() > kMostRestarts) restart_every_ *= 2;
         restarts_ = call.scratch((ring_ - 1) / restart_every_ * memory);
@@ -175,23 +175,23 @@ class Backward {
         for (int64_t t = start; t < stop; ++t) {
             write_.sizes.step = int(t);
             write_.memory_copy = set_aside(t) ? restart_of(t) : nullptr;
-            launch_write(call_, forward_, write_, follows_);
+            launch_write(call_, of_write_, write_, follows_);
             follows_ = true;
         }
         use_.sizes.step = int(start);
-        launch_use(call_, forward_, use_, stop - start);
+        launch_use(call_, of_use_, use_, stop - start);
     }
     void take_back(int64_t t) {
         back_.sizes.step = int(t);
         back_.memory_after = set_aside(t) ? restart_of(t) : write_.memory;
         back_.undo = t > start_ && !set_aside(t - 1);
         if (narrow_ && t == 0) back_.dmemory_out = a_.dmemory, back_.dweights_out = a_.dread_weights;
-        launch_backward(call_, backward_, back_);
+        launch_backward(call_, of_backward_, back_);
     }
     // The gradients of the heads of these steps.
     void give(int64_t start, int64_t stop) {
         sum_.sizes.step = int(start);
-        launch_sum(call_, backward_, o_, sum_, stop - start);
+        launch_sum(call_, of_backward_, o_, sum_, stop - start);
     }
 
     void finish(Finisher &finisher) const {
@@ -214,7 +214,7 @@ class Backward {
     bool follows_;
     const int64_t ring_;
     const MemoryPlan forward_plan_, plan_;
-    const Build forward_, backward_;
+    const Build of_write_, of_use_, of_backward_;
     int64_t restart_every_ = kRestartEvery, start_ = 0, stop_ = 0;
     void *restarts_ = nullptr;
     MemoryWrite<void> write_{};

@@ -1,6 +1,7 @@
 // NVRTC, the caches and the launch.
 #include "jit.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -240,6 +241,25 @@ int clusters_at_once(const Device &device, const Build &build, const char *kerne
 }
 
 } // namespace mann::cuda
+
+// Whether kernels can be compiled and launched here: 0, or 1 and why not in `text`. Tries the compiler on a kernel that
+// does nothing.
+extern "C" __attribute__((visibility("default"))) int mann_cuda_missing(char *text, int64_t size) {
+    using namespace mann::cuda;
+    try {
+        (void)driver();
+        const char *const options[] = {"--gpu-architecture=compute_80"};
+        void *program = nullptr;
+        int error = nvrtc().create(&program, "extern \"C\" __global__ void nothing() {}", "nothing.cu", 0, nullptr, nullptr);
+        if (error == 0) error = nvrtc().compile(program, 1, options);
+        if (program != nullptr) nvrtc().destroy(&program);
+        if (error != 0) throw std::runtime_error("mann_kernels: NVRTC does not work: error " + std::to_string(error));
+    } catch (const std::exception &error) {
+        std::snprintf(text, size_t(size), "%s", error.what());
+        return 1;
+    }
+    return 0;
+}
 
 // Compiles `source` with `options` for a compute capability, without a device: 0 and the path of the cubin in `text`,
 // or 1 and what was wrong. For tests, and to fill the cache of another machine.

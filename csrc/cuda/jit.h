@@ -28,7 +28,7 @@ class Build {
 
 // How many blocks (x, y), of how many threads, in clusters of how many blocks along x, with how many bytes of dynamic
 // shared memory each; follows: may be started before the launch ahead of it in the stream has ended, for which it waits
-// itself: after_previous() of device.h.
+// itself: wait_for_previous() of device.h.
 struct Grid {
     int64_t blocks;
     int threads;

@@ -8,7 +8,7 @@ struct ForwardShared {
     EpisodeShared episode;
     Candidate candidates[2][kParts][R]; // by messages
     Mailbox candidate_box[2];
-    T usage[kSlots];
+    Order usage[kSlots];
     Candidate chosen[R];
 };
 constexpr int kCandidateBytes = kParts * R * int(sizeof(Candidate));

@@ -49,10 +49,10 @@ lrua_step_cuda(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, Ten
     use.readers = plan.readers, use.logits = write.logits, use.found = write.found;
     use.usage1 = write.usage1, use.usage_out = narrow ? out(usage1) : nullptr;
     use.weights = out(read_weights1), use.reads = out(reads), use.reads_row = R * W;
-    const Build build = memory_build(call, "memory_forward.cu", plan, o);
-    launch_use(call, build, choose, 1, false);
-    launch_write(call, build, write);
-    launch_use(call, build, use);
+    const Build of_use = use_build(call, o);
+    launch_use(call, of_use, choose, 1, false);
+    launch_write(call, memory_build(call, "memory_write.cu", plan, o), write);
+    launch_use(call, of_use, use);
     return {reads, memory1, usage1, read_weights1, least_used};
 }
 
@@ -95,10 +95,9 @@ lrua_step_backward_cuda(Tensor dreads, std::optional<Tensor> dmemory1, std::opti
     MemorySum<void> sum{};
     sum.sizes = back.sizes, sum.head = back.head, sum.found = back.found;
     sum.dkey = out(dkey), sum.dgate = out(dgate), sum.dbeta = out(dbeta), sum.dadd = out(dadd);
-    const Build forward = memory_build(call, "memory_forward.cu", forward_plan, o);
     const Build backward = memory_build(call, "memory_backward.cu", plan, o);
-    launch_write(call, forward, write, false);
-    launch_use(call, forward, use);
+    launch_write(call, memory_build(call, "memory_write.cu", forward_plan, o), write, false);
+    launch_use(call, use_build(call, o), use);
     launch_backward(call, backward, back);
     launch_sum(call, backward, o, sum);
     return {dmemory, dread_weights, dkey, dgate, dbeta, dadd};

@@ -38,7 +38,7 @@ int64_t shared_bytes(const MannSizes &s, const MannPlan &p, bool backward) {
     } else {
         numbers += 2 * C * units * E + C * padded(words) + E * P * padded(s.head() + s.R);
         numbers += head * E + 4 * units * E + (s.write_add ? 2 : 1) * kWarps * words + 4 * kWarps * s.R;
-        numbers += 6 * words + head + 4 * P * R;
+        numbers += 6 * words + head + 4 * P * R + 2 * units * E;
     }
     return numbers * s.number_bytes + 1024;
 }

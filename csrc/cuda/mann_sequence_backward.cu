@@ -38,6 +38,7 @@ struct BackwardShared {
     T raw_head[kHead], bias_head[kHead], doutput[kWords], output[kWords], overwritten[kWords], carried[kWords];
     WarpGradients warps;
     T means[kHeads], mean_parts[kHeads];
+    T dh[kUnits][kExamples], dc[kUnits][kExamples]; // each written and read by the warp of the unit
 };
 constexpr int kDheadBytes = kOwners * kSent * sizeof(T);
 constexpr int kDreadBytes = kBlocks * kWords * sizeof(T);
@@ -47,7 +48,6 @@ struct Backward {
     BackwardShared &s;
     const Share share;
     RowsBackward rows;
-    T dh[kUnitsOfWarp], dc[kUnitsOfWarp];                                  // of the lane's example
     T gate[kUnitsOfWarp], previous_c[kUnitsOfWarp], doutput[kUnitsOfWarp]; // of the step to be undone
     T held[MANN_HELD ? kColumnsOfThread : 1][MANN_HELD ? kUnits : 1][4];
     int length, owned_length, last; // real steps of the lane's example, of the block's, of the longest
@@ -63,6 +63,8 @@ struct Backward {
     }
     MANN_INLINE int unit(int k) const { return warp_of_block() + k * kUnitWarps; }
     MANN_INLINE bool has_unit(int k) const { return warp_of_block() < kUnitWarps && unit(k) < share.units(); }
+    MANN_INLINE T &dh(int k) const { return s.dh[least(unit(k), kUnits - 1)][GateLane::example()]; }
+    MANN_INLINE T &dc(int k) const { return s.dc[least(unit(k), kUnits - 1)][GateLane::example()]; }
     MANN_INLINE int lane_example() const { return share.first_example + GateLane::example(); }
     MANN_INLINE int64_t row(int t, int b) const { return int64_t(t) * a.batch + b; }
     MANN_INLINE int64_t unit_at(int64_t row, int k) const { return row * H + share.first_unit() + unit(k); }
@@ -113,10 +115,11 @@ struct Backward {
         rows.take_dweights(real && a.dread_weights1 ? a.dread_weights1 + int64_t(b) * R * N : nullptr);
 #pragma unroll
         for (int k = 0; k < kUnitsOfWarp; ++k) {
-            const bool there = has_unit(k) && lane_example() < a.batch;
-            dh[k] = there && a.dh1 ? to_arith(a.dh1[unit_at(int64_t(lane_example()), k)]) : T(0);
-            dc[k] = there && a.dc1 ? to_arith(a.dc1[unit_at(int64_t(lane_example()), k)]) : T(0);
             gate[k] = previous_c[k] = doutput[k] = 0;
+            if (!has_unit(k) || !GateLane::first() || GateLane::gate() != 0) continue;
+            const int64_t at = unit_at(int64_t(lane_example()), k);
+            dh(k) = lane_example() < a.batch && a.dh1 ? to_arith(a.dh1[at]) : T(0);
+            dc(k) = lane_example() < a.batch && a.dc1 ? to_arith(a.dc1[at]) : T(0);
         }
     }
     // Of the steps in which no example of the cluster takes part.
@@ -299,7 +302,7 @@ struct Backward {
             T sum = 0;
 #pragma unroll
             for (int from = 0; from < kBlocks; ++from) sum += s.dh_parts[buffer][from][unit(k)][GateLane::example()];
-            dh[k] = sum;
+            if (GateLane::first() && GateLane::gate() == 0) dh(k) = sum;
         }
     }
     MANN_INLINE void lstm(int t) {
@@ -319,15 +322,17 @@ struct Backward {
 #pragma unroll
             for (int g = 0; g < 4; ++g)
                 gates[g] = __shfl_sync(kWholeWarp, gate[k], GateLane::of(g, GateLane::example()));
-            T grad = 0;
-            if (t < length) {
+            T grad = 0, dc_before = 0;
+            if (t < length && has_unit(k)) {
                 const T c = gates[1] * previous_c[k] + gates[0] * gates[2];
                 const auto cell = lstm_cell_backward(gates[0], gates[1], gates[2], gates[3], previous_c[k],
-                                                     hyperbolic_tangent(c), dh[k] + doutput[k] + through_head, dc[k]);
+                                                     hyperbolic_tangent(c), dh(k) + doutput[k] + through_head, dc(k));
                 const int g = GateLane::gate();
                 grad = g == 0 ? cell.gate_in : g == 1 ? cell.gate_forget : g == 2 ? cell.cell : cell.gate_out;
-                dc[k] = cell.c;
+                dc_before = cell.c;
             }
+            __syncwarp(); // all have read dc
+            if (t < length && has_unit(k) && GateLane::first() && GateLane::gate() == 0) dc(k) = dc_before;
             if (!has_unit(k) || !GateLane::first()) continue;
             s.dgates[unit(k) * 4 + GateLane::gate()][GateLane::example()] = rounded_to<S>(grad);
             gate[k] = grad; // for store_gates
@@ -422,7 +427,7 @@ struct Backward {
         for (int k = 0; k < kUnitsOfWarp; ++k) {
             if (!has_unit(k) || !GateLane::first() || GateLane::gate() != 0 || lane_example() >= a.batch) continue;
             const int64_t at = unit_at(int64_t(lane_example()), k);
-            a.dh[at] = to_storage<S>(dh[k]), a.dc[at] = to_storage<S>(dc[k]);
+            a.dh[at] = to_storage<S>(dh(k)), a.dc[at] = to_storage<S>(dc(k));
         }
         if (!share.is_real()) return;
         const int b = share.example();

@@ -34,7 +34,7 @@ struct ForwardShared {
     alignas(16) T bias_head[kHeadPadded];
     alignas(16) Step step;
     WarpSums warps;
-    T usage[kSlots];
+    Order usage[kSlots];
     Candidate chosen[R];
 };
 static_assert(sizeof(Candidate) == sizeof(Four<T>));

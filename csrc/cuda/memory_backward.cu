@@ -16,6 +16,7 @@ struct BackwardTile {
     const int64_t at, ring; // the row of the head in [T, B]; of the example in [ring, B]
     const bool last_step;   // no step of the example comes after it
     const int slots_of_example;
+    const T eps;
     // Of the example.
     const T *const memory_after;
     T *const memory, *const dmemory, *const dweights;
@@ -32,7 +33,7 @@ struct BackwardTile {
     MANN_INLINE BackwardTile(const MemoryBackward<S> &args, int example, int tile_of_example)
         : a(args), s(a.sizes), b(example), tile(tile_of_example), first(tile * s.tile_slots),
           last(min(first + s.tile_slots, int(s.N))), at(int64_t(s.step) * s.B + b), ring(s.step % s.ring * s.B + b),
-          last_step(s.step + 1 == length_of(s, b)), slots_of_example(int(s.N)),
+          last_step(s.step + 1 == length_of(s, b)), slots_of_example(int(s.N)), eps(T(a.eps)),
           memory_after(of_example(a.memory_after, kWidth)), memory(of_example(a.memory, kWidth)),
           dmemory(of_example(a.dmemory, kWidth)), dweights(of_example(a.dweights, kHeads)),
           memory_in(of_example(a.before.memory, kWidth)), dmemory1(of_example(a.dmemory1, kWidth)),
@@ -165,7 +166,7 @@ struct BackwardTile {
         for (int k = 0; k < kOwn; ++k) {
             const bool mine = exists && own_head(k) < kHeads;
             weight[k] = mine ? now.weight(loaded_now[u][k], k) : T(0);
-            const T inverse = mine ? inverse_root(head.key_square[k] * square + T(a.eps)) : T(0);
+            const T inverse = mine ? inverse_root(head.key_square[k] * square + eps) : T(0);
             const T cosine = kDots ? (mine ? dot[k] * inverse : T(0)) : loaded_now[u][k];
             // of one slot the weight is 1 whatever its logit: exactly zero, not what rounding leaves of a difference
             const T dx = mine && s.N > 1 ? weight[k] * (dw[u][k] + dread_dot[k] - mean[k]) : T(0);
@@ -257,7 +258,8 @@ constexpr int kBlocks = kHeads * kColumns * (3 + 2 * kAdd) + 2 * kColumns <= 76 
 #define MANN_BACKWARD_BOUNDS kMemoryThreads, kBlocks
 using MemoryBackwardArgs = MemoryBackward<S>;
 MANN_KERNEL(memory_backward, MANN_BACKWARD_BOUNDS, MemoryBackwardArgs) {
-    after_previous();
+    start_next();
+    wait_for_previous();
     MANN_SHARED(int32_t, slots, kHeads);
     MANN_SHARED(T, mean, kHeads);
     MANN_SHARED(T, shared_own, kMemoryWarps * kHeads);
@@ -307,7 +309,8 @@ MANN_KERNEL(memory_backward, MANN_BACKWARD_BOUNDS, MemoryBackwardArgs) {
 // kReadColumns columns of a head at a step, the parts of each shared by the other threads.
 using MemorySumArgs = MemorySum<S>;
 MANN_KERNEL(memory_sum, kSumThreads, MemorySumArgs) {
-    after_previous();
+    start_next();
+    wait_for_previous();
     constexpr int blocks = (kHead + kReadColumns - 1) / kReadColumns, groups = kSumThreads / kReadColumns;
     constexpr int add_at = kHead - kWords;
     MANN_SHARED(T, shared, kSumThreads / 32 * kReadColumns);

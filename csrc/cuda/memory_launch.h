@@ -72,6 +72,12 @@ inline Build memory_build(const Call &call, const char *source, const MemoryPlan
     build.set("MANN_PARTS", plan.warps_apart);
     return build.set("MANN_BETA", o.beta).set("MANN_ADD", o.add).set("MANN_WRITE", o.write);
 }
+// memory_use has no rows: one kernel for everybody who has such heads.
+inline Build use_build(const Call &call, const MemoryOptions &o) {
+    MemoryPlan none{};
+    none.vector = none.lanes = none.warps_apart = 1;
+    return memory_build(call, "memory_use.cu", none, {o.W, o.R, o.beta, false, false});
+}
 
 inline MemorySizes memory_sizes(const MemoryPlan &plan, int64_t B, int64_t N, int64_t T, int64_t ring) {
     MemorySizes s{};

@@ -35,7 +35,7 @@ MANN_CONSTEXPR int lanes_of_row() {
 constexpr int kLanes = lanes_of_row(), kGroups = kThreads / kLanes;
 constexpr int kRows = (kSlots + kGroups - 1) / kGroups, kColumns = (W + kLanes - 1) / kLanes;
 // Columns of a thread that are summed over rows at once: the sums of all heads take registers.
-constexpr int kChunk = least(R < 16 ? 16 / R : 1, kColumns);
+constexpr int kChunk = least(R < 8 ? 8 / R : 1, kColumns);
 constexpr int kRowWarps = least(kWarps, (kSlots * kLanes + kWarp - 1) / kWarp); // that have rows at all
 
 constexpr int kHeads = round_up(R, 4), kHeadGroups = kHeads / 4;
@@ -96,12 +96,22 @@ template <int count> MANN_INLINE Scattered<count> scatter_sums(T (&v)[count], in
     return s;
 }
 
-// Whether usage a of slot i comes before b of slot j: ties to the lowest index, NaN last.
-MANN_INLINE bool less_used(T a, int i, T b, int j) {
-    const bool nan_a = a != a, nan_b = b != b;
-    if (nan_a || nan_b) return nan_a && nan_b ? i < j : nan_b;
-    return a < b || (a == b && i < j);
+// A usage as an integer in the same order, NaN last: what comes first is then one comparison.
+#if defined(MANN_CUDA_ON_CPU)
+MANN_INLINE uint64_t order_of(double usage) {
+    const double positive = usage == 0 ? 0 : usage; // -0 is 0
+    uint64_t bits;
+    memcpy(&bits, &positive, sizeof(bits));
+    return usage != usage ? ~uint64_t(0) : bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
 }
+#endif
+MANN_INLINE uint32_t order_of(float usage) {
+    const uint32_t bits = __float_as_uint(usage == 0 ? 0.0f : usage); // -0 is 0
+    return usage != usage ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
+}
+using Order = decltype(order_of(T(0)));
+// Whether slot i comes before slot j: ties to the lowest index.
+MANN_INLINE bool less_used(Order a, int i, Order b, int j) { return a < b || (a == b && i < j); }
 
 // The head of an example and the slots to write to, in shared memory.
 struct Step {
@@ -242,7 +252,7 @@ struct Rows {
 #pragma unroll
             for (int h = 0; h < R; ++h) {
                 const T dot = sum_lanes(dots[i][h], 1, kLanes);
-                exps[i][h] = cosine(dot, squares[i], step.square[h], eps).value * step.beta[h];
+                exps[i][h] = dot * inverse_square_root(squares[i] * step.square[h] + eps) * step.beta[h]; // eq. 2
             }
         }
 #pragma unroll
@@ -256,7 +266,7 @@ struct Rows {
                 if (lane_of_warp() == 0) tops[warp_of_block() * R + h] = top;
             }
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) exps[i][h] = exists(i) ? exponential(exps[i][h] - top) : T(0);
+            for (int i = 0; i < kRows; ++i) exps[i][h] = exists(i) ? quick_exponential(exps[i][h] - top) : T(0);
         }
     }
     MANN_INLINE static void take_four_heads(const T *source, T (&heads)[kHeads]) {
@@ -318,21 +328,22 @@ struct Rows {
         }
     }
 
-    // Eq. 6, after usages [kSlots] of the part were written and a barrier: the R least used of the part, ascending, to
-    // chosen [R]. Where the part has fewer slots, the rest have no number: usage NaN, slot N. Barrier needed
-    // afterwards.
-    MANN_INLINE void give_usage(T *usages) const {
+    // Eq. 6, after the order of the usages [kSlots] of the part was written and a barrier: the R least used of the
+    // part, ascending, to chosen [R]. Where the part has fewer slots, the rest have no number: usage NaN, slot N.
+    // Barrier needed afterwards.
+    MANN_INLINE void give_usage(Order *orders) const {
 #pragma unroll
         for (int i = 0; i < kRows; ++i)
-            if (local(i) < kSlots && lane() == 0) usages[local(i)] = usage[i];
+            if (local(i) < kSlots && lane() == 0) orders[local(i)] = order_of(usage[i]);
     }
-    MANN_INLINE void choose(const T *usages, Candidate *chosen) const {
+    MANN_INLINE void choose(const Order *orders, Candidate *chosen) const {
         const int count = least(kSlots, N - part * kSlots);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
+            const Order own = order_of(usage[i]);
             int rank = 0;
             for (int other = lane(); other < count; other += kLanes)
-                rank += less_used(usages[other], other, usage[i], local(i));
+                rank += less_used(orders[other], other, own, local(i));
             rank = sum_lanes(rank, 1, kLanes);
             if (exists(i) && lane() == 0 && rank < R) chosen[rank] = {usage[i], T(slot(i)), {}};
         }
@@ -346,7 +357,7 @@ MANN_INLINE void merge_candidates(const Candidate *all, Step &step) {
     if (i >= kParts * R) return;
     int rank = 0;
     for (int j = 0; j < kParts * R; ++j)
-        rank += less_used(all[j].usage, int(all[j].slot), all[i].usage, int(all[i].slot));
+        rank += less_used(order_of(all[j].usage), int(all[j].slot), order_of(all[i].usage), int(all[i].slot));
     if (rank < R) step.slots[rank] = int(all[i].slot);
 }
 

@@ -128,13 +128,13 @@ struct RowsBackward : Rows {
                 const T dot = sum_lanes(dots[i][h], 1, kLanes),
                         dweight = dweights[i][h] + sum_lanes(through[i][h], 1, kLanes);
                 const T dx = read[i][h] * (dweight - means[h]);
-                const auto similarity = cosine(dot, squares[i], step.square[h], eps);
-                const T ddot = step.beta[h] * dx * similarity.inverse_norm;
+                const T inverse_norm = inverse_square_root(squares[i] * step.square[h] + eps);
+                const T similarity = dot * inverse_norm, ddot = step.beta[h] * dx * inverse_norm;
                 // of the cosine with respect to |key|^2 |row|^2, doubled
-                const T norm = ddot * similarity.value * similarity.inverse_norm;
+                const T norm = ddot * similarity * inverse_norm;
                 shrink[i] += norm * step.square[h];
                 sums[h] += norm * squares[i];
-                sums[R + h] += dx * similarity.value;
+                sums[R + h] += dx * similarity;
                 dots[i][h] = ddot;
                 write[i][h] = exists(i) ? write_weight(step, i, h) : T(0);
                 through[i][h] = 0; // from here on the gradient of the write weight

@@ -57,17 +57,16 @@ MANN_INLINE Fraction<double> hyperbolic_tangent_fraction(double x) { return {tan
 // The gates of unit j of every part, before their activations; sigmoids' times -log2 e.
 template <int tiles>
 MANN_INLINE void gates_of(const T *operands, int j, int lane, const Left (&x)[tiles][kPairs], T (&gate)[tiles][2][4]) {
+    Right w[2][kPairs];
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-        Right w[kPairs];
+    for (int s = 0; s < 2; ++s)
 #pragma unroll
-        for (int p = 0; p < kPairs; ++p) w[p] = load_operand(operands, (2 * j + s) * kPairs + p, lane);
+        for (int p = 0; p < kPairs; ++p) w[s][p] = load_operand(operands, (2 * j + s) * kPairs + p, lane);
 #pragma unroll
-        for (int tile = 0; tile < tiles; ++tile) {
+    for (int tile = 0; tile < tiles; ++tile) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) gate[tile][s][i] = 0;
-            multiply(gate[tile][s], x[tile], w);
-        }
+        for (int i = 0; i < 8; ++i) gate[tile][i / 4][i % 4] = 0;
+        multiply_each(gate[tile], x[tile], w);
     }
 }
 
@@ -207,35 +206,54 @@ MANN_INLINE void unit_back(const T (&gate)[2][4], Two<T> &c, int j, Back &back, 
     }
 }
 
-// A step back of a tile, from its state before the step: dh and dc, and the gates' gradients to `stage`. The state's c
-// becomes the h of after the step.
-MANN_INLINE void step_back(const T *forward, const T *backward, T *stage, const Lane &lane, T *before, Back &back) {
-    Left x[1][kPairs];
-    load_inputs(before, lane, x[0]);
-    T dx[kPairs][4] = {};
-#pragma unroll(kUnroll)
-    for (int j = 0; j < kUnits; ++j) {
-        T gate[1][2][4], dgate[2][4];
-        gates_of(forward, j, lane.lane, x, gate);
-        Two<T> *c = c_of(before, lane, j), found = *c;
-        unit_back(gate[0], found, j, back, dgate);
+// Some units of each part from j on, a step back of a tile: from their state before the step to dc, what they add to
+// the gradients dx of the inputs, and the gates' gradients to `stage`. The state's c becomes the h of after the step.
+template <int units>
+MANN_INLINE void units_back(const T *forward, const T *backward, T *stage, const Lane &lane, T *before, int j,
+                            const Left (&x)[kPairs], Back &back, T (&dx)[kPairs][4]) {
+    Results<2 * units> gates;
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+        Right w[2 * units];
+#pragma unroll
+        for (int k = 0; k < 2 * units; ++k) w[k] = load_operand(forward, (2 * j + k) * kPairs + p, lane.lane);
+        gates.add(x[p], w);
+    }
+    Results<kPairs> more;
+#pragma unroll
+    for (int u = 0; u < units; ++u) {
+        T gate[2][4], dgate[2][4];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) gate[i / 4][i % 4] = gates.at(2 * u + i / 4, i % 4);
+        Two<T> *c = c_of(before, lane, j + u), found = *c;
+        unit_back(gate, found, j + u, back, dgate);
         *c = found;
-        stage_results(stage + j * 256, lane, dgate);
-        Left left[2];
+        stage_results(stage + (j + u) * 256, lane, dgate);
 #pragma unroll
-        for (int s = 0; s < 2; ++s)
+        for (int s = 0; s < 2; ++s) {
+            Left left;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) left[s].set(i, dgate[s][i % 2 * 2 + i / 2]);
+            for (int i = 0; i < 4; ++i) left.set(i, dgate[s][i % 2 * 2 + i / 2]);
+            Right w[kPairs];
 #pragma unroll
-        for (int p = 0; p < kPairs; ++p) {
-            const Right w[2] = {load_operand(backward, 2 * j * kPairs + p, lane.lane),
-                                load_operand(backward, (2 * j + 1) * kPairs + p, lane.lane)};
-            T more[4] = {};
-            multiply(more, left, w);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) dx[p][i] += more[i];
+            for (int p = 0; p < kPairs; ++p) w[p] = load_operand(backward, (2 * (j + u) + s) * kPairs + p, lane.lane);
+            more.add(left, w);
         }
     }
+#pragma unroll
+    for (int i = 0; i < 4 * kPairs; ++i) dx[i / 4][i % 4] += more.at(i / 4, i % 4);
+}
+
+// A step back of a tile: dh and dc, and what units_back says.
+MANN_INLINE void step_back(const T *forward, const T *backward, T *stage, const Lane &lane, T *before, Back &back) {
+    Left x[kPairs];
+    load_inputs(before, lane, x);
+    T dx[kPairs][4] = {};
+    constexpr int kGroup = kUnroll == 1 ? 1 : 2; // so many that a warp has enough to do
+#pragma unroll(kUnroll)
+    for (int j = 0; j + kGroup <= kUnits; j += kGroup)
+        units_back<kGroup>(forward, backward, stage, lane, before, j, x, back, dx);
+    if constexpr (kUnits % kGroup != 0) units_back<1>(forward, backward, stage, lane, before, kUnits - 1, x, back, dx);
 #pragma unroll
     for (int p = 0; p < kPairs; ++p)
 #pragma unroll
@@ -250,12 +268,10 @@ MANN_INLINE void add_weight_gradients(const T *stage, const Lane &lane, const T 
     for (int j = 0; j < kUnits; ++j) {
         Left gates[2];
         load_rows(stage + j * 256, lane, gates);
+        T more[kPairs][4] = {};
+        multiply_each(more, gates, columns);
 #pragma unroll
-        for (int p = 0; p < kPairs; ++p) {
-            T more[4] = {};
-            multiply(more, gates, columns[p]);
-            sums.add(j, p, more);
-        }
+        for (int p = 0; p < kPairs; ++p) sums.add(j, p, more[p]);
     }
 }
 

@@ -1,6 +1,10 @@
 // The arguments of the kernels of summarize_gradients. `steps` support gradients of `count` coordinates.
 #pragma once
 
+#if !defined(MANN_CONSTEXPR)
+#define MANN_CONSTEXPR constexpr // of the host
+#endif
+
 namespace mann::cuda {
 
 template <typename S> struct SummarizeWeights {
@@ -41,7 +45,7 @@ struct SummarizeSizes {
     int sums;                              // of a part
     bool sums_of_warps;                    // they are too many for registers
     int forward_threads, backward_threads; // of a block, at most
-    constexpr explicit SummarizeSizes(int D)
+    MANN_CONSTEXPR explicit SummarizeSizes(int D)
         : units((D + 3) / 4), inputs((units + 2) / 2 * 2), fragments(units * inputs * 32 * (D <= 32 ? 4 : 2)),
           state(64 * (units + inputs)), stage(256 * units), sums(units * inputs * 64 + 32 * (units + 1)),
           sums_of_warps(units * inputs > 32), forward_threads(384), backward_threads(256) {}

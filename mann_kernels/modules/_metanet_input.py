@@ -36,8 +36,9 @@ def check_support(support_x, support_y, ways: int) -> None:
 
 
 def _readable(tensor) -> bool:
-    """Say whether a tensor's values are known now: not while torch.compile traces, nor while a CUDA graph is captured."""
-    if torch.compiler.is_compiling():
+    """Say whether a tensor's values are known now: not while torch.compile traces, nor while a CUDA graph is captured, nor on the
+    meta device, which has none."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 

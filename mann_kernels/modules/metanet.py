@@ -384,7 +384,7 @@ class MetaNet(nn.Module):
         return f"{text}, shared_generators={self.shared_generators}, margin={self.margin}"
 
 
-def _reset(generator: nn.Module, last: nn.Parameter) -> None:
+def _reset(generator: nn.Module, last: Any) -> None:
     """Normal with variance 1/inputs, no bias, the last layer smaller by FIRST_FAST.
 
     The paper has every parameter uniform in +-0.1. Most gradients are tiny, so most fast weights begin equal, and a common

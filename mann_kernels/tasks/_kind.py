@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,17 @@ def on_cpu(function: Function) -> Function:
             return function(*args, **kwargs)
 
     return with_cpu  # type: ignore[return-value]
+
+
+def check_sizes(**sizes: int) -> None:
+    """Each is an integer of at least 1.
+
+    Raises:
+        ValueError: naming it and what it got.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name}: got {size}, want at least 1, an integer")
 
 
 def uniform(*shape: int, generator: torch.Generator) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from mann_kernels.tasks._kind import numbers, on_cpu, uniform
+from mann_kernels.tasks._kind import check_sizes, numbers, on_cpu, uniform
 from mann_kernels.tasks.episodes import Episodes
 
 
@@ -37,9 +37,7 @@ class Copy(_Bits):
     """
 
     def __init__(self, length: int = 20, bits: int = 8, *, shorter: bool = False):
-        for name, size in {"length": length, "bits": bits}.items():
-            if size < 1:
-                raise ValueError(f"{name}: got {size}, want at least 1")
+        check_sizes(length=length, bits=bits)
         self.length, self.shorter, self.output_size, self.input_size = length, shorter, bits, bits + 1
 
     @on_cpu
@@ -65,6 +63,7 @@ class AssociativeRecall(_Bits):
     """
 
     def __init__(self, pairs: int = 10, bits: int = 8):
+        check_sizes(bits=bits, pairs=pairs)
         if not 1 <= bits <= 16:
             raise ValueError(f"bits: got {bits}, want 1 to 16")
         if not 1 <= pairs <= 2**bits:

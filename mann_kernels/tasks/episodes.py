@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mann_kernels.tasks._kind import numbers, on_cpu, uniform
+from mann_kernels.tasks._kind import check_sizes, numbers, on_cpu, uniform
 
 #: Which presentations of a class the paper's tables tell apart.
 PRESENTATIONS = (1, 2, 3, 4, 5, 10)
@@ -90,6 +90,7 @@ class OmniglotEpisodes:
         for name, value, known in (("labels", labels, LABELS), ("counts", counts, COUNTS)):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, want one of {', '.join(known)}")
+        check_sizes(ways=ways, length=length)
         if not 2 <= ways <= examples.shape[0]:
             raise ValueError(f"ways: got {ways}, want 2 to {examples.shape[0]}, the classes there are")
         if not 1 <= length <= ways * examples.shape[1]:

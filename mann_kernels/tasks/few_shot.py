@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mann_kernels.tasks._kind import numbers, on_cpu, uniform
+from mann_kernels.tasks._kind import check_sizes, numbers, on_cpu, uniform
 
 
 class Tasks(NamedTuple):
@@ -43,9 +43,7 @@ class FewShotTasks:
     """
 
     def __init__(self, examples: torch.Tensor, ways: int = 5, shots: int = 1, queries: int = 10):
-        for name, size in {"ways": ways, "shots": shots, "queries": queries}.items():
-            if size < 1:
-                raise ValueError(f"{name}: got {size}, want at least 1")
+        check_sizes(ways=ways, shots=shots, queries=queries)
         if ways > examples.shape[0]:
             raise ValueError(f"ways: got {ways}, want at most {examples.shape[0]}, the classes there are")
         if shots + queries > examples.shape[1]:

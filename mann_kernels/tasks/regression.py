@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mann_kernels.tasks._kind import numbers, on_cpu, uniform
+from mann_kernels.tasks._kind import check_sizes, numbers, on_cpu, uniform
 from mann_kernels.tasks.episodes import Episodes, before
 from mann_kernels.tasks.few_shot import Tasks
 
@@ -34,11 +34,10 @@ class GPRegression:
     def __init__(self, dimensions: int = 1, length: int = 50, *, scale: float = 1.0, noise: float = 0.1):
         if dimensions not in (1, 2, 3):
             raise ValueError(f"dimensions: got {dimensions}, want 1, 2 or 3")
-        if length < 1:
-            raise ValueError(f"length: got {length}, want at least 1")
+        check_sizes(length=length)
         for name, value in {"scale": scale, "noise": noise}.items():
-            if not value > 0:
-                raise ValueError(f"{name}: got {value}, want more than 0")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}: got {value}, want more than 0, and finite")
         self.dimensions, self.length, self.scale, self.noise = dimensions, length, scale, noise
         self.input_size = dimensions + 1
 
@@ -90,9 +89,7 @@ class Sinusoids:
     descriptor_size = 2
 
     def __init__(self, shots: int = 10, queries: int = 10):
-        for name, size in {"shots": shots, "queries": queries}.items():
-            if size < 1:
-                raise ValueError(f"{name}: got {size}, want at least 1")
+        check_sizes(shots=shots, queries=queries)
         self.shots, self.queries = shots, queries
 
     @on_cpu

@@ -13,11 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mann_kernels._paths import about
-from mann_kernels.tasks import COUNTS, LABELS
 from mann_kernels.train import build
 from mann_kernels.train.loop import Run
 from mann_kernels.train.parallel import joined
-from mann_kernels.train.settings import MOST, OPTIMIZERS, SCHEDULES, Settings, check_number
+from mann_kernels.train.settings import MOST, OPTIMIZERS, Settings, check_number
 from mann_kernels.train.told import SEED, told
 
 DEFAULT: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
@@ -38,11 +37,6 @@ def prepare(settings: Settings, data: Path | None, out: Path, resume: bool) -> R
     train_tasks, test_tasks = build.tasks(settings, data)
     learner = build.on_device(build.learner(settings, train_tasks), settings.device)
     return Run(learner, train_tasks, test_tasks, settings, out, resume=resume)
-
-
-def choose(name: str, value: str, known) -> None:
-    if value not in known:
-        raise typer.BadParameter(f"{name}: got {value!r}, want one of {', '.join(known)}")
 
 
 def main(
@@ -93,21 +87,20 @@ def main(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the log's numbers for it too.")] = False,
 ):
     """Meta-train a learner on tasks, and test it on tasks of classes it has never seen."""
-    choose("TASK", task, build.TASKS)
+    if task not in build.TASKS:
+        raise typer.BadParameter(f"TASK: got {task!r}, want one of {', '.join(build.TASKS)}")
     given = {name: value for name, value in locals().items() if value is not None}
     given = DEFAULT | {"length": 10 * ways} | OF_TASK.get(task, {}) | given
     given["schedule_updates"] = (schedule_updates or updates) if schedule == "cosine" else 0
-    choose("--learner", given["learner"], build.LEARNERS)
-    choose("--labels", labels, LABELS)
-    choose("--counts", counts, COUNTS)
-    choose("--optimizer", optimizer, OPTIMIZERS)
-    choose("--schedule", schedule, SCHEDULES)
     settings = Settings(**{name: given[name] for name in DEFAULT})
     interrupted = f"stopped; --resume goes on from the last checkpoint in {out}"
     with contextlib.ExitStack() as stack:
         with told(interrupted=interrupted):
             check_number("updates", updates, 1, MOST)
             check_number("minutes", minutes, 0, math.inf)
+            if schedule_updates is not None:
+                check_number("schedule_updates", schedule_updates, 1, MOST)
+            build.check_choices(settings)
             settings.check_run()
             stack.enter_context(joined(settings.device))
             run = prepare(settings, data, out, resume)

@@ -7,6 +7,8 @@ from torch import nn
 
 from mann_kernels.modules import MetaNet
 from mann_kernels.tasks import (
+    COUNTS,
+    LABELS,
     AssociativeRecall,
     Copy,
     FewShotTasks,
@@ -18,7 +20,7 @@ from mann_kernels.tasks import (
     with_rotations,
 )
 from mann_kernels.train import learners
-from mann_kernels.train.settings import Settings
+from mann_kernels.train.settings import OPTIMIZERS, SCHEDULES, Settings
 
 EPISODES = ("copy", "associative-recall", "gp-regression", "omniglot")
 HALVES = ("sinusoid", "few-shot")
@@ -60,6 +62,19 @@ def tasks(settings: Settings, data: Path | None) -> tuple:
     # The quarter turns of a class are classes of their own.
     halves = (with_rotations(images(split)) for split in ("train", "test"))
     return tuple(FewShotTasks(images, s.ways, s.shots, s.queries) for images in halves)
+
+
+def check_choices(settings: Settings) -> None:
+    """Every word of the settings is one that is known here.
+
+    Raises:
+        ValueError: naming the option, what it got and what it wants.
+    """
+    known = {"task": TASKS, "learner": LEARNERS, "labels": LABELS, "counts": COUNTS}
+    known |= {"optimizer": tuple(OPTIMIZERS), "schedule": SCHEDULES}
+    for name, words in known.items():
+        if getattr(settings, name) not in words:
+            raise ValueError(f"--{name}: got {getattr(settings, name)!r}, want one of {', '.join(words)}")
 
 
 def on_device(module: nn.Module, device: str) -> nn.Module:

@@ -140,6 +140,8 @@ class Run:
     def _restore(self) -> None:
         # An older checkpoint lacks newer settings, and did what is their default.
         found = asdict(self.settings) | asdict(Settings()) | read_facts(self.checkpoint)["settings"]
+        if unknown := sorted(set(found) - set(asdict(self.settings))):
+            raise ValueError(f"{self.checkpoint}: got settings that this version does not know: {', '.join(unknown)}")
         other = {name: value for name, value in asdict(self.settings).items() if found.get(name) != value}
         if other:
             changes = ", ".join(

@@ -21,14 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
 import mann_kernels
-from mann_kernels import _backend, _library
+from mann_kernels import _backend
 from mann_kernels.triton import _launch
 
 #: Bytes of shared memory that one program may have (NVIDIA: the opt-in limit of the compute capability; AMD: LDS).
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 #: The CUDA kernels, for all their architectures.
-LIBRARY = Path(_library.__file__).parent / "_CUDA.abi3.so"
 
 
 class Compiled(NamedTuple):
@@ -112,24 +111,3 @@ def dumped(binary: Path) -> str:
     """What cuobjdump, which comes with Triton, says that the kernels of a binary use."""
     command = [TOOLS / "cuobjdump", "--dump-resource-usage", binary]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def cuda_resources(said: str) -> dict[str, dict[str, dict[str, int]]]:
-    """By architecture and kernel: registers, spilled bytes and static shared memory of a thread or block."""
-    found: dict[str, dict[str, dict[str, int]]] = {}
-    for part in said.split("Fatbin elf code:")[1:]:
-        target = re.search(r"arch = (\w+)", part)[1]
-        for name, used in re.findall(r"Function (.*):\n(.*)", part):
-            registers, stack, shared, local = map(
-                int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", used).groups()
-            )
-            label = re.search(r"(\w+_kernel(?:<.*?>)?)\(", name)[1].replace("(mann::cuda::Staged)", "")
-            entry = {"registers": registers, "spilled": stack + local, "shared": shared}
-            found.setdefault(target, {})[label] = entry
-    return found
-
-
-def resources_of_cuda() -> dict[str, dict[str, dict[str, int]]]:
-    """What the kernels of the built CUDA library use, as cuda_resources()."""
-    said = subprocess.run(["c++filt"], input=dumped(LIBRARY), capture_output=True, text=True, check=True).stdout
-    return cuda_resources(said)

@@ -221,7 +221,8 @@ template <typename T> T *of_rank(T *shared, int rank) {
 }
 
 // Launches follow one another as it is.
-inline void after_previous() {}
+inline void start_next() {}
+inline void wait_for_previous() {}
 
 // d += a b, by all threads of the warp.
 inline void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, on_cpu::Place place = on_cpu::Place::current()) {

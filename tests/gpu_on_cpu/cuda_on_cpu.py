@@ -180,9 +180,9 @@ def kernels() -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def cuda_on_cpu(seed: int = 0, library: Path | None = None):
+def cuda_on_cpu(seed: int = 0, library: Path | None = None, csrc: Path = CSRC):
     """Within the block backend("cuda") runs CPU tensors, with schedules drawn from `seed`; yields the loaded library."""
-    loaded = load(library or build())
+    loaded = load(library or build(), csrc)
     loaded.mann_cuda_on_cpu_seed(seed)
     missing, operators = _backend.missing, _library.operators
 

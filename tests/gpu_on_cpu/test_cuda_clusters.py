@@ -191,6 +191,7 @@ def test_a_planted_fault_is_named(fault, cuda, tmp_path):
     # sizes that no other test has: nothing compiled before is taken for it
     call = mann(1, (4, 22, 10 + list(FAULTS).index(fault), 2), T=9, H=10)
     cuda.mann_cuda_on_cpu_compiler(cuda_on_cpu.kernel_command("plain", csrc).encode(), str(folder).encode())
+
     try:
         with pytest.raises((AssertionError, RuntimeError), match=said):
             matches_under_schedules(cuda, call)

@@ -26,6 +26,7 @@ CALLS = {
     "content_address": ("3,7,5,2", "beta=True"),
     "lrua_step": ("3,7,5,2", "add=True", "beta=True", "lru='shared'"),
     "augmented_linear": ("3,7,5,2",),
+    "augmented_conv2d": ("2,40,20,3", "pool=True"),
     "mann_sequence": ("3,7,5,2", "T=2", "lengths=True", "write='add'", "key_strength=True"),
 }
 
@@ -52,48 +53,56 @@ class Fault(NamedTuple):
     said: dict[str, str]
 
 
+ARRIVED = "        copy_async_wait<0>();\n        __syncthreads();\n"
 FAULTS = {
-    "missing cluster barrier": Fault(
-        "mann_sequence",
-        "mann_sequence_forward.h",
-        "            head_parts();\n            cluster_barrier();\n",
-        "            head_parts();\n            __syncthreads();\n",
+    "missing barrier": Fault(
+        "augmented_conv2d",
+        "augmented_conv2d_tile.h",
+        ARRIVED,
+        "        copy_async_wait<0>();\n",
         {"plain": "(output|gradient) .*error", "thread": "data race"},
     ),
-    "single buffer": Fault(
-        "mann_sequence",
-        "mann_sequence_forward.h",
-        "at<S>(l.h) + t % 2 * (tile * l.leading_h)",
-        "at<S>(l.h) + t * 0",
-        {"plain": "(output|gradient) .*error", "thread": "data race"},
+    "divergent barrier": Fault(
+        "augmented_conv2d",
+        "augmented_conv2d_tile.h",
+        ARRIVED,
+        "        copy_async_wait<0>();\n        if (threadIdx.x < 32) __syncthreads();\n",
+        {"plain": "divergent barrier"},
+    ),
+    "no wait": Fault(
+        "augmented_conv2d",
+        "augmented_conv2d_tile.h",
+        ARRIVED,
+        "        __syncthreads();\n",
+        {"plain": "(output|gradient) .*error"},
     ),
     "one past the end": Fault(
-        "content_address",
-        "content_address.cu",
-        "a.dmemory[b * s.N * s.W + i] = ",
-        "a.dmemory[b * s.N * s.W + i + 1] = ",
+        "augmented_conv2d",
+        "augmented_conv2d_backward.cu",
+        "* kShape.W + x] = to_storage",
+        "* kShape.W + x + 1] = to_storage",
         {"address": "heap-buffer-overflow"},
     ),
     "sum across blocks": Fault(
-        "content_address",
-        "content_address.cu",
-        "a.dbeta[b * s.R + h] = to_storage<S>(grad.dbeta);",
-        "a.dbeta[h] = to_storage<S>(to_arith(a.dbeta[h]) + grad.dbeta);",
-        {"thread": "data race"},
-    ),
-    "divergent barrier": Fault(
-        "content_address",
-        "content_address.cu",
-        "    __syncthreads();\n    for_heads(s.R, [&](int h) { softmax_of_cosine(",
-        "    if (threadIdx.x < 32) __syncthreads();\n    __syncthreads();\n    for_heads(s.R, [&](int h) { softmax_of_cosine(",
-        {"plain": r"divergent barrier: (reaches .*content_address\.cu|threads of the block)"},
+        "augmented_conv2d",
+        "augmented_conv2d_backward.cu",
+        "a.dots[part * a.dots_stride + ",
+        "a.dots[0 * a.dots_stride + ",
+        {"plain": "gradient of mix.*error", "thread": "data race"},
     ),
     "misaligned vector": Fault(
-        "content_address",
-        "content_address.cu",
-        "load_heads(dweights, g * s.N + n)",
-        "load_heads(dweights + 1, g * s.N + n)",
+        "augmented_conv2d",
+        "augmented_conv2d_tile.h",
+        "weights + c * D::kWeights + 4 * group)",
+        "weights + c * D::kWeights + 4 * group + 1)",
         {"address": "misaligned address"},
+    ),
+    "half of the examples": Fault(
+        "augmented_linear",
+        "augmented_linear_tile.h",
+        "k < kLinearDepth; k += Tile::kSlices",
+        "k < kLinearDepth / 2; k += Tile::kSlices",
+        {"plain": "(output|gradient) .*error"},
     ),
 }
 
@@ -102,8 +111,7 @@ FAULTS = {
 def test_a_planted_fault_is_named(fault, by, tmp_path):
     stem, file, right, wrong, said = FAULTS[fault]
     csrc = cuda_mutant(tmp_path, file, right, wrong)
-    sources = [csrc / "cuda" / f"{stem}.cu"]
-    library = cuda_on_cpu.build("float32" if by == "plain" else by, sources=sources, csrc=csrc, folder=tmp_path)
+    library = cuda_on_cpu.build(by, sources=[csrc / "cuda" / f"{stem}.cpp"], csrc=csrc, folder=tmp_path)
     ran = run_in_process(by, library, stem, 20)
     assert ran.returncode != 0
     assert re.search(said[by], ran.stderr), ran.stderr

@@ -15,7 +15,10 @@ pytestmark = [
 
 #: (B, N, W, R): odd, no multiple of a tile of examples; more slots than threads of a warp; the least there is; more than one tile.
 SIZES = ((3, 7, 5, 2), (1, 150, 20, 6), (1, 1, 1, 1), (9, 5, 3, 1))
-STEMS = ("content_address", "lrua_step", "lrua_sequence", "mann_sequence", "augmented_linear", "augmented_conv2d")
+STEMS = (
+    "content_address", "lrua_step", "lrua_sequence", "mann_sequence", "augmented_linear", "augmented_conv2d",
+    "generate_fast_weights", "summarize_gradients",
+)  # fmt: skip
 SEEDS = range(20)
 
 
@@ -34,7 +37,8 @@ def inputs_of(stem, seed, size, **options):
 
 def test_all_of_them_are_here(cuda):
     """Every kernel, forward and backward."""
-    assert cuda_on_cpu.kernels() == {name for stem in STEMS for name in (stem, f"{stem}_backward")}
+    beside = {"generate_fast_weights_sides"}
+    assert cuda_on_cpu.kernels() == beside | {name for stem in STEMS for name in (stem, f"{stem}_backward")}
 
 
 @pytest.mark.parametrize("dtype", cuda_on_cpu.DTYPES, ids=str)

@@ -3,7 +3,11 @@
 mann_sequence is asked for in its step-by-step form, which no small size takes of itself.
 """
 
+import collections
 import importlib
+import re
+import shutil
+import subprocess
 from typing import NamedTuple
 
 import cuda_on_cpu
@@ -42,7 +46,8 @@ def inputs_of(stem, seed, size, **options):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("stem", STEMS)
 def test_matches_reference(stem, size):
-    for options in class_of(stem).options:
+    every = class_of(stem).options
+    for options in every if size == SIZES[0] else (every[0], every[-1]):  # a build takes seconds
         matches(stem, inputs_of(stem, 1, size, **options), torch.float32)
 
 
@@ -124,6 +129,48 @@ def test_usage_that_is_no_number(value):
     matches("lrua_step", call, torch.float64)
 
 
+def launches_of(cuda, stem, size, T=10, H=20):
+    """Forward and backward in float32, written down instead of run."""
+    sizes = {"T": T} if stem.endswith("sequence") else {}
+    call = inputs_of(stem, 1, size, **(sizes | {"H": H} if stem == "mann_sequence" else sizes))
+    with cuda_on_cpu.recorded(cuda) as launches:
+        quantities(getattr(mann_kernels, stem), call.to(torch.float32))
+    return launches
+
+
+#: A step of the memory is two launches forward, two backward; the controller adds two and three.
+MOST = {"content_address": 5, "lrua_step": 7, "lrua_sequence": 4 * 10 + 4, "mann_sequence": 9 * 10 + 7}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_launches(cuda, stem):
+    counts = collections.Counter(launch.kernel for launch in launches_of(cuda, stem, (1, 2000, 8, 2)))
+    assert sum(counts.values()) <= MOST[stem], counts
+
+
+def test_the_whole_device_is_used(cuda):
+    """One example of many slots: every launch that goes over the memory has a block for each multiprocessor, or more."""
+    for launch in launches_of(cuda, "mann_sequence", (1, 32768, 32, 4), T=2):
+        if launch.kernel in ("memory_write", "memory_backward"):
+            assert int(launch.blocks.split("x")[0]) >= 132, launch
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("size", [(16, 128, 40, 4), (16, 1024, 64, 4), (1, 32768, 32, 4)], ids=str)
+def test_nothing_spills(cuda, size, target, tmp_path):
+    """What ptxas made of every kernel, at the paper's size and those of the bench with many slots."""
+    launches = [launch for stem in STEMS for launch in launches_of(cuda, stem, size, T=2, H=200)]
+    builds = sorted({(launch.source, launch.options) for launch in launches})
+    for source, options in builds:
+        command = ["nvcc", "-std=c++17", f"-arch={target}", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "made"]
+        command += [*options.split(), cuda_on_cpu.CSRC / "cuda" / source]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        spilled = [int(bytes) for bytes in re.findall(r"(\d+) bytes spill", said)]
+        assert spilled, said
+        assert not any(spilled), said
+
+
 class Fault(NamedTuple):
     stem: str
     #: Of its own, so that nothing compiled before is taken for it.
@@ -138,14 +185,14 @@ ONE_PART_EACH = "    if constexpr (kParts > 1) return;\n"
 FAULTS = {
     "ties to the highest index": Fault("lrua_step", 11, "memory_rows.h", "(a == b && i < j)", "(a == b && i > j)"),
     "slots before they are chosen": Fault(
-        "lrua_step", 13, "memory_forward.cu", f"        __syncthreads();\n{CHOSEN}", CHOSEN
+        "lrua_step", 13, "memory_write.cu", f"        __syncthreads();\n{CHOSEN}", CHOSEN
     ),
     "a part of the reads is missing": Fault(
         "lrua_step",
         14,
-        "memory_forward.cu",
-        "part < s.parts; part += kMemoryWarps",
-        "part < s.parts - 1; part += kMemoryWarps",
+        "memory_use.cu",
+        "part < s.parts; part += groups",
+        "part < s.parts - 1; part += groups",
     ),
     "means of the wrong step": Fault(
         "lrua_sequence", 17, "memory_backward.cu", "a.means + ((s.step + 1) % 2 * s.B", "a.means + (s.step % 2 * s.B"
@@ -164,7 +211,7 @@ FAULTS = {
         f"{ONE_PART_EACH}    for (int at =",
     ),
     "one buffer of read weights": Fault(
-        "lrua_sequence", 22, "memory_forward.cu", "step % s.ring * s.B + b; }", "step * 0 * s.B + b; }"
+        "lrua_sequence", 22, "memory_write.cu", "step % s.ring * s.B + b; }", "step * 0 * s.B + b; }"
     ),
     "h of the wrong step": Fault(
         "mann_sequence", 23, "grid_controller.cu", "((s.step - 1) * s.B + b0)", "(s.step * s.B + b0)"

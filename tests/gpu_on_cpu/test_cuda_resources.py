@@ -1,45 +1,131 @@
-"""What ptxas made of every CUDA kernel, on every architecture: no spills.
+"""What NVRTC makes of the CUDA kernels, through the library's own compiler: they compile for every target, and at the paper's
+sizes no register is spilled."""
 
-cuobjdump, which comes with Triton, reads it out of the library; nothing is compiled.
-"""
+import ctypes
+import importlib.util
+import os
+import re
+from pathlib import Path
 
 import pytest
-from compiled import cuda_resources, resources_of_cuda
+import torch
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("has nothing to do with Triton", allow_module_level=True)
+
+import cuda_on_cpu
+from compiled import dumped
+from test_properties import class_of
+
+import mann_kernels
 from mann_kernels import _library
 
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-#: mann_sequence needs clusters, which sm_80 has not.
-NEED_CLUSTERS = ("mann_sequence",)
-pytestmark = pytest.mark.skipif(_library.cuda_missing is not None, reason=str(_library.cuda_missing))
+
+def nvrtc() -> list[Path]:
+    """The libraries of NVRTC, from the package nvidia-cuda-nvrtc."""
+    package = importlib.util.find_spec("nvidia")
+    folders = package.submodule_search_locations or () if package else ()
+    found = (sorted(Path(folder).glob("*/lib/libnvrtc*.so.1*")) for folder in folders)
+    return [library for libraries in found for library in libraries if ".alt." not in library.name]
+
+
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(_library.cuda_missing is not None, reason=str(_library.cuda_missing)),
+    pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing())),
+    pytest.mark.skipif(not nvrtc(), reason="needs the package nvidia-cuda-nvrtc"),
+]
+
+#: H100, H200; B200; the consumer's Blackwell.
+CAPABILITIES = (90, 100, 120)
 
 
 @pytest.fixture(scope="module")
-def found():
-    return resources_of_cuda()
+def compiler():
+    for library in sorted(nvrtc(), key=lambda path: "builtins" not in path.name):
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(importlib.util.find_spec("mann_kernels._CUDA").origin)
 
 
-def test_every_kernel_is_there_and_spills_nothing(found):
-    kernels = {name for names in found.values() for name in names}
-    for name in _library.cuda_kernels:
-        stem = name.removesuffix("_backward")
-        of_stem = [kernel for kernel in kernels if kernel.startswith(stem)]
-        assert any("float" in kernel for kernel in of_stem), name
-        assert any("bfloat16" in kernel for kernel in of_stem), name
-    for target in ARCHITECTURES:
-        of_target = {name for name in kernels if target != "sm_80" or not name.startswith(NEED_CLUSTERS)}
-        assert set(found[target]) == of_target
-        assert {name: used["spilled"] for name, used in found[target].items() if used["spilled"]} == {}
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def test_what_cuobjdump_says_is_understood():
-    said = """
-Fatbin elf code:
-================
-arch = sm_90a
- Function void mann::cuda::some_kernel<float, (mann::cuda::Staged)0>(mann::cuda::Args<float>):
-  REG:40 STACK:8 SHARED:1024 LOCAL:4 CONSTANT[0]:664 TEXTURE:0 SURFACE:0 SAMPLER:0
-"""
-    assert cuda_resources(said) == {
-        "sm_90a": {"some_kernel<float, 0>": {"registers": 40, "spilled": 12, "shared": 1024}}
-    }
+def compile_for(compiler, capability, source, options):
+    """The path of the cubin, or what the compiler says."""
+    said = ctypes.create_string_buffer(100_000)
+    failed = compiler.mann_cuda_compile(source.encode(), options.encode(), capability, said, ctypes.c_int64(len(said)))
+    return failed, said.value.decode()
+
+
+def spilled(cubin):
+    """Bytes of local memory of each kernel of a cubin."""
+    said = dumped(Path(cubin))
+    found = re.findall(r"Function (\w+):\n.* STACK:(\d+) .*LOCAL:(\d+)", said)
+    assert found, said
+    return {name: int(stack) + int(local) for name, stack, local in found}
+
+
+def launches_of(stem, inputs):
+    """The launches of a forward and a backward pass, none of which is run."""
+    with cuda_on_cpu.cuda_on_cpu() as library, cuda_on_cpu.recorded(library) as launches:
+        leaves = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
+        outputs = getattr(mann_kernels, stem)(**inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        sum(out.float().sum() for out in outputs if out.requires_grad).backward(inputs=leaves)
+    return {(launch.source, launch.options) for launch in launches}
+
+
+def inputs_of(stem, size, dtype, **options):
+    inputs = class_of(stem).inputs(1, *size, **options).to(dtype)
+    for value in inputs.values():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value.requires_grad_()
+    return inputs
+
+
+AT_PAPER = {
+    "content_address": ((2, 128, 40, 4), {}),
+    "lrua_step": ((2, 128, 40, 4), {}),
+    "lrua_sequence": ((2, 128, 40, 4), {"T": 2}),
+    "mann_sequence": ((16, 128, 40, 4), {"T": 2, "H": 200}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stem", AT_PAPER)
+def test_no_spills_at_the_papers_sizes(stem, dtype, compiler):
+    size, options = AT_PAPER[stem]
+    for source, macros in launches_of(stem, inputs_of(stem, size, dtype, **options)):
+        failed, said = compile_for(compiler, 90, source, macros)
+        assert not failed, said
+        assert set(spilled(said).values()) == {0}, (source, macros, spilled(said))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("stem", sorted(AT_PAPER))
+def test_they_compile_for_every_target(stem, capability, compiler):
+    options = class_of(stem).options[-1]
+    for source, macros in launches_of(stem, inputs_of(stem, (2, 33, 9, 3), torch.float32, **options)):
+        failed, said = compile_for(compiler, capability, source, macros)
+        assert not failed, said
+
+
+def test_a_cubin_is_kept_and_found_again(compiler, tmp_path):
+    macros = sorted(launches_of("lrua_step", inputs_of("lrua_step", (2, 9, 4, 1), torch.float32)))[0]
+    failed, path = compile_for(compiler, 90, *macros)
+    assert not failed
+    assert Path(path).parent == tmp_path / "mann_kernels"
+    assert [file.name for file in Path(path).parent.iterdir()] == [Path(path).name]  # nothing half written
+    Path(path).write_bytes(b"found")
+    assert compile_for(compiler, 90, *macros) == (0, path)
+    assert Path(path).read_bytes() == b"found"
+
+
+def test_a_kernel_that_does_not_compile_says_why(compiler):
+    failed, said = compile_for(compiler, 90, "memory_forward.cu", "-DMANN_STORAGE=nothing")
+    assert failed
+    assert "memory_forward.cu does not compile for sm_90a" in said
+    assert "MANN_" in said
+    assert compile_for(compiler, 90, "nothing.cu", "")[1] == "mann_kernels: no source nothing.cu"

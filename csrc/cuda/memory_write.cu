@@ -1,4 +1,4 @@
-// One step of the memory forward: see memory_step.h.
+// The first half of a step of the memory, forward: see memory_step.h.
 #include "memory_rows.h"
 
 namespace mann::cuda {
@@ -11,7 +11,8 @@ struct WriteTile {
     const MemoryWrite<S> &a;
     const MemorySizes &s;
     const int b, first, last, slots_of_example; // the example, and the slots of the tile
-    const int64_t at;                           // the row of the head, [T, B]
+    const int64_t at, now;                      // the row of the head, [T, B]; of the example in [ring, B]
+    const T eps, decay;
     // Of the example.
     const S *const memory_in;
     const T *const memory_in_t;
@@ -25,11 +26,11 @@ struct WriteTile {
 
     MANN_INLINE WriteTile(const MemoryWrite<S> &args, int example, int tile)
         : a(args), s(a.sizes), b(example), first(tile * s.tile_slots), last(min(first + s.tile_slots, int(s.N))),
-          slots_of_example(int(s.N)), at(int64_t(s.step) * s.B + example),
-          memory_in(starts() || !kWrite ? of_example(a.before.memory, kWidth) : nullptr),
+          slots_of_example(int(s.N)), at(int64_t(s.step) * s.B + example), now(ring(s.step)), eps(T(a.eps)),
+          decay(T(a.decay)), memory_in(starts() || !kWrite ? of_example(a.before.memory, kWidth) : nullptr),
           memory_in_t(of_example(starts() ? a.before.memory_t : static_cast<const T *>(a.memory), kWidth)),
           memory(of_example(a.memory, kWidth)), memory_copy(of_example(a.memory_copy, kWidth)),
-          logits(a.logits + ring(s.step) * kHeads * s.N), usage1(of_example(a.usage1, 1)),
+          logits(a.logits + now * kHeads * s.N), usage1(of_example(a.usage1, 1)),
           memory1(of_example(a.memory1, kWidth)) {
         if constexpr (!kWrite) return;
         previous.only_slot = slots_of_example == 1;
@@ -82,7 +83,7 @@ struct WriteTile {
         for (int u = 0; u < kAtOnce; ++u) {
             const int n = slot(base, u), place = chosen && n < last ? place_of(slots, n) : -1;
             if (chosen && place >= 0 && a.overwritten)
-                store_row(a.overwritten + (ring(s.step) * kHeads + place) * kWidth, true, m[u]);
+                store_row(a.overwritten + (now * kHeads + place) * kWidth, true, m[u]);
             T own[kOwn];
 #pragma unroll
             for (int k = 0; k < kOwn; ++k)
@@ -107,7 +108,7 @@ struct WriteTile {
         if (!usage1 || lane_of_row() != 0) return;
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u)
-            if (slot(base, u) < last) usage1[slot(base, u)] = T(a.decay) * usage[u] + written[u];
+            if (slot(base, u) < last) usage1[slot(base, u)] = decay * usage[u] + written[u];
     }
 
     // Eq. 2 of row u.
@@ -128,7 +129,7 @@ struct WriteTile {
         for (int k = 0; k < kOwn; ++k) {
             logit[u][k] = kLowest;
             if (n >= last || own_head(k) >= kHeads) continue;
-            logit[u][k] = head.beta[k] * (own[k] * inverse_root(head.key_square[k] * square + T(a.eps)));
+            logit[u][k] = head.beta[k] * (own[k] * inverse_root(head.key_square[k] * square + eps));
             logits[weight_at(k, n)] = logit[u][k];
         }
     }
@@ -200,13 +201,13 @@ struct WriteTile {
     MANN_INLINE void give(T *shared, T *shared_own, int tile) {
         if constexpr (kBeta) agree(shared_own);
         const int part = kParts > 1 ? tile * kParts + warp_of_block() : tile;
-        T *found = a.found + (ring(s.step) * s.parts + part) * kForwardPart;
+        T *found = a.found + (now * s.parts + part) * kForwardPart;
 #pragma unroll
         for (int k = 0; k < kOwn; ++k)
             if (row_of_warp() == 0 && own_head(k) < kHeads && (kParts > 1 || warp_of_block() == 0))
                 found[own_head(k)] = largest[k];
         // give_* step from warp to warp themselves
-        T *rows = a.found + (ring(s.step) * s.parts + tile * kParts) * kForwardPart;
+        T *rows = a.found + (now * s.parts + tile * kParts) * kForwardPart;
         give_own(sum, shared_own, rows + kHeads, kForwardPart);
         if constexpr (kWrite) give_columns(reads, shared, rows + 2 * kHeads, kForwardPart);
     }
@@ -229,7 +230,8 @@ MANN_INLINE void choose(const MemoryWrite<S> &a, int b, int32_t *slots) {
 
 using MemoryWriteArgs = MemoryWrite<S>;
 MANN_KERNEL(memory_write, kMemoryThreads, MemoryWriteArgs) {
-    after_previous();
+    start_next();
+    wait_for_previous();
     MANN_SHARED(int32_t, slots, kHeads);
     MANN_SHARED(T, totals, 2 * kHeads);
     MANN_SHARED(T, shared_own, kMemoryWarps * kHeads);
@@ -282,171 +284,6 @@ MANN_KERNEL(memory_write, kMemoryThreads, MemoryWriteArgs) {
         if (base < tile_of.last) tile_of.load(base);
     }
     tile_of.give(shared_columns, shared_own, tile);
-}
-
-// A block of memory_use that goes over slots: some of each thread at once.
-constexpr int kSlotsAtOnce = kHeads <= 4 ? 4 : (kHeads <= 8 ? 2 : 1);
-struct UseSlots {
-    const MemoryUse<S> &a;
-    const MemorySizes &s;
-    const int b, step, chunk, slots_of_example;
-    const int64_t ring;
-    const bool weights_out, means_out, usage_wanted;
-    T loaded[kSlotsAtOnce][kHeads], usage[kSlotsAtOnce], dweight[kSlotsAtOnce][kHeads];
-
-    MANN_INLINE UseSlots(const MemoryUse<S> &args, int example, int step, int chunk)
-        : a(args), s(a.sizes), b(example), step(step), chunk(chunk), slots_of_example(int(s.N)),
-          ring(step % s.ring * s.B + example), weights_out(a.weights && step + 1 == length_of(s, example)),
-          means_out(a.dweights && step + 1 == length_of(s, example)), usage_wanted(a.usage1 || a.candidate_slots) {}
-
-    MANN_INLINE bool idle() const { return !weights_out && !means_out && !a.weights_copy && !usage_wanted; }
-    MANN_INLINE int first() const { return chunk * a.chooser_slots + int(threadIdx.x); }
-    MANN_INLINE int last() const { return min((chunk + 1) * a.chooser_slots, slots_of_example); }
-    template <typename X> MANN_INLINE X *of_example(X *all, int numbers) const { return all + b * s.N * numbers; }
-
-    MANN_INLINE void load(int from) {
-        const T *logits = a.logits + ring * kHeads * s.N;
-#pragma unroll
-        for (int u = 0; u < kSlotsAtOnce; ++u) {
-            const int n = from + u * kMemoryThreads;
-            if (n >= last()) break;
-#pragma unroll
-            for (int h = 0; h < kHeads; ++h) {
-                const int at = h * slots_of_example + n;
-                if (a.weights_in) loaded[u][h] = to_arith(of_example(a.weights_in, kHeads)[at]);
-                else if (a.logits) loaded[u][h] = logits[at];
-                if (means_out) dweight[u][h] = to_arith(of_example(a.dweights, kHeads)[at]);
-            }
-            if (usage_wanted) usage[u] = a.usage ? T(to_arith(of_example(a.usage, 1)[n])) : of_example(a.usage1, 1)[n];
-        }
-    }
-    MANN_INLINE T weight_of(T logit, const T *total) const {
-        return slots_of_example == 1 ? T(1) : exponential(logit - total[0]) * total[1];
-    }
-    MANN_INLINE void use(int from, const T *totals, Least &least, T (&means)[kHeads]) const {
-#pragma unroll
-        for (int u = 0; u < kSlotsAtOnce; ++u) {
-            const int n = from + u * kMemoryThreads;
-            if (n >= last()) break;
-            T read = 0;
-#pragma unroll
-            for (int h = 0; h < kHeads; ++h) {
-                if (!a.logits && !a.weights_in) break;
-                const int at = h * slots_of_example + n;
-                const T weight = a.weights_in ? loaded[u][h] : weight_of(loaded[u][h], totals + 2 * h);
-                read += weight;
-                if (weights_out) of_example(a.weights, kHeads)[at] = to_storage<S>(weight);
-                if (a.weights_copy) of_example(a.weights_copy, kHeads)[at] = weight;
-                if (means_out) means[h] += weight * dweight[u][h];
-            }
-            if (!usage_wanted) continue;
-            const T now = a.logits ? usage[u] + read : usage[u]; // eq. 5
-            if (a.logits && a.usage1) of_example(a.usage1, 1)[n] = now;
-            if (a.usage_out) of_example(a.usage_out, 1)[n] = to_storage<S>(now);
-            if (a.candidate_slots) least.see(now, n);
-        }
-    }
-    // After load() of the first slots.
-    MANN_INLINE void run(const T *totals, T *shared, int32_t *shared_slots) {
-        Least least;
-        T means[kHeads] = {};
-        for (int from = first(); from < last();) {
-            use(from, totals, least, means);
-            from += kSlotsAtOnce * kMemoryThreads;
-            if (from < last()) load(from);
-        }
-        if (a.candidate_slots) choose_of_block(least, shared, shared_slots);
-        if (means_out) give_means(means, shared);
-    }
-    MANN_INLINE void choose_of_block(Least &least, T *shared, int32_t *shared_slots) const {
-        const int64_t to = (int64_t(b) * a.choosers + chunk) * kHeads;
-        for (int h = 0; h < kHeads; ++h) {
-            T u;
-            int n;
-            least.first_of_warp(u, n);
-            T *usages = shared + h % 2 * kMemoryWarps;
-            int32_t *slots = shared_slots + h % 2 * kMemoryWarps;
-            if (lane_of_warp() == 0) usages[warp_of_block()] = u, slots[warp_of_block()] = n;
-            __syncthreads();
-#pragma unroll
-            for (int warp = 0; warp < kMemoryWarps; ++warp)
-                if (less_used(usages[warp], slots[warp], u, n)) u = usages[warp], n = slots[warp];
-            if (least.slot[0] == n) least.drop_first();
-            if (threadIdx.x == 0) a.candidate_usage[to + h] = u, a.candidate_slots[to + h] = n;
-        }
-        __syncthreads();
-    }
-    MANN_INLINE void give_means(const T (&means)[kHeads], T *shared) const {
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) {
-            const T sum = sum_over_warp(means[h]);
-            if (lane_of_warp() == 0) shared[warp_of_block() * kHeads + h] = sum;
-        }
-        __syncthreads();
-        for (int h = int(threadIdx.x); h < kHeads; h += kMemoryThreads) {
-            T sum = 0;
-            for (int warp = 0; warp < kMemoryWarps; ++warp) sum += shared[warp * kHeads + h];
-            a.means[(int64_t(b) * a.choosers + chunk) * kHeads + h] = sum;
-        }
-    }
-};
-
-// kReadColumns columns of the reads, the parts of each shared by the other threads.
-MANN_INLINE void use_reads(const MemoryUse<S> &a, int b, int step, int reader, const T *totals, T *shared) {
-    constexpr int groups = kMemoryThreads / kReadColumns;
-    const MemorySizes &s = a.sizes;
-    const int64_t ring = step % s.ring * s.B + b;
-    const int column = reader * kReadColumns + int(threadIdx.x) % kReadColumns, h = min(column / kWidth, kHeads - 1);
-    const T *found = a.found + ring * s.parts * kForwardPart;
-    T sum = 0;
-#pragma unroll 10
-    for (int part = int(threadIdx.x) / kReadColumns; part < s.parts; part += groups) {
-        const T *row = found + int64_t(part) * kForwardPart;
-        const T scale = kBeta ? exponential(row[h] - totals[2 * h]) : T(1);
-        if (column < kWords) sum += scale * row[2 * kHeads + column];
-    }
-    sum = sum_columns<kReadColumns>(sum, shared);
-    if (int(threadIdx.x) >= kReadColumns || column >= kWords) return;
-    sum *= totals[2 * h + 1];
-    if (a.reads) a.reads[(int64_t(step) * s.B + b) * a.reads_row + a.reads_at + column] = to_storage<S>(sum);
-    if (a.reads_copy) a.reads_copy[ring * kWords + column] = sum;
-}
-
-using MemoryUseArgs = MemoryUse<S>;
-MANN_KERNEL(memory_use, kMemoryThreads, MemoryUseArgs) {
-    after_previous();
-    constexpr int numbers = kMemoryWarps * (kHeads > kReadColumns ? kHeads : (kReadColumns > 2 ? kReadColumns : 2));
-    MANN_SHARED(T, totals, 2 * kHeads);
-    MANN_SHARED(T, shared, numbers);
-    MANN_SHARED(int32_t, shared_slots, 2 * kMemoryWarps);
-    const MemoryUse<S> &a = args;
-    const MemorySizes &s = a.sizes;
-    const int blocks = a.choosers + a.readers, b = int(blockIdx.x) / blocks, block = int(blockIdx.x) % blocks;
-    const int step = s.step + int(blockIdx.y);
-    const int64_t ring = step % s.ring * s.B + b;
-    if (step >= length_of(s, b)) {
-        const int column = (block - a.choosers) * kReadColumns + int(threadIdx.x);
-        if (block >= a.choosers && threadIdx.x < kReadColumns && column < kWords && a.reads)
-            a.reads[(int64_t(step) * s.B + b) * a.reads_row + a.reads_at + column] = to_storage<S>(T(0));
-        return;
-    }
-    UseSlots slots(a, b, step, block);
-    if (block < a.choosers) {
-        if (slots.idle()) return;
-        if (slots.first() < slots.last()) slots.load(slots.first());
-    }
-    if (a.logits) {
-        for (int h = warp_of_block(); h < kHeads; h += kMemoryWarps) {
-            const Totals sums = sum_totals(a.found + ring * s.parts * kForwardPart, s.parts, h);
-            if (lane_of_warp() == 0) totals[2 * h] = sums.largest, totals[2 * h + 1] = sums.inverse;
-        }
-        __syncthreads();
-        if (a.totals && block == a.choosers)
-            for (int i = int(threadIdx.x); i < 2 * kHeads; i += kMemoryThreads)
-                a.totals[ring * 2 * kHeads + i] = totals[i];
-    }
-    if (block < a.choosers) slots.run(totals, shared, shared_slots);
-    else use_reads(a, b, step, block - a.choosers, totals, shared);
 }
 
 } // namespace mann::cuda
