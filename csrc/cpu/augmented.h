@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "plan.h"
 #include "simd.h"
 
 #include "cells.h" // needs the functions of simd.h
@@ -11,18 +12,6 @@ namespace mann {
 
 // The numbers of the operator's argument `activation`.
 enum Activation : int64_t { kRelu, kGelu, kTanh, kIdentity };
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Scratch memory is handed out in blocks on cache lines; the numbers are offsets.
-struct Plan {
-    int64_t size = 0;
-    int64_t take(int64_t numbers) {
-        const int64_t start = size;
-        size += round_up(numbers, 16);
-        return start;
-    }
-};
 
 } // namespace mann
 

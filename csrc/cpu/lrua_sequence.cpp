@@ -28,11 +28,12 @@ template <typename S> void lrua_sequence(const LruaSequenceArgs &a, int64_t begi
     using T = Arith<S>;
     const MemoryShape<T> s = memory_shape<T>(a.options);
     const int64_t N = s.N, P = s.P, W = s.W, R = s.R;
-    T *memory = static_cast<T *>(scratch), *usage = memory + W * P, *row_squares = usage + P;
-    T *weights = row_squares + P, *write_weights = weights + 2 * R * P; // weights: before and after a step, in turn
-    T *reads = write_weights + R * P;
-    const StepInput<T> input(a, reads + R * W);
-    int32_t *slots = reinterpret_cast<int32_t *>(reads + 3 * R * W + 2 * R);
+    const LruaForwardPlan plan(a.options, P);
+    T *base = static_cast<T *>(scratch), *memory = base + plan.memory, *usage = base + plan.usage;
+    T *row_squares = base + plan.row_squares, *weights = base + plan.weights;
+    T *write_weights = base + plan.write_weights, *reads = base + plan.reads;
+    const StepInput<T> input(a, base + plan.input);
+    int32_t *slots = reinterpret_cast<int32_t *>(base + plan.slots);
     for (int64_t b = begin; b < end; ++b) {
         take_memory(N, P, W, static_cast<const S *>(a.memory) + b * N * W, memory);
         convert_rows(static_cast<const S *>(a.usage) + b * N, usage, 1, N, P);
@@ -77,18 +78,16 @@ template <typename S> struct SequenceBackward {
     const LruaSequenceBackwardArgs &a;
     const MemoryShape<T> s = memory_shape<T>(a.options);
     const int64_t b, N = s.N, P = s.P, W = s.W, R = s.R;
-    T *memory, *dmemory, *dweights, *weights0,
-        *write_weights; // [W, P] twice, [R, P] each; weights0: before the segment
-    T *records, *restarts, *step_scratch, *dreads, *dkey, *dadd, *dgate, *dbeta; // [R, W] three times, [R] twice
-    StepInput<T> input;
+    const LruaBackwardPlan plan{a.options, P, a.T, a.checkpoint_every};
+    T *const base; // and places in it, see the plan; weights0 is before the segment
+    T *memory = base + plan.memory, *dmemory = base + plan.dmemory, *dweights = base + plan.dweights;
+    T *weights0 = base + plan.weights0, *write_weights = base + plan.write_weights, *records = base + plan.records;
+    T *restarts = base + plan.restarts, *step_scratch = base + plan.step_scratch, *dreads = base + plan.dreads;
+    T *dkey = base + plan.dkey, *dadd = base + plan.dadd, *dgate = base + plan.dgate, *dbeta = base + plan.dbeta;
+    StepInput<T> input{a, base + plan.input};
 
     SequenceBackward(const LruaSequenceBackwardArgs &args, int64_t example, void *scratch)
-        : a(args), b(example), memory(static_cast<T *>(scratch)), dmemory(memory + W * P), dweights(dmemory + W * P),
-          weights0(dweights + R * P), write_weights(weights0 + R * P), records(write_weights + R * P),
-          restarts(records + std::min(a.T, a.checkpoint_every) * step_record_size(a.options, P)),
-          step_scratch(restarts + restarts_size(a.options, P, std::min(a.T, a.checkpoint_every))),
-          dreads(step_scratch + step_backward_scratch(a.options, P)), dkey(dreads + R * W), dadd(dkey + R * W),
-          dgate(dadd + R * W), dbeta(dgate + R), input(args, dbeta + R) {}
+        : a(args), b(example), base(static_cast<T *>(scratch)) {}
 
     StepRecord<T> record(int64_t step_of_segment) const {
         return {s, records + step_of_segment * step_record_size(a.options, P)};
@@ -146,7 +145,8 @@ template <typename S> struct SequenceBackward {
         if (a.dnew_read_weights)
             convert_rows(static_cast<const S *>(a.dnew_read_weights) + b * R * N, dweights, R, N, P);
         else std::fill_n(dweights, R * P, T(0));
-        std::fill_n(dkey, 2 * R * W + 2 * R, T(0)); // of the padding: dkey, dadd, dgate, dbeta
+        for (T *of_padding : {dkey, dadd}) std::fill_n(of_padding, R * W, T(0));
+        for (T *of_padding : {dgate, dbeta}) std::fill_n(of_padding, R, T(0));
         const int64_t length = a.lengths ? std::min(a.lengths[b], a.T) : a.T;
         for (int64_t t = a.T - 1; t >= std::max<int64_t>(length, 0); --t) give(t * a.B + b);
         for (int64_t start = (length - 1) / a.checkpoint_every * a.checkpoint_every; length > 0 && start >= 0;
@@ -220,8 +220,7 @@ lrua_sequence_cpu(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, 
         args.saved_least_used = static_cast<int32_t *>(out(saved_least_used));
         args.saved_memory = out(saved_memory), args.saved_read_weights = out(saved_read_weights);
     }
-    call.run(lrua_sequence_pick(), &args, B, baseline::lrua_sequence_scratch(o, P),
-             double(T) * B * N * W * (3 * R + 1));
+    call.run(lrua_sequence_pick(), &args, B, baseline::LruaForwardPlan(o, P).size, double(T) * B * N * W * (3 * R + 1));
     return {reads, memory1, usage1, read_weights1, saved_least_used, saved_memory, saved_read_weights};
 }
 
@@ -257,8 +256,8 @@ lrua_sequence_backward_cpu(Tensor dreads, std::optional<Tensor> dmemory1, std::o
     args.dmemory = out(dmemory), args.dread_weights = out(dread_weights), args.dkey = out(dkey),
     args.dgate = out(dgate);
     args.dbeta = out(dbeta), args.dadd = out(dadd);
-    call.run(lrua_sequence_backward_pick(), &args, B,
-             baseline::lrua_sequence_backward_scratch(o, P, T, checkpoint_every), double(T) * B * N * W * (9 * R + 2));
+    call.run(lrua_sequence_backward_pick(), &args, B, baseline::LruaBackwardPlan(o, P, T, checkpoint_every).size,
+             double(T) * B * N * W * (9 * R + 2));
     return {dmemory, dread_weights, dkey, dgate, dbeta, dadd};
 }
 

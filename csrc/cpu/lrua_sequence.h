@@ -2,6 +2,7 @@
 #pragma once
 
 #include "memory_backward.h"
+#include "plan.h"
 
 namespace mann {
 
@@ -59,15 +60,31 @@ Kernel lrua_sequence_backward_pick();
 
 namespace MANN_ISA {
 
-// Numbers of scratch for one thread.
-inline int64_t lrua_sequence_scratch(const StepOptions &o, int64_t P) {
-    return o.W * P + 2 * P + 3 * o.R * P + 3 * o.R * o.W + 3 * o.R;
-}
-inline int64_t lrua_sequence_backward_scratch(const StepOptions &o, int64_t P, int64_t T, int64_t checkpoint_every) {
-    const int64_t segment = std::min(T, checkpoint_every);
-    return 2 * o.W * P + 3 * o.R * P + segment * step_record_size(o, P) + restarts_size(o, P, segment) +
-           step_backward_scratch(o, P) + 5 * o.R * o.W + 4 * o.R;
-}
+// The scratch of one thread, which takes one example after the other.
+struct LruaForwardPlan : Plan {
+    int64_t memory, usage, row_squares; // [W, P], [P] twice
+    int64_t weights, write_weights;     // [2, R, P], before and after a step, in turn; [R, P]
+    int64_t reads, input, slots;        // [R, W], a StepInput, [R] of int32_t
+    LruaForwardPlan(const StepOptions &o, int64_t P) {
+        memory = take(o.W * P), usage = take(P), row_squares = take(P);
+        weights = take(2 * o.R * P), write_weights = take(o.R * P);
+        reads = take(o.R * o.W), input = take(2 * o.R * (o.W + 1)), slots = take(o.R);
+    }
+};
+struct LruaBackwardPlan : Plan {
+    int64_t memory, dmemory, dweights, weights0, write_weights; // [W, P] twice, [R, P] three times
+    int64_t records, restarts, step_scratch;                    // of a segment; step_backward_scratch
+    int64_t dreads, dkey, dadd, dgate, dbeta, input;            // [R, W] three times, [R] twice, a StepInput
+    LruaBackwardPlan(const StepOptions &o, int64_t P, int64_t T, int64_t checkpoint_every) {
+        const int64_t segment = std::min(T, checkpoint_every);
+        memory = take(o.W * P), dmemory = take(o.W * P);
+        dweights = take(o.R * P), weights0 = take(o.R * P), write_weights = take(o.R * P);
+        records = take(segment * step_record_size(o, P)), restarts = take(restarts_size(o, P, segment));
+        step_scratch = take(step_backward_scratch(o, P));
+        dreads = take(o.R * o.W), dkey = take(o.R * o.W), dadd = take(o.R * o.W);
+        dgate = take(o.R), dbeta = take(o.R), input = take(2 * o.R * (o.W + 1));
+    }
+};
 
 } // namespace MANN_ISA
 } // namespace mann

@@ -33,7 +33,7 @@ lrua_step_cpu(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, Tens
     args.add = call.in(add, "add", {B, R, W});
     args.reads = out(reads), args.new_memory = out(memory1), args.new_usage = out(usage1);
     args.new_read_weights = out(read_weights1), args.saved_least_used = static_cast<int32_t *>(out(least_used));
-    call.run(lrua_sequence_pick(), &args, B, baseline::lrua_sequence_scratch(o, P), double(B) * N * W * (3 * R + 3));
+    call.run(lrua_sequence_pick(), &args, B, baseline::LruaForwardPlan(o, P).size, double(B) * N * W * (3 * R + 3));
     return {reads, memory1, usage1, read_weights1, least_used};
 }
 
@@ -62,7 +62,7 @@ lrua_step_backward_cpu(Tensor dreads, std::optional<Tensor> dmemory1, std::optio
     args.dmemory = out(dmemory), args.dread_weights = out(dread_weights), args.dkey = out(dkey),
     args.dgate = out(dgate);
     args.dbeta = out(dbeta), args.dadd = out(dadd);
-    call.run(lrua_sequence_backward_pick(), &args, B, baseline::lrua_sequence_backward_scratch(o, P, 1, 1),
+    call.run(lrua_sequence_backward_pick(), &args, B, baseline::LruaBackwardPlan(o, P, 1, 1).size,
              double(B) * N * W * (9 * R + 4));
     return {dmemory, dread_weights, dkey, dgate, dbeta, dadd};
 }

@@ -23,25 +23,16 @@ template <typename S> struct Backward {
 
     Backward(const MannSequenceBackwardArgs &args, int64_t begin, int64_t end, void *scratch)
         : a(args), first(begin), count(end - begin) {
-        const int64_t segment = std::min(o.T, o.checkpoint_every);
-        memory = static_cast<T *>(scratch);
-        dmemory = memory + count * s.W * s.P;
-        dweights = dmemory + count * s.W * s.P;
-        weights0 = dweights + count * s.R * s.P;
-        records = weights0 + count * s.R * s.P;
-        restarts = records + segment * count * step_record_size(o.step, s.P);
-        write_weights = restarts + count * restarts_size(o.step, s.P, segment);
-        step_scratch = write_weights + s.R * s.P;
-        heads = step_scratch + step_backward_scratch(o.step, s.P);
-        c = heads + segment * count * o.head();
-        drecurrent = c + (segment + 1) * count * o.H;
-        next_drecurrent = drecurrent + count * K;
-        dc = next_drecurrent + count * K;
-        dgates = dc + count * o.H;
-        dhead = dgates + count * 4 * o.H;
-        dreads = dhead + count * o.head();
-        bias = dreads + words;
-        h = bias + o.head();
+        const MannBackwardPlan plan(o, s.P, count);
+        T *base = static_cast<T *>(scratch);
+        memory = base + plan.memory, dmemory = base + plan.dmemory;
+        dweights = base + plan.dweights, weights0 = base + plan.weights0;
+        records = base + plan.records, restarts = base + plan.restarts;
+        write_weights = base + plan.write_weights, step_scratch = base + plan.step_scratch;
+        heads = base + plan.heads, c = base + plan.c;
+        drecurrent = base + plan.drecurrent, next_drecurrent = base + plan.next_drecurrent;
+        dc = base + plan.dc, dgates = base + plan.dgates, dhead = base + plan.dhead;
+        h = base + plan.h, dreads = base + plan.dreads, bias = base + plan.bias;
     }
     int64_t length(int64_t i) const { return a.lengths ? a.lengths[first + i] : o.T; }
     T *memory_of(int64_t i) const { return memory + i * s.W * s.P; }

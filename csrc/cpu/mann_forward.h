@@ -19,17 +19,13 @@ template <typename S> struct Forward {
 
     Forward(const MannSequenceArgs &args, int64_t begin, int64_t end, void *scratch)
         : a(args), first(begin), count(end - begin) {
-        memory = static_cast<T *>(scratch);
-        usage = memory + count * s.W * s.P;
-        weights = usage + count * s.P;
-        write_weights = weights + 2 * count * s.R * s.P;
-        row_squares = write_weights + s.R * s.P;
-        recurrent = row_squares + s.P;
-        c = recurrent + count * K;
-        gates = c + count * o.H;
-        head = gates + count * 4 * o.H;
-        bias = head + count * o.head();
-        slots = reinterpret_cast<int32_t *>(bias + o.head());
+        const MannForwardPlan plan(o, s.P, count);
+        T *base = static_cast<T *>(scratch);
+        memory = base + plan.memory, usage = base + plan.usage, weights = base + plan.weights;
+        write_weights = base + plan.write_weights, row_squares = base + plan.row_squares;
+        recurrent = base + plan.recurrent, c = base + plan.c, gates = base + plan.gates;
+        head = base + plan.head, bias = base + plan.bias;
+        slots = reinterpret_cast<int32_t *>(base + plan.slots);
     }
     int64_t length(int64_t i) const { return a.lengths ? a.lengths[first + i] : o.T; }
     // Read weights before step t of example i: two buffers take turns.

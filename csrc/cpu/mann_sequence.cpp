@@ -93,7 +93,7 @@ static Forward mann_sequence_cpu(Tensor gates_x, Tensor weight_hh, Tensor weight
         args.saved_c = out(saved_c), args.saved_memory = out(saved_memory);
         args.saved_read_weights = out(saved_read_weights);
     }
-    call.run(mann_sequence_pick(), &args, B, baseline::mann_sequence_scratch(o, P),
+    call.run(mann_sequence_pick(), &args, B, baseline::MannForwardPlan(o, P, std::min(B, baseline::kTogether)).size,
              double(T) * B * (K * 4 * H + N * W * (3 * R + 1)));
     return {output,        h1,           c1,
             reads1,        memory1,      usage1,
@@ -143,7 +143,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
     args.saved_read_weights = call.in(saved_read_weights, arith, "saved_read_weights", {kept, B, R, N});
     args.dgates = out(dgates), args.dhead = out(dhead), args.dh = out(dh), args.dc = out(dc), args.dreads = out(dreads);
     args.dmemory = out(dmemory), args.dread_weights = out(dread_weights);
-    call.run(mann_sequence_backward_pick(), &args, B, baseline::mann_sequence_backward_scratch(o, P),
+    call.run(mann_sequence_backward_pick(), &args, B,
+             baseline::MannBackwardPlan(o, P, std::min(B, baseline::kTogether)).size,
              double(T) * B * (K * 4 * H + N * W * (9 * R + 2)));
     return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
 }

@@ -79,18 +79,41 @@ template <typename F> inline void together(int64_t begin, int64_t end, F &&f) {
     for (int64_t g = 0; g < groups; ++g) f(begin + count * g / groups, begin + count * (g + 1) / groups);
 }
 
-// Numbers of scratch for one thread.
-inline int64_t mann_sequence_scratch(const MannOptions &o, int64_t P) {
-    const int64_t example = (o.step.W + 1 + 2 * o.step.R) * P + o.recurrent() + 5 * o.H + o.head();
-    return std::min(o.B, kTogether) * example + (o.step.R + 1) * P + o.head() + o.step.R;
-}
-inline int64_t mann_sequence_backward_scratch(const MannOptions &o, int64_t P) {
-    const int64_t segment = std::min(o.T, o.checkpoint_every);
-    const int64_t example = 2 * (o.step.W + o.step.R) * P + restarts_size(o.step, P, segment) +
-                            segment * (step_record_size(o.step, P) + o.head() + o.H) + 2 * o.recurrent() + 7 * o.H +
-                            o.head();
-    return std::min(o.B, kTogether) * example + o.step.R * P + step_backward_scratch(o.step, P) + o.head() + o.words();
-}
+// The scratch of one thread, for `count` examples that go through time together.
+struct MannForwardPlan : Plan {
+    int64_t memory, usage, weights;     // [count, W, P], [count, P], [2, count, R, P]
+    int64_t write_weights, row_squares; // [R, P], [P]
+    int64_t recurrent, c, gates, head;  // [count, K], [count, H], [count, 4H], [count, head]
+    int64_t bias, slots;                // [head], [R] of int32_t
+    MannForwardPlan(const MannOptions &o, int64_t P, int64_t count) {
+        const int64_t W = o.step.W, R = o.step.R;
+        memory = take(count * W * P), usage = take(count * P), weights = take(2 * count * R * P);
+        write_weights = take(R * P), row_squares = take(P);
+        recurrent = take(count * o.recurrent()), c = take(count * o.H), gates = take(count * 4 * o.H);
+        head = take(count * o.head()), bias = take(o.head()), slots = take(R);
+    }
+};
+struct MannBackwardPlan : Plan {
+    int64_t memory, dmemory, dweights, weights0; // [count, W, P] twice, [count, R, P] twice
+    int64_t records, restarts;                   // [segment, count] records, [., count, W, P]
+    int64_t write_weights, step_scratch;         // [R, P], step_backward_scratch
+    int64_t heads, c;                            // [segment, count, head], [segment + 1, count, H]
+    int64_t drecurrent, next_drecurrent;         // [count, K]
+    int64_t dc, dgates, dhead, h;                // [count, H], [count, 4H], [count, head], [count, H]
+    int64_t dreads, bias;                        // [R, W], [head]
+    MannBackwardPlan(const MannOptions &o, int64_t P, int64_t count) {
+        const int64_t W = o.step.W, R = o.step.R, segment = std::min(o.T, o.checkpoint_every);
+        memory = take(count * W * P), dmemory = take(count * W * P);
+        dweights = take(count * R * P), weights0 = take(count * R * P);
+        records = take(segment * count * step_record_size(o.step, P));
+        restarts = take(count * restarts_size(o.step, P, segment));
+        write_weights = take(R * P), step_scratch = take(step_backward_scratch(o.step, P));
+        heads = take(segment * count * o.head()), c = take((segment + 1) * count * o.H);
+        drecurrent = take(count * o.recurrent()), next_drecurrent = take(count * o.recurrent());
+        dc = take(count * o.H), dgates = take(count * 4 * o.H), dhead = take(count * o.head());
+        h = take(count * o.H), dreads = take(o.words()), bias = take(o.head());
+    }
+};
 
 // Where the parts of one example's head row stand.
 template <typename T> struct HeadRow {
