@@ -27,6 +27,8 @@ CALLS = {
     "lrua_step": ("3,7,5,2", "add=True", "beta=True", "lru='shared'"),
     "augmented_linear": ("3,7,5,2",),
     "augmented_conv2d": ("2,40,20,3", "pool=True"),
+    "generate_fast_weights": ("3,7,5,2",),
+    "summarize_gradients": ("3,7,5,2",),
     "mann_sequence": ("3,7,5,2", "T=2", "lengths=True", "write='add'", "key_strength=True"),
 }
 
@@ -96,6 +98,27 @@ FAULTS = {
         "weights + c * D::kWeights + 4 * group)",
         "weights + c * D::kWeights + 4 * group + 1)",
         {"address": "misaligned address"},
+    ),
+    "weights before they are there": Fault(
+        "generate_fast_weights",
+        "generate_fast_weights.cu",
+        "    GradientSums sums(args.sums, lane);\n    __syncthreads();\n",
+        "    GradientSums sums(args.sums, lane);\n",
+        {"plain": "(output|gradient) .*error", "thread": "data race"},
+    ),
+    "a coordinate too many": Fault(
+        "summarize_gradients",
+        "coordinates.h",
+        "there[r] = at[r] < count",
+        "there[r] = at[r] <= count",
+        {"address": "heap-buffer-overflow"},
+    ),
+    "warps that do not wait": Fault(
+        "summarize_gradients",
+        "coordinates.h",
+        "        for (int w = 0; w < warps; ++w) {\n            __syncthreads();\n",
+        "        for (int w = 0; w < warps; ++w) {\n",
+        {"thread": "data race"},
     ),
     "half of the examples": Fault(
         "augmented_linear",
