@@ -79,7 +79,9 @@ app = typer.Typer(add_completion=False)
 
 DeviceOption = Annotated[Device | None, typer.Option(help="Default: the CPU, and a CUDA device if there is one.")]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="Threads for every contestant on the CPU.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", callback=store.writable, help="Write the results here, as they come.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", callback=store.writable, help="Write the results here, as they come.")
+]
 QUICK = (
     "Training steps alone, fewer sizes and rounds; MetaNet's update not compiled, the compiled loop and MANN's other structures at"
     " the paper's size alone."

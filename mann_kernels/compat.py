@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from mann_kernels.modules import MANN, MANNState
-from mann_kernels.modules._init import check_sizes
-from mann_kernels.ops._check import number
+from mann_kernels.ops._check import at_least_one, number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -64,7 +63,7 @@ class LSTM(nn.Module):
             num_layers=(num_layers, 1), bias=(bias, True), dropout=(dropout, 0.0), bidirectional=(bidirectional, False)
         )
         _only(controller=(options.get("controller", "lstm"), "lstm"))
-        check_sizes(input_size=input_size, hidden_size=hidden_size)
+        at_least_one(input_size=input_size, hidden_size=hidden_size)
         if not isinstance(proj_size, int) or isinstance(proj_size, bool):
             raise TypeError(f"proj_size: got {type(proj_size).__name__}, want an int")
         if not 0 <= proj_size < hidden_size:
@@ -170,8 +169,8 @@ class DNC(nn.Module):
         _only(rnn_type=(rnn_type, "lstm"), num_layers=(num_layers, 1), num_hidden_layers=(num_hidden_layers, 1))
         _only(bias=(bias, True), dropout=(dropout, 0), bidirectional=(bidirectional, False), debug=(debug, False))
         _only(nonlinearity=(nonlinearity, "tanh"), independent_linears=(independent_linears, False))
-        check_sizes(input_size=input_size, hidden_size=hidden_size)
-        check_sizes(nr_cells=nr_cells, read_heads=read_heads, cell_size=cell_size)
+        at_least_one(input_size=input_size, hidden_size=hidden_size)
+        at_least_one(nr_cells=nr_cells, read_heads=read_heads, cell_size=cell_size)
         number("clip", clip, 0)
         device = f"cuda:{gpu_id}" if device is None and gpu_id >= 0 else device
         given = {

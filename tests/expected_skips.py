@@ -10,7 +10,7 @@ import shutil
 
 import torch
 
-from mann_kernels import _backend
+from mann_kernels import _backend, _library
 
 GPU = torch.cuda.is_available()
 #: A step runs them in one kernel; alone they are Triton's.
@@ -22,12 +22,23 @@ MUST_RUN = {
     "cuda": ("cuda", tuple(op for op in _backend.STEMS if op not in NO_CUDA_KERNEL), ("float32", "bfloat16")),
 }
 
+
+def native() -> bool:
+    """Say whether the library has the instruction set of one machine alone (MANN_NATIVE=1)."""
+    best = _library.cpu_isa()
+    try:
+        return best is not None and _library.cpu_isa("baseline") != "baseline"
+    finally:
+        _library.cpu_isa(best)
+
+
 #: Pattern of a reason -> whether this machine may skip for it.
 EXPECTED = {
     "the package dnc is an extra": importlib.util.find_spec("dnc") is None,
     "could not import 'PIL": importlib.util.find_spec("PIL") is None,
     "this machine has no avx512": "AVX512" not in torch.backends.cpu.get_cpu_capability(),
     "this machine has no avx2": torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    "this machine has no": native(),
     "nn.LSTM in bfloat16": "AVX512" not in torch.backends.cpu.get_cpu_capability(),
     "needs nvcc": shutil.which("nvcc") is None,
     # on a GPU

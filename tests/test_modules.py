@@ -160,7 +160,7 @@ def test_presets():
         (lambda m, x: m("x"), TypeError, "x: got str, want a torch.Tensor"),
         (lambda m, x: MANN(6, num_heads=9, num_slots=8), ValueError, "num_heads: got 9, want at most num_slots=8"),
         (lambda m, x: MANN(6, controller="gru"), ValueError, "controller: got 'gru', want one of"),
-        (lambda m, x: MANN(0), ValueError, "input_size: got 0, want a positive integer"),
+        (lambda m, x: MANN(0), ValueError, "input_size: got 0, want at least 1"),
     ],
 )
 def test_bad_input(call, error, message, x):

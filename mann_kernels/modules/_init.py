@@ -26,12 +26,3 @@ def flag(name: str, value: bool) -> None:
     """It is True or False: "no" would be true."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}, want a bool")
-
-
-def check_sizes(**sizes: int) -> None:
-    """Each is an int of at least 1."""
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"{name}: got {type(size).__name__}, want an int")
-        if size < 1:
-            raise ValueError(f"{name}: got {size}, want at least 1")

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from mann_kernels.modules._init import check_sizes, flag
-from mann_kernels.ops._check import eps_of_cosine
+from mann_kernels.modules._init import flag
+from mann_kernels.ops._check import at_least_one, eps_of_cosine
 from mann_kernels.ops.content_address import content_address
 
 
@@ -32,7 +32,7 @@ class ContentAddressing(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
-        check_sizes(num_heads=num_heads)
+        at_least_one(num_heads=num_heads)
         flag("key_strength", key_strength)
         eps_of_cosine(eps)
         self.num_heads, self.eps = num_heads, eps

@@ -8,18 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, with_autograd
-from mann_kernels.modules._init import HeStart, check_sizes, flag
-from mann_kernels.ops._check import choice
+from mann_kernels.modules._init import HeStart, flag
+from mann_kernels.ops._check import at_least_one, known_options
 from mann_kernels.ops.augmented_conv2d import augmented_conv2d
 from mann_kernels.ops.augmented_linear import augmented_linear
-
-FORMS = ("hidden", "output")
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "tanh": torch.tanh,
-    "identity": lambda x: x,
-}
+from mann_kernels.reference.augmented_linear import ACTIVATIONS
 
 
 class Tape:
@@ -46,8 +39,7 @@ class _Augmented(HeStart):
     """
 
     def _set_form(self, form: str, activation: str) -> None:
-        choice("form", form, *FORMS)
-        choice("activation", activation, *ACTIVATIONS)
+        known_options(form=form, activation=activation)
         self.form, self.activation = form, activation
 
     @property
@@ -101,7 +93,7 @@ class AugmentedLinear(_Augmented, nn.Linear):
         form: str = "output", activation: str = "relu",
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        check_sizes(in_features=in_features, out_features=out_features)
+        at_least_one(in_features=in_features, out_features=out_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._set_form(form, activation)
 
@@ -165,7 +157,7 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
         for name, size in {"kernel_size": kernel_size, "padding": padding}.items():
             if not isinstance(size, int) or isinstance(size, bool):
                 raise TypeError(f"{name}: got {size!r}, want one int, the same in both directions")
-        check_sizes(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size)
+        at_least_one(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size)
         if padding < 0:
             raise ValueError(f"padding: got {padding}, want at least 0")
         flag("pool", pool)

@@ -13,13 +13,11 @@ from mann_kernels.modules._init import flag
 from mann_kernels.modules.addressing import SOFTPLUS_INVERSE_OF_1
 from mann_kernels.modules.state import MANNState
 from mann_kernels.ops import lrua_sequence, mann_sequence
-from mann_kernels.ops._check import number
+from mann_kernels.ops._check import at_least_one, known_options, number
 from mann_kernels.reference.mann_sequence import activate_head, split_head
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-CONTROLLERS = ("lstm", "feedforward")
 
 
 class Behaviour(TypedDict, total=False):
@@ -77,21 +75,15 @@ class _MANNBase(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_slots": num_slots}
-        for name, size in (sizes | {"slot_size": slot_size, "num_heads": num_heads}).items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name}: got {size!r}, want a positive integer")
+        at_least_one(input_size=input_size, hidden_size=hidden_size, num_slots=num_slots)
+        at_least_one(slot_size=slot_size, num_heads=num_heads)
         if num_heads > num_slots:
             raise ValueError(f"num_heads: got {num_heads}, want at most num_slots={num_slots}")
         number("decay", decay, 0, 1)
         number("eps", eps, 0)
         number("memory_init", memory_init)
         flag("key_strength", key_strength)
-        choices = {"controller": (controller, CONTROLLERS), "write": (write, ("key", "add"))}
-        choices |= {"squash": (squash, ("tanh", "identity")), "lru": (lru, ("per_head", "shared"))}
-        for name, (value, allowed) in (choices | {"erase": (erase, ("least", "all"))}).items():
-            if value not in allowed:
-                raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, allowed))}")
+        known_options(controller=controller, write=write, squash=squash, lru=lru, erase=erase)
         self.input_size, self.hidden_size, self.num_slots = input_size, hidden_size, num_slots
         self.slot_size, self.num_heads, self.controller = slot_size, num_heads, controller
         self.memory_init = memory_init

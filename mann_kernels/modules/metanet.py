@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, refuse_freed_weights, with_parameters
-from mann_kernels.modules._init import HeStart, check_sizes, flag
+from mann_kernels.modules._init import HeStart, flag
 from mann_kernels.modules._metanet_input import check_queries, check_state, check_support
 from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedLinear, AugmentedSequential
 from mann_kernels.modules.state import MetaNetState
-from mann_kernels.ops._check import choice, eps_of_cosine, number, preprocessing
+from mann_kernels.ops._check import at_least_one, eps_of_cosine, known_options, number, preprocessing
 from mann_kernels.ops.content_address import content_address
 from mann_kernels.ops.generate_fast_weights import generate_fast_weights
 from mann_kernels.ops.summarize_gradients import summarize_gradients
@@ -19,7 +19,6 @@ from mann_kernels.ops.summarize_gradients import summarize_gradients
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-VARIANTS = ("metanet-", "metanet", "metanet+")
 #: How much smaller than usual the last layers of m and d start, so that the fast branch begins as a small addition.
 FIRST_FAST = 0.1
 
@@ -64,7 +63,7 @@ class FastWeightGenerator(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
-        check_sizes(hidden_size=hidden_size)
+        at_least_one(hidden_size=hidden_size)
         preprocessing(p)
         self.hidden_size, self.p = hidden_size, p
         shapes = {"weight1": (hidden_size, 2), "bias1": (hidden_size,), "weight2": (hidden_size, hidden_size)}
@@ -111,7 +110,7 @@ class GradientSummarizer(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
-        check_sizes(hidden_size=hidden_size)
+        at_least_one(hidden_size=hidden_size)
         preprocessing(p)
         self.hidden_size, self.p = hidden_size, p
         gates = 4 * hidden_size
@@ -200,8 +199,8 @@ class MetaNet(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
-        choice("variant", variant, *VARIANTS)
-        check_sizes(summary_steps=summary_steps)
+        known_options(variant=variant)
+        at_least_one(summary_steps=summary_steps)
         number("margin", margin, 0)
         for name, value in {"second_order": second_order, "shared_generators": shared_generators}.items():
             flag(name, value)
@@ -235,7 +234,7 @@ class MetaNet(nn.Module):
         """The paper's Omniglot network, for images [1, 28, 28]: 5 convolutions 3 x 3 with 64 filters, each followed by a
         2 x 2 max-pool in ceil mode, one hidden linear layer and the classes, without biases; all layers augmented. At
         5 ways 148,032 + 4,416 fast weights for each support example. `options` are MetaNet's."""
-        check_sizes(ways=ways, filters=filters)
+        at_least_one(ways=ways, filters=filters)
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def body():
@@ -257,7 +256,7 @@ class MetaNet(nn.Module):
         batch_norm: after the first three convolutions, as the original code has and the paper does not say. In training
         mode the statistics are of all examples of a call, so the tasks of a batch then depend on each other.
         `options` are MetaNet's."""
-        check_sizes(ways=ways, filters=filters)
+        at_least_one(ways=ways, filters=filters)
         flag("batch_norm", batch_norm)
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
 

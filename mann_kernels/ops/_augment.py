@@ -2,14 +2,12 @@
 
 from mann_kernels.ops import _check
 
-FORM = ("hidden", "output")
-ACTIVATION = ("relu", "gelu", "tanh", "identity")
+ACTIVATION = _check.OPTIONS["activation"]
 
 
 def activation_of(form: str, activation: str) -> str:
     """slow + fast, the output form, is the hidden form without an activation. The operators take its place in ACTIVATION."""
-    _check.choice("form", form, *FORM)
-    _check.choice("activation", activation, *ACTIVATION)
+    _check.known_options(form=form, activation=activation)
     return "identity" if form == "output" else activation
 
 

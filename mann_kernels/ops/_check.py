@@ -4,6 +4,18 @@ import math
 
 import torch
 
+#: The values of every option that is a string, of operators and layers. The place of an activation is its number in a kernel.
+OPTIONS = {
+    "lru": ("per_head", "shared"),
+    "erase": ("least", "all"),
+    "write": ("key", "add"),
+    "squash": ("tanh", "identity"),
+    "form": ("hidden", "output"),
+    "activation": ("relu", "gelu", "tanh", "identity"),
+    "controller": ("lstm", "feedforward"),
+    "variant": ("metanet-", "metanet", "metanet+"),
+}
+
 
 def same_kind(**tensors: torch.Tensor | None) -> None:
     """All are tensors of one floating dtype on one device (None is skipped)."""
@@ -86,10 +98,20 @@ def preprocessing(p: float) -> None:
         raise ValueError(f"p: got {p}, want a number in (0, 80]")
 
 
-def choice(name: str, value: str, *allowed: str) -> None:
-    """Refuse a string that is none of an option's values."""
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, allowed))}")
+def known_options(**chosen: str) -> None:
+    """Refuse a value that its option does not have."""
+    for name, value in chosen.items():
+        if value not in OPTIONS[name]:
+            raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, OPTIONS[name]))}")
+
+
+def at_least_one(**sizes: int) -> None:
+    """Refuse a size that is no integer, or below 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name}: got {type(size).__name__}, want an int")
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, want at least 1")
 
 
 def step_lengths(sizes: dict[str, int], lengths: torch.Tensor | None, device: torch.device) -> None:

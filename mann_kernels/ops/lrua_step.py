@@ -7,8 +7,6 @@ import torch
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
 from mann_kernels.ops._vjp import by_reference, keep, kept, reference_vjp
-from mann_kernels.ops.lrua_write_weights import LRU
-from mann_kernels.ops.memory_update import ERASE
 
 _library.define(
     "lrua_step(Tensor memory, Tensor usage, Tensor read_weights, Tensor key, Tensor gate, Tensor? beta, Tensor? add,"
@@ -128,7 +126,6 @@ def check_state(sizes: dict[str, int], memory, usage, read_weights) -> None:
 
 def check_options(lru: str, erase: str, decay: float, eps: float) -> None:
     """The options that every memory operator shares."""
-    _check.choice("lru", lru, *LRU)
-    _check.choice("erase", erase, *ERASE)
+    _check.known_options(lru=lru, erase=erase)
     _check.number("decay", decay, 0, 1)
     _check.eps_of_cosine(eps)

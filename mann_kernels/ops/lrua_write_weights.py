@@ -8,8 +8,6 @@ from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
 from mann_kernels.ops._vjp import by_reference, keep, kept, reference_vjp
 
-LRU = ("per_head", "shared")
-
 _library.define(
     "lrua_write_weights(Tensor usage, Tensor read_weights, Tensor gate, bool shared)"
     " -> (Tensor write_weights, Tensor least_used)",
@@ -79,7 +77,7 @@ def lrua_write_weights(
     _check.shape(sizes, "gate", gate, "B", "R")
     _check.not_empty(sizes, "N", "R")
     _check.heads_fit(sizes)
-    _check.choice("lru", lru, *LRU)
+    _check.known_options(lru=lru)
     backend = _backend.select("lrua_write_weights", usage)
     if backend == "reference":
         return reference.lrua_write_weights(usage, read_weights, gate, lru=lru)

@@ -11,9 +11,6 @@ from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, re
 from mann_kernels.ops.lrua_sequence import CHECKPOINT_EVERY, empty_saved
 from mann_kernels.ops.lrua_step import check_options, check_state
 
-WRITE = ("key", "add")
-SQUASH = ("tanh", "identity")
-
 # The operator is the recurrent part only. The input projection before it and the weight gradients after it are one
 # matrix product each over all steps, which torch does best, whatever the device.
 _FLAGS = "bool write_add, bool key_strength, bool squash, bool shared, bool erase_all"
@@ -212,8 +209,7 @@ def mann_sequence(
     _check.shape(sizes, "c", c, "B", "H")
     _check.not_empty(sizes, "H")
     _check.shape(sizes, "reads", reads, "B", "R", "W")
-    _check.choice("write", write, *WRITE)
-    _check.choice("squash", squash, *SQUASH)
+    _check.known_options(write=write, squash=squash)
     check_options(lru, erase, decay, eps)
     words = sizes["R"] * sizes["W"]
     sizes["4H"] = 4 * sizes["H"]

@@ -8,8 +8,6 @@ from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
 from mann_kernels.ops._vjp import by_reference, keep, kept, reference_vjp
 
-ERASE = ("least", "all")
-
 _library.define(
     "memory_update(Tensor memory, Tensor write_weights, Tensor add, Tensor least_used, bool erase_all) -> Tensor",
     lambda memory, write_weights, add, least_used, erase_all: memory.new_empty(memory.shape),
@@ -83,7 +81,7 @@ def memory_update(
         raise ValueError(f"least_used: got device {least_used.device}, want {memory.device}, the device of memory")
     _check.shape(sizes, "least_used", least_used, "B", "R")
     _check.not_empty(sizes, "N", "W", "R")
-    _check.choice("erase", erase, *ERASE)
+    _check.known_options(erase=erase)
     backend = _backend.select("memory_update", memory)
     if backend == "reference":
         return reference.memory_update(memory, write_weights, add, least_used, erase=erase)

@@ -1,9 +1,16 @@
 """Layer augmentation: a slow and a fast weight side by side in a fully connected layer (Munkhdalai & Yu 2017, section 3.3)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh, "identity": lambda x: x}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
 
 
 def fast_weights(tasks, per_task, fast, mix=None):

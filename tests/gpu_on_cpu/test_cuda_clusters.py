@@ -175,6 +175,12 @@ FAULTS = {
 }
 
 
+def matches_under_schedules(cuda, call):
+    for seed in range(10):
+        cuda.mann_cuda_on_cpu_seed(seed)
+        matches("mann_sequence", call, torch.float32)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_named(fault, cuda, tmp_path):
     file, right, wrong, said = FAULTS[fault]
@@ -186,14 +192,9 @@ def test_a_planted_fault_is_named(fault, cuda, tmp_path):
     call = mann(1, (4, 22, 10 + list(FAULTS).index(fault), 2), T=9, H=10)
     cuda.mann_cuda_on_cpu_compiler(cuda_on_cpu.kernel_command("plain", csrc).encode(), str(folder).encode())
 
-    def schedules():
-        for seed in range(10):
-            cuda.mann_cuda_on_cpu_seed(seed)
-            matches("mann_sequence", call, torch.float32)
-
     try:
         with pytest.raises((AssertionError, RuntimeError), match=said):
-            schedules()
+            matches_under_schedules(cuda, call)
     finally:
         right_folder = cuda_on_cpu.kernel_folder(cuda_on_cpu.BUILD / "plain", cuda_on_cpu.CSRC)
         cuda.mann_cuda_on_cpu_compiler(cuda_on_cpu.kernel_command("plain").encode(), str(right_folder).encode())
