@@ -88,8 +88,9 @@ def forward(memory, key, beta, eps):
     weights = memory.new_empty(batch, heads, slots)
     if batch:
         content_address_fwd_kernel[(batch,)](
-            memory, key, pointer(beta, key), weights, torch.empty_like(weights, dtype=acc.torch),
-            slots, width, heads, eps, beta is not None, acc.triton,
+            memory_ptr=memory, key_ptr=key, beta_ptr=pointer(beta, key), weights_ptr=weights,
+            x_ptr=torch.empty_like(weights, dtype=acc.torch), N=slots, W=width, R=heads, eps=eps,
+            HAS_BETA=beta is not None, ACC=acc.triton,
             **launch(content_address_fwd_kernel, slots, width, heads, memory.dtype),
         )  # fmt: skip
     return weights
@@ -102,8 +103,9 @@ def backward(dread_weights, memory, key, beta, read_weights, eps):
     dmemory, dkey, dbeta = torch.empty_like(memory), torch.empty_like(key), key.new_empty(batch, heads)
     if batch:
         content_address_bwd_kernel[(batch,)](
-            dread_weights, memory, key, pointer(beta, key), read_weights, dmemory, dkey, dbeta,
-            slots, width, heads, eps, beta is not None, acc_of(memory.dtype).triton,
+            dweights_ptr=dread_weights, memory_ptr=memory, key_ptr=key, beta_ptr=pointer(beta, key),
+            weights_ptr=read_weights, dmemory_ptr=dmemory, dkey_ptr=dkey, dbeta_ptr=dbeta, N=slots, W=width, R=heads,
+            eps=eps, HAS_BETA=beta is not None, ACC=acc_of(memory.dtype).triton,
             **launch(content_address_bwd_kernel, slots, width, heads, memory.dtype),
         )  # fmt: skip
     return dmemory, dkey, dbeta

@@ -180,21 +180,24 @@ def forward(
     )
     acc = acc_of(memory.dtype)
     work = functools.partial(torch.empty, dtype=acc.torch, device=memory.device)
-    outputs = torch.empty_like(key), *(torch.empty_like(tensor) for tensor in (memory, usage, read_weights))
+    reads, new_memory, new_usage, new_weights = map(torch.empty_like, (key, memory, usage, read_weights))
     least_used, copies, weight_copies = empty_saved(memory, time, heads, checkpoint_every, save)
     options = launch(lrua_sequence_fwd_kernel, slots, width, heads, memory.dtype)
     tiled = int(slots > options["BN"])
     slots_out = least_used if save else torch.empty(gate.shape, dtype=torch.int32, device=memory.device)
     if batch:
         lrua_sequence_fwd_kernel[(batch,)](
-            memory, usage, read_weights, key, gate, pointer(beta, key), pointer(add, key), pointer(lengths, key),
-            *outputs, slots_out, copies, weight_copies,
-            work(tiled * batch, slots, width), work(2, tiled * batch, heads, slots), work(tiled * batch, slots),
-            time, batch, slots, width, heads, checkpoint_every, decay, eps,
-            beta is not None, add is not None, lengths is not None, save, shared, erase_all, acc.triton,
-            **options,
+            memory_ptr=memory, usage_ptr=usage, previous_ptr=read_weights, key_ptr=key, gate_ptr=gate,
+            beta_ptr=pointer(beta, key), add_ptr=pointer(add, key), lengths_ptr=pointer(lengths, key),
+            reads_ptr=reads, new_memory_ptr=new_memory, new_usage_ptr=new_usage, new_weights_ptr=new_weights,
+            slots_ptr=slots_out, copies_ptr=copies, weight_copies_ptr=weight_copies,
+            work_memory_ptr=work(tiled * batch, slots, width), work_weights_ptr=work(2, tiled * batch, heads, slots),
+            work_usage_ptr=work(tiled * batch, slots), T=time, B=batch, N=slots, W=width, R=heads,
+            checkpoint_every=checkpoint_every, decay=decay, eps=eps, HAS_BETA=beta is not None,
+            HAS_ADD=add is not None, HAS_LENGTHS=lengths is not None, SAVE=save, SHARED=shared, ERASE_ALL=erase_all,
+            ACC=acc.triton, **options,
         )  # fmt: skip
-    return *outputs, least_used, copies, weight_copies
+    return reads, new_memory, new_usage, new_weights, least_used, copies, weight_copies
 
 
 def backward(
@@ -217,13 +220,17 @@ def backward(
     record = aligned(heads * slots + heads * width)
     if batch:
         lrua_sequence_bwd_kernel[(batch,)](
-            dreads, pointer(dmemory1, key), pointer(dread_weights1, key), memory, read_weights,
-            key, gate, pointer(beta, key), pointer(add, key), pointer(lengths, key),
-            least_used, copies, weight_copies, dmemory, dread_weights, dkey, dgate, dbeta, dadd,
-            work(tiled * batch, slots, width), work(tiled * batch, slots, width), work(2, tiled * batch, heads, slots),
-            work(segment + 1, batch, record), work(segment // RESTART_EVERY, batch, slots, width),
-            time, batch, slots, width, heads, checkpoint_every, eps,
-            dmemory1 is not None, dread_weights1 is not None, beta is not None, add is not None, lengths is not None,
-            shared, erase_all, RESTART_EVERY, acc.triton, record, **options,
+            dreads_ptr=dreads, dmemory1_ptr=pointer(dmemory1, key), dweights1_ptr=pointer(dread_weights1, key),
+            memory_ptr=memory, previous_ptr=read_weights, key_ptr=key, gate_ptr=gate, beta_ptr=pointer(beta, key),
+            add_ptr=pointer(add, key), lengths_ptr=pointer(lengths, key), slots_ptr=least_used, copies_ptr=copies,
+            weight_copies_ptr=weight_copies, dmemory_ptr=dmemory, dprevious_ptr=dread_weights, dkey_ptr=dkey,
+            dgate_ptr=dgate, dbeta_ptr=dbeta, dadd_ptr=dadd, work_memory_ptr=work(tiled * batch, slots, width),
+            work_dmemory_ptr=work(tiled * batch, slots, width),
+            work_dweights_ptr=work(2, tiled * batch, heads, slots), records_ptr=work(segment + 1, batch, record),
+            restarts_ptr=work(segment // RESTART_EVERY, batch, slots, width), T=time, B=batch, N=slots, W=width,
+            R=heads, checkpoint_every=checkpoint_every, eps=eps, HAS_DMEMORY=dmemory1 is not None,
+            HAS_DWEIGHTS=dread_weights1 is not None, HAS_BETA=beta is not None, HAS_ADD=add is not None,
+            HAS_LENGTHS=lengths is not None, SHARED=shared, ERASE_ALL=erase_all, RESTART=RESTART_EVERY,
+            ACC=acc.triton, RECORD=record, **options,
         )  # fmt: skip
     return dmemory, dread_weights, dkey, dgate, dbeta, dadd

@@ -56,17 +56,18 @@ def forward(memory, usage, read_weights, key, gate, beta, add, shared, erase_all
     (batch, heads, width), slots = key.shape, memory.shape[1]
     memory, usage, read_weights, key, gate, beta, add = contiguous(memory, usage, read_weights, key, gate, beta, add)
     acc = acc_of(memory.dtype)
-    outputs = tuple(torch.empty_like(tensor) for tensor in (key, memory, usage, read_weights))
+    reads, new_memory, new_usage, new_weights = map(torch.empty_like, (key, memory, usage, read_weights))
     least_used = torch.empty(gate.shape, dtype=torch.int32, device=memory.device)
     if batch:
         lrua_step_fwd_kernel[(batch,)](
-            memory, usage, read_weights, key, gate, pointer(beta, key), pointer(add, key), *outputs, least_used,
-            torch.empty(read_weights.shape, dtype=acc.torch, device=memory.device),
-            slots, width, heads, decay, eps,
-            beta is not None, add is not None, shared, erase_all, acc.triton,
-            **launch(lrua_step_fwd_kernel, slots, width, heads, memory.dtype),
+            memory_ptr=memory, usage_ptr=usage, previous_ptr=read_weights, key_ptr=key, gate_ptr=gate,
+            beta_ptr=pointer(beta, key), add_ptr=pointer(add, key), reads_ptr=reads, new_memory_ptr=new_memory,
+            new_usage_ptr=new_usage, new_weights_ptr=new_weights, slots_ptr=least_used,
+            x_ptr=torch.empty(read_weights.shape, dtype=acc.torch, device=memory.device), N=slots, W=width, R=heads,
+            decay=decay, eps=eps, HAS_BETA=beta is not None, HAS_ADD=add is not None, SHARED=shared,
+            ERASE_ALL=erase_all, ACC=acc.triton, **launch(lrua_step_fwd_kernel, slots, width, heads, memory.dtype),
         )  # fmt: skip
-    return *outputs, least_used
+    return reads, new_memory, new_usage, new_weights, least_used
 
 
 def backward(

@@ -54,8 +54,8 @@ def forward(usage, read_weights, gate, shared):
     least_used = torch.empty(gate.shape, dtype=torch.int32, device=gate.device)
     if batch:
         lrua_write_weights_fwd_kernel[(batch,)](
-            usage, read_weights, gate, write_weights, least_used, slots, heads,
-            shared, acc_of(usage.dtype).triton,
+            usage_ptr=usage, previous_ptr=read_weights, gate_ptr=gate, write_ptr=write_weights, slots_ptr=least_used,
+            N=slots, R=heads, SHARED=shared, ACC=acc_of(usage.dtype).triton,
             **launch(lrua_write_weights_fwd_kernel, slots, 1, heads, usage.dtype),
         )  # fmt: skip
     return write_weights, least_used
@@ -68,8 +68,8 @@ def backward(dwrite_weights, read_weights, gate, least_used, shared):
     dread_weights, dgate = torch.empty_like(read_weights), torch.empty_like(gate)
     if batch:
         lrua_write_weights_bwd_kernel[(batch,)](
-            dwrite_weights, read_weights, gate, least_used, dread_weights, dgate, slots, heads,
-            shared, acc_of(gate.dtype).triton,
-            **launch(lrua_write_weights_bwd_kernel, slots, 1, heads, gate.dtype),
+            dwrite_ptr=dwrite_weights, previous_ptr=read_weights, gate_ptr=gate, slots_ptr=least_used,
+            dprevious_ptr=dread_weights, dgate_ptr=dgate, N=slots, R=heads, SHARED=shared,
+            ACC=acc_of(gate.dtype).triton, **launch(lrua_write_weights_bwd_kernel, slots, 1, heads, gate.dtype),
         )  # fmt: skip
     return dread_weights, dgate

@@ -280,11 +280,12 @@ def forward(
     gates_x, weight_hh, weight_head, bias_head, lengths = contiguous(
         gates_x, weight_hh, weight_head, bias_head, lengths
     )
-    state = contiguous(h, c, reads, memory, usage, read_weights)
+    h, c, reads, memory, usage, read_weights = contiguous(h, c, reads, memory, usage, read_weights)
     acc = acc_of(memory.dtype)
     work = functools.partial(torch.empty, dtype=acc.torch, device=memory.device)
     output = memory.new_empty(time, batch, recurrent)
-    state1 = tuple(torch.empty_like(tensor) for tensor in state)
+    state1 = tuple(map(torch.empty_like, (h, c, reads, memory, usage, read_weights)))
+    h1, c1, reads1, memory1, usage1, read_weights1 = state1
     least_used, copies, weight_copies = empty_saved(memory, time, heads, checkpoint_every, save)
     gates = work(time, batch, 4 * hidden) if save else work(batch, 4 * hidden)
     c_copies = work(*((copies.shape[0], batch, hidden) if save else (0,)))
@@ -293,12 +294,17 @@ def forward(
     scratch, tiled = aligned(recurrent + hidden + size), int(slots > options["BN"])
     if batch:
         mann_sequence_fwd_kernel[(batch,)](
-            gates_x, weight_hh, weight_head, bias_head, *state, pointer(lengths, memory), output, *state1,
-            gates, slots_out, c_copies, copies, weight_copies, work(batch, 2, scratch),
-            work(tiled * batch, slots, width), work(2, tiled * batch, heads, slots), work(tiled * batch, slots),
-            time, batch, hidden, size, slots, width, heads, checkpoint_every, decay, eps,
-            key_strength, write_add, squash, lengths is not None, save, shared, erase_all, acc.triton,
-            getattr(tl, str(memory.dtype).removeprefix("torch.")), scratch, **options,
+            gates_x_ptr=gates_x, weight_hh_ptr=weight_hh, weight_head_ptr=weight_head, bias_head_ptr=bias_head,
+            h_ptr=h, c_ptr=c, reads_ptr=reads, memory_ptr=memory, usage_ptr=usage, previous_ptr=read_weights,
+            lengths_ptr=pointer(lengths, memory), output_ptr=output, h1_ptr=h1, c1_ptr=c1, reads1_ptr=reads1,
+            memory1_ptr=memory1, usage1_ptr=usage1, weights1_ptr=read_weights1, gates_ptr=gates, slots_ptr=slots_out,
+            c_copies_ptr=c_copies, copies_ptr=copies, weight_copies_ptr=weight_copies,
+            work_ptr=work(batch, 2, scratch), work_memory_ptr=work(tiled * batch, slots, width),
+            work_weights_ptr=work(2, tiled * batch, heads, slots), work_usage_ptr=work(tiled * batch, slots), T=time,
+            B=batch, H=hidden, P=size, N=slots, W=width, R=heads, checkpoint_every=checkpoint_every, decay=decay,
+            eps=eps, KEY_STRENGTH=key_strength, HAS_ADD=write_add, SQUASH=squash, HAS_LENGTHS=lengths is not None,
+            SAVE=save, SHARED=shared, ERASE_ALL=erase_all, ACC=acc.triton,
+            S=getattr(tl, str(memory.dtype).removeprefix("torch.")), SCRATCH=scratch, **options,
         )  # fmt: skip
     return output, *state1, gates if save else work(0), least_used, c_copies, copies, weight_copies
 
@@ -311,27 +317,35 @@ def backward(
     """The operator mann_sequence_backward: same arguments and results as its schema."""
     (time, batch, recurrent), (_, slots, width), heads = doutput.shape, memory.shape, read_weights.shape[1]
     hidden, size = c.shape[1], weight_head.shape[0]
-    grads1 = contiguous(dh1, dc1, dreads1, dmemory1, dread_weights1)
-    inputs = contiguous(weight_hh, weight_head, bias_head, c, memory, read_weights)
+    dh1, dc1, dreads1, dmemory1, dread_weights1 = contiguous(dh1, dc1, dreads1, dmemory1, dread_weights1)
+    weight_hh, weight_head, bias_head = contiguous(weight_hh, weight_head, bias_head)
+    c, memory, read_weights = contiguous(c, memory, read_weights)
     lengths, doutput, output = contiguous(lengths, doutput, output)
     acc, segment = acc_of(memory.dtype), min(time, checkpoint_every)
     work = functools.partial(torch.empty, dtype=acc.torch, device=memory.device)
     dgates, dhead = memory.new_empty(time, batch, 4 * hidden), memory.new_empty(time, batch, size)
-    dh, dc, dreads = (torch.empty_like(inputs[3]), torch.empty_like(inputs[3]), c.new_empty(batch, heads, width))
-    dmemory, dread_weights = torch.empty_like(inputs[4]), torch.empty_like(inputs[5])
+    dh, dc, dreads = torch.empty_like(c), torch.empty_like(c), c.new_empty(batch, heads, width)
+    dmemory, dread_weights = torch.empty_like(memory), torch.empty_like(read_weights)
     options = launch(mann_sequence_bwd_kernel, slots, width, heads, memory.dtype) | tiles(hidden, recurrent)
     scratch, tiled = aligned(recurrent + 6 * hidden + size), int(slots > options["BN"])
     record = aligned(hidden + heads * slots + size + heads * width)
     if batch:
         mann_sequence_bwd_kernel[(batch,)](
-            doutput, *(pointer(grad, memory) for grad in grads1), *inputs, pointer(lengths, memory),
-            output, gates, least_used, c_copies, copies, weight_copies,
-            dgates, dhead, dh, dc, dreads, dmemory, dread_weights,
-            work(batch, 2, scratch), work(tiled * batch, slots, width), work(tiled * batch, slots, width),
-            work(2, tiled * batch, heads, slots), work(segment + 1, batch, record),
-            work(segment // RESTART_EVERY, batch, slots, width),
-            time, batch, hidden, size, slots, width, heads, checkpoint_every, eps,
-            *(grad is not None for grad in grads1), key_strength, write_add, squash, lengths is not None,
-            shared, erase_all, RESTART_EVERY, acc.triton, scratch, record, **options,
+            doutput_ptr=doutput, dh1_ptr=pointer(dh1, memory), dc1_ptr=pointer(dc1, memory),
+            dreads1_ptr=pointer(dreads1, memory), dmemory1_ptr=pointer(dmemory1, memory),
+            dweights1_ptr=pointer(dread_weights1, memory), weight_hh_ptr=weight_hh, weight_head_ptr=weight_head,
+            bias_head_ptr=bias_head, c_ptr=c, memory_ptr=memory, previous_ptr=read_weights,
+            lengths_ptr=pointer(lengths, memory), output_ptr=output, gates_ptr=gates, slots_ptr=least_used,
+            c_copies_ptr=c_copies, copies_ptr=copies, weight_copies_ptr=weight_copies, dgates_ptr=dgates,
+            dhead_ptr=dhead, dh_ptr=dh, dc_ptr=dc, dreads_ptr=dreads, dmemory_ptr=dmemory,
+            dprevious_ptr=dread_weights, work_ptr=work(batch, 2, scratch),
+            work_memory_ptr=work(tiled * batch, slots, width), work_dmemory_ptr=work(tiled * batch, slots, width),
+            work_dweights_ptr=work(2, tiled * batch, heads, slots), records_ptr=work(segment + 1, batch, record),
+            restarts_ptr=work(segment // RESTART_EVERY, batch, slots, width), T=time, B=batch, H=hidden, P=size,
+            N=slots, W=width, R=heads, checkpoint_every=checkpoint_every, eps=eps, HAS_DH=dh1 is not None,
+            HAS_DC=dc1 is not None, HAS_DREADS=dreads1 is not None, HAS_DMEMORY=dmemory1 is not None,
+            HAS_DWEIGHTS=dread_weights1 is not None, KEY_STRENGTH=key_strength, HAS_ADD=write_add, SQUASH=squash,
+            HAS_LENGTHS=lengths is not None, SHARED=shared, ERASE_ALL=erase_all, RESTART=RESTART_EVERY,
+            ACC=acc.triton, SCRATCH=scratch, RECORD=record, **options,
         )  # fmt: skip
     return dgates, dhead, dh, dc, dreads, dmemory, dread_weights

@@ -65,8 +65,8 @@ def forward(memory, write_weights, add, least_used, erase_all):
     new_memory = torch.empty_like(memory)
     if batch:
         memory_update_fwd_kernel[(batch,)](
-            memory, write_weights, add, least_used, new_memory, slots, width, heads,
-            erase_all, acc_of(memory.dtype).triton,
+            memory_ptr=memory, write_ptr=write_weights, add_ptr=add, slots_ptr=least_used, new_memory_ptr=new_memory,
+            N=slots, W=width, R=heads, ERASE_ALL=erase_all, ACC=acc_of(memory.dtype).triton,
             **launch(memory_update_fwd_kernel, slots, width, heads, memory.dtype),
         )  # fmt: skip
     return new_memory
@@ -79,8 +79,8 @@ def backward(dmemory, write_weights, add, least_used, erase_all):
     dmemory0, dwrite_weights, dadd = (torch.empty_like(tensor) for tensor in (dmemory, write_weights, add))
     if batch:
         memory_update_bwd_kernel[(batch,)](
-            dmemory, write_weights, add, least_used, dmemory0, dwrite_weights, dadd, slots, width, heads,
-            erase_all, acc_of(dmemory.dtype).triton,
-            **launch(memory_update_bwd_kernel, slots, width, heads, dmemory.dtype),
+            dmemory_ptr=dmemory, write_ptr=write_weights, add_ptr=add, slots_ptr=least_used, dmemory0_ptr=dmemory0,
+            dwrite_ptr=dwrite_weights, dadd_ptr=dadd, N=slots, W=width, R=heads, ERASE_ALL=erase_all,
+            ACC=acc_of(dmemory.dtype).triton, **launch(memory_update_bwd_kernel, slots, width, heads, dmemory.dtype),
         )  # fmt: skip
     return dmemory0, dwrite_weights, dadd
