@@ -19,7 +19,7 @@ SANITIZED := build/sanitize
 # A second version of Triton, beside the pinned one: alone in a folder that comes first on the path.
 OTHER_TRITON := 3.9.0
 OTHER_PATH := build/triton-$(OTHER_TRITON)
-CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/cpu/*.cpp csrc/cuda/*.cu $(addprefix tests/gpu_on_cpu/*.,h cpp cu))
+CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu $(addprefix tests/gpu_on_cpu/*.,h cpp cu))
 # The tests that drive the C++ kernels; those that start compilers or other processes would only slow the sanitizers down.
 SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles and not gpu"
 

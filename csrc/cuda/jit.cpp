@@ -250,7 +250,8 @@ extern "C" __attribute__((visibility("default"))) int mann_cuda_missing(char *te
         (void)driver();
         const char *const options[] = {"--gpu-architecture=compute_80"};
         void *program = nullptr;
-        int error = nvrtc().create(&program, "extern \"C\" __global__ void nothing() {}", "nothing.cu", 0, nullptr, nullptr);
+        int error =
+            nvrtc().create(&program, "extern \"C\" __global__ void nothing() {}", "nothing.cu", 0, nullptr, nullptr);
         if (error == 0) error = nvrtc().compile(program, 1, options);
         if (program != nullptr) nvrtc().destroy(&program);
         if (error != 0) throw std::runtime_error("mann_kernels: NVRTC does not work: error " + std::to_string(error));

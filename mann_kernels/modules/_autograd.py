@@ -20,7 +20,12 @@ def with_autograd():
 
 def autograd_takes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of one that was made in inference mode: autograd keeps none of those. Call it in `with_autograd`."""
-    return tensor.clone() if tensor.is_inference() else tensor
+    return tensor.clone() if made_in_inference_mode(tensor) else tensor
+
+
+def made_in_inference_mode(tensor: torch.Tensor) -> bool:
+    """Whether autograd takes no such tensor. torch.compile, which does not trace the question, takes all."""
+    return not torch.compiler.is_compiling() and tensor.is_inference()
 
 
 class _TakesPart(torch.autograd.Function):
@@ -57,8 +62,10 @@ def refuse_freed_weights(module: nn.Module) -> None:
 
 def called_with_autograd(module: nn.Module, *args, **kwargs):
     """`module(*args, **kwargs)`, also for parameters and buffers that were made in inference mode."""
+    if torch.compiler.is_compiling():
+        return module(*args, **kwargs)
     named = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
-    copies = {name: tensor.clone() for name, tensor in named.items() if tensor.is_inference()}
+    copies = {name: tensor.clone() for name, tensor in named.items() if made_in_inference_mode(tensor)}
     if not copies:
         return module(*args, **kwargs)
     output = functional_call(module, copies, args, kwargs)

@@ -292,7 +292,7 @@ class MetaNet(nn.Module):
         check_support(support_x, support_y, self.ways)
         if self._create_graph:
             refuse_freed_weights(self)
-        if not torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator)
         # gradients are taken in it; and so the state is one that autograd takes
         with torch.inference_mode(False), torch.no_grad():

@@ -120,7 +120,7 @@ class Run:
         self.rows: list[dict] = []
         self._since: list[tuple[float, Totals]] = []
         self.on_row = lambda row: None
-        settings.check_run()
+        settings.check()
         with about(folder, "cannot be used as a folder"):
             folder.mkdir(parents=True, exist_ok=True)
         self._owner = own(folder) if self.processes.first else None

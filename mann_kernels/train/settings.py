@@ -95,7 +95,7 @@ class Settings:
                 check_number(name, value, least, most)
 
     def check_run(self) -> None:
-        """The same, of a run that is to be made: a test falls on a row of the log.
+        """The same, of a command: tests are at updates that have a row in the log.
 
         Raises:
             ValueError: naming the option, what it got and what it wants.

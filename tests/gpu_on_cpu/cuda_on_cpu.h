@@ -164,7 +164,7 @@ using std::min;
 // A kernel is a function that the harness finds by its name, called once for every thread.
 #define MANN_KERNEL(name, threads, Args)                                                                               \
     static void name##_thread(const Args &args);                                                                       \
-    extern "C" __attribute__((visibility("default"))) void name(const void *args) {                                   \
+    extern "C" __attribute__((visibility("default"))) void name(const void *args) {                                    \
         name##_thread(*static_cast<const Args *>(args));                                                               \
     }                                                                                                                  \
     static void name##_thread([[maybe_unused]] const Args &args)

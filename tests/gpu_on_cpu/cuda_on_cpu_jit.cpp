@@ -1,4 +1,5 @@
-// The launch of csrc/cuda/jit.h on the CPU: a file of kernels is compiled by g++ when it is first needed, as NVRTC would.
+// The launch of csrc/cuda/jit.h on the CPU: a file of kernels is compiled by g++ when it is first needed, as NVRTC
+// would.
 #include "cuda_on_cpu.h"
 
 #include <cstdio>
@@ -67,7 +68,7 @@ int clusters_at_once(const Device &device, const Build &, const char *, const Gr
 
 // How to compile, up to the folder of the sources, and where to put what was made.
 extern "C" __attribute__((visibility("default"))) void mann_cuda_on_cpu_compiler(const char *command,
-                                                                                const char *folder) {
+                                                                                 const char *folder) {
     mann::cuda::command = command;
     mann::cuda::folder = folder;
 }

@@ -26,7 +26,9 @@ CALLS = {
     "content_address": ("3,7,5,2", "beta=True"),
     "lrua_step": ("3,7,5,2", "add=True", "beta=True", "lru='shared'"),
     "augmented_linear": ("3,7,5,2",),
-    "augmented_conv2d": ("2,40,20,3", "pool=True"),
+    "augmented_conv2d": ("2,9,5,3", "pool=True"),
+    "generate_fast_weights": ("3,7,5,2",),
+    "summarize_gradients": ("3,7,5,2",),
     "mann_sequence": ("3,7,5,2", "T=2", "lengths=True", "write='add'", "key_strength=True"),
 }
 
@@ -74,7 +76,7 @@ FAULTS = {
         "augmented_conv2d_tile.h",
         ARRIVED,
         "        __syncthreads();\n",
-        {"plain": "(output|gradient) .*error"},
+        {"plain": "asynchronous copies that nobody waited for"},
     ),
     "one past the end": Fault(
         "augmented_conv2d",
@@ -97,11 +99,32 @@ FAULTS = {
         "weights + c * D::kWeights + 4 * group + 1)",
         {"address": "misaligned address"},
     ),
-    "half of the examples": Fault(
+    "weights before they are there": Fault(
+        "generate_fast_weights",
+        "generate_fast_weights.cu",
+        "    GradientSums sums(args.sums, lane);\n    __syncthreads();\n",
+        "    GradientSums sums(args.sums, lane);\n",
+        {"plain": "(output|gradient) .*error", "thread": "data race"},
+    ),
+    "a coordinate too many": Fault(
+        "summarize_gradients",
+        "coordinates.h",
+        "there[r] = at[r] < count",
+        "there[r] = at[r] <= count",
+        {"address": "heap-buffer-overflow"},
+    ),
+    "warps that do not wait": Fault(
+        "summarize_gradients",
+        "coordinates.h",
+        "        for (int w = 0; w < warps; ++w) {\n            __syncthreads();\n",
+        "        for (int w = 0; w < warps; ++w) {\n",
+        {"thread": "data race"},
+    ),
+    "a slice too few": Fault(
         "augmented_linear",
         "augmented_linear_tile.h",
-        "k < kLinearDepth; k += Tile::kSlices",
-        "k < kLinearDepth / 2; k += Tile::kSlices",
+        "for (int slice = 0; slice < Tile::kSlices",
+        "for (int slice = 1; slice < Tile::kSlices",
         {"plain": "(output|gradient) .*error"},
     ),
 }
