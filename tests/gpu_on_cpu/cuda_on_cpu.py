@@ -80,7 +80,10 @@ def ninja_file(kind: str, sources: list[Path], csrc: Path, library: Path) -> str
     ]
     objects = []
     for source in [*sorted(HERE.glob("cuda_on_cpu_*.cpp")), *sources]:
-        mine = f"{runtime_flags} -fvisibility=default" if source.parent == HERE else f"-O1 {OF_ENTRIES} {includes}"
+        if source.suffix == ".cu":  # kernels and their launches in one file
+            mine = f"{kernel_flags} {OF_KERNELS} {includes}"
+        else:
+            mine = f"{runtime_flags} -fvisibility=default" if source.parent == HERE else f"-O1 {OF_ENTRIES} {includes}"
         objects.append(library.parent / f"{source.stem}.o")
         lines += [f"build {objects[-1]}: compile {source}", f"  flags = {mine}"]
     lines.append(f"build {library}: link {' '.join(map(str, objects))}")

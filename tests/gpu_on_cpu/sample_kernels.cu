@@ -201,31 +201,12 @@ extern "C" __attribute__((visibility("default"))) const char *run_sample(const c
     static std::string said;
     try {
         const Kernel kernel = kernels.at(name);
-        MANN_LAUNCH(kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), cluster, shared,
-                    Stream(), in, out, n);
+        mann::on_cpu::launch("kernel", dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), cluster,
+                             size_t(shared), [&] { kernel(in, out, n); });
         return nullptr;
     } catch (const std::exception &error) {
         said = error.what();
         return said.c_str();
     }
 }
-#else
-template __global__ void sums<RIGHT>(const float *, float *, int);
-template __global__ void sums<MISSING_BARRIER>(const float *, float *, int);
-template __global__ void sums<DIVERGENT_BARRIER>(const float *, float *, int);
-template __global__ void sums<ENDS_BEFORE_BARRIER>(const float *, float *, int);
-template __global__ void sums<EXITED_LANE>(const float *, float *, int);
-template __global__ void sums<ONE_PAST_SHARED>(const float *, float *, int);
-template __global__ void sums<ONE_PAST_GLOBAL>(const float *, float *, int);
-template __global__ void sums<ACROSS_BLOCKS>(const float *, float *, int);
-template __global__ void sums<MISALIGNED>(const float *, float *, int);
-template __global__ void exchange<RIGHT>(const float *, float *, int);
-template __global__ void exchange<MISSING_CLUSTER_BARRIER>(const float *, float *, int);
-template __global__ void exchange<SINGLE_BUFFER>(const float *, float *, int);
-template __global__ void exchange<NO_LAST_BARRIER>(const float *, float *, int);
-template __global__ void exchange<ONE_PAST_OF_OTHER>(const float *, float *, int);
-template __global__ void copy<RIGHT>(const float *, float *, int);
-template __global__ void copy<NO_WAIT>(const float *, float *, int);
-template __global__ void hand_on<RIGHT>(const float *, float *, int);
-template __global__ void hand_on<SHUFFLE_FOR_BARRIER>(const float *, float *, int);
 #endif

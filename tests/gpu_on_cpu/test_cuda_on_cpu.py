@@ -167,7 +167,7 @@ def test_a_block_that_has_ended(run):
         ({"block": (1025, 1, 1)}, "got blocks of 1025 threads"),
         ({"grid": (0, 1, 1)}, "got a grid without blocks"),
         ({"cluster": 3}, "got clusters of 3 blocks in a grid of 8"),
-        ({"cluster": 16, "grid": (16, 1, 1)}, "got clusters of 16 blocks"),
+        ({"cluster": 32, "grid": (32, 1, 1)}, "got clusters of 32 blocks"),
         ({"shared": 232_449}, "got 232449 bytes of shared memory"),
     ],
 )
