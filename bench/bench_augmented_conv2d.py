@@ -50,7 +50,7 @@ def conv_vmap(x, weight, fast, mix):
 
 
 def conv_shared(x, weight, fast, mix):
-    """One convolution with all rows of the memory side by side, mixed afterwards: S times the work, no weight per example."""
+    """Run one convolution with all rows of the memory side by side and mix afterwards: S times the work, no weight per example."""
     rows, outputs = fast.shape[:2]
     each = F.conv2d(x, fast.flatten(0, 1), padding=1).unflatten(1, (rows, outputs))
     return pooled(F.conv2d(x, weight, padding=1), torch.einsum("ls,lsohw->lohw", mix, each))

@@ -26,7 +26,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat1
 
 @dataclass(frozen=True)
 class Case:
-    """One size at which an operator is timed, and what is left out there."""
+    """Describes a size at which an operator is timed, and what is left out there."""
 
     name: str
     shape: Any
@@ -46,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Axis:
-    """One size of an operator that a sweep lets grow while the others stay."""
+    """Describes which size of an operator a sweep lets grow while the others stay."""
 
     base: Any
     values: tuple[int, ...]

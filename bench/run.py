@@ -1,4 +1,4 @@
-"""One run of the bench: what is verified and timed in which order, what is kept of it, and how it ends before its time."""
+"""Runs the bench: verifies and times in order of importance, keeps partial results, and ends within its minutes."""
 
 import contextlib
 import os
@@ -44,7 +44,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Job:
-    """One comparison that is to be made."""
+    """Names a comparison that is to be made: the operator, its size, the place and what is timed there."""
 
     bench: Bench
     case: Case
