@@ -34,7 +34,13 @@ def test_it_ends_at_that_update(data, tmp_path, what):  # noqa: F811
 
 
 def test_the_command_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(OPTIMIZERS, "rmsprop", lambda parameters, _: torch.optim.SGD(parameters, 1e38))
+    class Growing(torch.optim.SGD):
+        def step(self, *args):
+            with torch.no_grad():
+                for group in self.param_groups:
+                    torch._foreach_mul_(group["params"], 1e30)
+
+    monkeypatch.setitem(OPTIMIZERS, "rmsprop", Growing)
     call = ["copy", "--out", str(tmp_path), *TINY.split(), "--length", "3", "--updates", "50", "--log-every", "1"]
     result = invoke(*call, "--test-every", "50", "--optimizer", "rmsprop", "--clip", "inf")
     assert result.exit_code == 1
