@@ -100,7 +100,7 @@ def test_algorithm_one_with_more_than_one_example_of_a_class(variant, second_ord
     metanet = small(variant, second_order=second_order)
     x, y, queries = draw(shots=2)
     pairs = torch.tensor([[[0, 3], [1, 2], [4, 1]], [[5, 2], [0, 1], [4, 3]]])
-    monkeypatch.setattr("mann_kernels.modules.metanet._random_pairs", lambda *args: pairs)
+    monkeypatch.setattr("mann_kernels.modules.metanet.random_pairs", lambda *args: pairs)
     plain = AlgorithmOne(metanet, second_order)
     want = torch.stack([plain(*task) for task in zip(x, y, queries, pairs, strict=True)])
     assert_same(metanet, metanet(x, y, queries), want)
@@ -303,9 +303,9 @@ def test_pairs_are_random_different_and_repeatable():
     first, again, other = (metanet(x, y, queries, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    from mann_kernels.modules.metanet import _random_pairs
+    from mann_kernels.modules._metanet_losses import random_pairs
 
-    pairs = _random_pairs(500, 4, 5, torch.Generator().manual_seed(0))
+    pairs = random_pairs(500, 4, 5, torch.Generator().manual_seed(0))
     assert (pairs[..., 0] != pairs[..., 1]).all()
     counts = torch.bincount((pairs[..., 0] * 4 + pairs[..., 1]).flatten(), minlength=16)
     assert (counts.view(4, 4)[~torch.eye(4, dtype=torch.bool)] > 150).all()

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, refuse_freed_weights, with_parameters
-from mann_kernels.modules._init import HeStart, flag
+from mann_kernels.modules._init import flag
 from mann_kernels.modules._metanet_input import check_queries, check_state, check_support
-from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedLinear, AugmentedSequential
+from mann_kernels.modules._metanet_losses import contrastive, cross_entropy, random_pairs
+from mann_kernels.modules._metanet_networks import Conv2d, hidden_conv, networks
+from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedSequential
 from mann_kernels.modules.state import MetaNetState
 from mann_kernels.ops._check import at_least_one, eps_of_cosine, known_options, number, preprocessing
 from mann_kernels.ops.content_address import content_address
@@ -238,10 +240,10 @@ class MetaNet(nn.Module):
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def body():
-            convolutions = (_conv(channels, filters, **kind) for channels in (1, *[filters] * 4))
+            convolutions = (hidden_conv(channels, filters, **kind) for channels in (1, *[filters] * 4))
             return [*convolutions, nn.Flatten()]
 
-        base, embedding, head = _networks(body, body, filters, ways, **kind)
+        base, embedding, head = networks(body, body, filters, ways, **kind)
         return cls(base, embedding, head, device=device, dtype=dtype, **options)
 
     @classmethod
@@ -263,12 +265,12 @@ class MetaNet(nn.Module):
         def body():
             layers = []
             for channels in (3, filters, filters):
-                layers.append(_Conv2d(channels, filters, 3, padding=1, bias=False, **kind))
+                layers.append(Conv2d(channels, filters, 3, padding=1, bias=False, **kind))
                 layers += [nn.BatchNorm2d(filters, **kind)] if batch_norm else []
                 layers += [nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
-            return [*layers, *(_conv(filters, filters, **kind) for _ in range(2)), nn.Flatten()]
+            return [*layers, *(hidden_conv(filters, filters, **kind) for _ in range(2)), nn.Flatten()]
 
-        base, embedding, head = _networks(body, body, 9 * filters, ways, **kind)
+        base, embedding, head = networks(body, body, 9 * filters, ways, **kind)
         return cls(base, embedding, head, device=device, dtype=dtype, **options)
 
     @property
@@ -307,14 +309,14 @@ class MetaNet(nn.Module):
             losses = self._embedding_gradients(support_x, support_y, generator)
             task_fast = self._summarize(self.embedding, *losses)
         gradients = self.base_learner.loss_gradients(
-            support_x.unsqueeze(2), _cross_entropy(support_y.unsqueeze(2)), create_graph=self._create_graph
+            support_x.unsqueeze(2), cross_entropy(support_y.unsqueeze(2)), create_graph=self._create_graph
         )
         memory = self._fast(self.generators, self.base_learner, [grads.flatten(2) for grads in gradients])
         memory = with_parameters(memory, self.embedding_head)
         index = self._key(support_x, task_fast)
         if self.variant == "metanet+":
             chunks = self._in_chunks(support_x, support_y)
-            summary = self._summarize(self.base_learner, chunks[0], _cross_entropy(chunks[1]))
+            summary = self._summarize(self.base_learner, chunks[0], cross_entropy(chunks[1]))
             memory = torch.cat([memory, summary.unsqueeze(1)], 1)
         state = MetaNetState(index, memory, task_fast)
         return state.map(lambda field: field.squeeze(0)) if alone else state
@@ -351,16 +353,16 @@ class MetaNet(nn.Module):
         """The examples [G, T, m, ...] of the T losses of the embedding and the function to those losses (eq. 2, 3, 6, 7)."""
         if x.shape[1] == self.ways:
             chunks, labels = self._in_chunks(x, y)
-            losses = _cross_entropy(labels)
+            losses = cross_entropy(labels)
 
             def of_keys(key):
                 own = key.flatten(0, 2).clone()  # the head may write into what it gets
                 return losses(called_with_autograd(self.embedding_head, own).unflatten(0, key.shape[:3]))
 
             return chunks, of_keys
-        pairs = _random_pairs(*y.shape, self.summary_steps, generator).to(y.device)
+        pairs = random_pairs(*y.shape, self.summary_steps, generator).to(y.device)
         tasks = torch.arange(len(y), device=y.device)[:, None, None]
-        return x[tasks, pairs], _contrastive(y[tasks, pairs], self.margin)
+        return x[tasks, pairs], contrastive(y[tasks, pairs], self.margin)
 
     def _summarize(self, network: AugmentedSequential, x: torch.Tensor, losses) -> torch.Tensor:
         """eq. 4: d of the gradients of T losses, [G, P]."""
@@ -397,62 +399,3 @@ def _reset(generator: nn.Module, last: Any) -> None:
             nn.init.zeros_(parameter)
     with torch.no_grad():
         last.mul_(FIRST_FAST)
-
-
-class _Linear(HeStart, nn.Linear):
-    def _get_name(self) -> str:
-        return "Linear"
-
-
-class _Conv2d(HeStart, nn.Conv2d):
-    def _get_name(self) -> str:
-        return "Conv2d"
-
-
-def _conv(channels: int, filters: int, **kind) -> AugmentedConv2d:
-    return AugmentedConv2d(channels, filters, 3, padding=1, bias=False, form="hidden", pool=True, **kind)
-
-
-def _networks(
-    base_body, embedding_body, features: int, ways: int, **kind
-) -> tuple[AugmentedSequential, AugmentedSequential, nn.Sequential]:
-    """Base learner, embedding and its head, as in the original code: the key is what the linear layer gives before the ReLU."""
-    hidden = AugmentedLinear(features, features, bias=False, form="hidden", **kind)
-    base = AugmentedSequential(*base_body(), hidden, AugmentedLinear(features, ways, bias=False, **kind))
-    embedding = AugmentedSequential(*embedding_body(), AugmentedLinear(features, features, bias=False, **kind))
-    head = nn.Sequential(nn.ReLU(), _Linear(features, ways, bias=False, **kind))
-    for layer in (*base, *embedding, *head):
-        if isinstance(layer, HeStart):
-            layer.he = True
-            layer.reset_parameters()
-    return base, embedding, head
-
-
-def _cross_entropy(labels: torch.Tensor):
-    """From logits [G, n, m, ways] to the mean losses [G, n] over m, for labels [G, n, m]."""
-
-    def losses(logits):
-        each = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none")
-        return each.unflatten(0, labels.shape).mean(-1)
-
-    return losses
-
-
-def _contrastive(labels: torch.Tensor, margin: float):
-    """From keys [G, T, 2, K] of pairs to their losses [G, T], for labels [G, T, 2]."""
-    same = (labels[..., 0] == labels[..., 1]).double()
-
-    def losses(key):
-        square = (key[..., 0, :] - key[..., 1, :]).square().sum(-1)
-        # the tiny term keeps the root's derivatives finite where two keys are equal
-        apart = F.relu(margin - (square + 1e-12).sqrt()).square()
-        return (same.to(key.dtype) * square + (1 - same).to(key.dtype) * apart) / 2
-
-    return losses
-
-
-def _random_pairs(G: int, S: int, T: int, generator: torch.Generator | None) -> torch.Tensor:
-    """[G, T, 2] numbers of two different examples out of S, uniform."""
-    first = torch.randint(S, (G, T), generator=generator, device="cpu")
-    offset = torch.randint(1, S, (G, T), generator=generator, device="cpu")
-    return torch.stack([first, (first + offset) % S], -1)
