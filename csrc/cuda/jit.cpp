@@ -77,18 +77,18 @@ void write_file(const std::string &path, const std::string &data) {
     if (!written || std::rename(temporary.c_str(), path.c_str()) != 0) std::remove(temporary.c_str());
 }
 
-// sm_90a for 90: what a kind of device alone has is wanted. Of a device that the compiler does not know yet, PTX of the
-// latest that it knows.
+// Hopper's own code for Hopper, sm_90a. For what is newer, PTX of compute_90, which its driver compiles: what NVRTC 13.0
+// has for Blackwell crashes now and then on the longest kernels. For what is older, the latest that the compiler knows.
 std::string target_of(int capability) {
+    if (capability == 90) return "sm_90a";
     int count = 0;
     nvrtc().supported_count(&count);
     std::vector<int> known(static_cast<size_t>(count));
     nvrtc().supported(known.data());
     int best = 0;
     for (const int one : known)
-        if (one <= capability) best = std::max(best, one);
-    if (best == capability) return "sm_" + std::to_string(best) + (best >= 90 ? "a" : "");
-    return "compute_" + std::to_string(best);
+        if (one <= std::min(capability, 90)) best = std::max(best, one);
+    return (best == capability ? "sm_" : "compute_") + std::to_string(best);
 }
 
 std::string compile_text(const Build &build, const std::string &target) {
@@ -127,6 +127,7 @@ std::string compile_text(const Build &build, const std::string &target) {
     std::string made(size, '\0');
     (cubin ? compiler.cubin : compiler.ptx)(program, made.data());
     compiler.destroy(&program);
+    if (!cubin) made.pop_back(); // the 0 at the end of PTX, which a string has anyway
     return made;
 }
 

@@ -20,7 +20,7 @@ constexpr int kOwn = (kHeads + kLanes - 1) / kLanes;                            
 constexpr int kHead = kWords + kHeads * (1 + kBeta) + kWords * kAdd;                     // numbers of a head
 constexpr int kForwardPart = 2 * kHeads + kWords, kBackwardPart = kHead + kHeads;
 // Beyond that code would be larger than any cache for it: loops, and arrays in local memory.
-constexpr int kUnroll = kHeads * kColumns <= 256 ? 4096 : 1;
+constexpr int kUnroll = kHeads * kColumns > 256 ? 1 : kHeads > kColumns ? kHeads : kColumns;
 constexpr T kLowest = T(-3e38);
 
 MANN_INLINE int warp_of_block() { return int(threadIdx.x) / 32; }

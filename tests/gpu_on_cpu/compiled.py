@@ -27,7 +27,6 @@ from mann_kernels.triton import _launch
 #: Bytes of shared memory that one program may have (NVIDIA: the opt-in limit of the compute capability; AMD: LDS).
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-#: The CUDA kernels, for all their architectures.
 
 
 class Compiled(NamedTuple):

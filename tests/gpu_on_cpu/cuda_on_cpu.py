@@ -76,7 +76,8 @@ def ninja_file(kind: str, sources: list[Path], csrc: Path, library: Path) -> str
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {compiler()} -shared {sanitize} $in {paths} -ltorch_cpu -ldl -o $out",
+        # symbolic: with several of these libraries in a process, each calls its own runtime
+        f"  command = {compiler()} -shared -Wl,-Bsymbolic {sanitize} $in {paths} -ltorch_cpu -ldl -o $out",
     ]
     objects = []
     for source in [*sorted(HERE.glob("cuda_on_cpu_*.cpp")), *sources]:
