@@ -77,8 +77,9 @@ void write_file(const std::string &path, const std::string &data) {
     if (!written || std::rename(temporary.c_str(), path.c_str()) != 0) std::remove(temporary.c_str());
 }
 
-// Hopper's own code for Hopper, sm_90a. For what is newer, PTX of compute_90, which its driver compiles: what NVRTC 13.0
-// has for Blackwell crashes now and then on the longest kernels. For what is older, the latest that the compiler knows.
+// Hopper's own code for Hopper, sm_90a. For what is newer, PTX of compute_90, which its driver compiles: what
+// NVRTC 13.0 has for Blackwell crashes now and then on the longest kernels. For what is older, the latest that the
+// compiler knows.
 std::string target_of(int capability) {
     if (capability == 90) return "sm_90a";
     int count = 0;
