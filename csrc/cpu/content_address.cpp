@@ -1,6 +1,6 @@
 // Read weights by cosine similarity: content_address and its backward.
-#include "kernel.h"
-#include "memory_backward.h"
+#include "plan.h"
+#include "rows.h"
 
 namespace mann {
 
@@ -26,71 +26,78 @@ struct ContentAddressBackwardArgs {
     void *dbeta;               // [B, R] out
 };
 
-// Scratch: memory [W, P], row_squares [P], weights [R, P], key [R, W].
-inline int64_t content_address_scratch(int64_t P, int64_t W, int64_t R) { return W * P + P + R * P + R * W; }
-// Scratch: memory and dmemory [W, P], row_squares and row_factor [P], weights, dweights and dots [R, P], key and dkey
-// [R, W], dkey_factor [R].
-inline int64_t content_address_backward_scratch(int64_t P, int64_t W, int64_t R) {
-    return 2 * W * P + 2 * P + 3 * R * P + 2 * R * W + R;
-}
-
 namespace MANN_ISA {
+
+struct ContentAddressPlan : Plan {
+    int64_t block, key, beta, row_squares, weights;                       // a RowBlock, [R, Q], [R], [P], [R, P]
+    int64_t dblock, dkey, dkey_factor, dbeta, row_factor, dots, dweights; // backward alone: the same, and [P], [R, P]
+    ContentAddressPlan(int64_t N, int64_t W, int64_t R) {
+        const int64_t P = padded_slots(N), Q = round_up(W, 16);
+        block = take(16 * Q), key = take(R * Q), beta = take(R), row_squares = take(P), weights = take(R * P);
+        dblock = take(16 * Q), dkey = take(R * Q), dkey_factor = take(R), dbeta = take(R);
+        row_factor = take(P), dots = take(R * P), dweights = take(R * P);
+    }
+};
 
 template <typename S> void content_address(const ContentAddressArgs &a, int64_t begin, int64_t end, void *scratch) {
     using T = Arith<S>;
-    const int64_t N = a.N, W = a.W, R = a.R, P = padded_slots(N);
-    T *memory = static_cast<T *>(scratch), *row_squares = memory + W * P, *weights = row_squares + P,
-      *key = weights + R * P;
-    const S *beta = static_cast<const S *>(a.beta);
+    const int64_t N = a.N, W = a.W, R = a.R, P = padded_slots(N), Q = padded_width<T>(W);
+    const MemoryShape<T> s{N, P, W, R, false, false, 0, T(a.eps)};
+    const ContentAddressPlan plan(N, W, R);
+    T *base = static_cast<T *>(scratch), *key = base + plan.key, *row_squares = base + plan.row_squares;
+    T *weights = base + plan.weights, *beta = a.beta ? base + plan.beta : nullptr;
+    RowBlock<T> rows{base + plan.block, N, P, W, Q};
     for (int64_t b = begin; b < end; ++b) {
-        take_memory(N, P, W, static_cast<const S *>(a.memory) + b * N * W, memory);
-        convert(static_cast<const S *>(a.key) + b * R * W, key, R * W);
-        match(P, W, memory, R, key, weights, row_squares);
-        pad_row_squares(N, P, row_squares);
-        for (int64_t h = 0; h < R; ++h) {
-            softmax_of_cosine(N, P, weights + h * P, row_squares, square_sum(key + h * W, W),
-                              beta ? to_arith(beta[b * R + h]) : T(1), T(a.eps), weights + h * P);
-            convert(weights + h * P, static_cast<S *>(a.read_weights) + (b * R + h) * N, N);
-        }
+        convert_rows(static_cast<const S *>(a.key) + b * R * W, key, R, W, Q);
+        rows.for_each([&] {
+            rows.take(static_cast<const S *>(a.memory) + b * N * W);
+            rows.dot(R, key, weights);
+            rows.square(row_squares);
+        });
+        if (beta) convert(static_cast<const S *>(a.beta) + b * R, beta, R);
+        address(s, weights, row_squares, key, Q, beta, weights);
+        take_rows(weights, static_cast<S *>(a.read_weights) + b * R * N, R, N, P);
     }
 }
 
 template <typename S>
 void content_address_backward(const ContentAddressBackwardArgs &a, int64_t begin, int64_t end, void *scratch) {
     using T = Arith<S>;
-    const int64_t N = a.N, W = a.W, R = a.R, P = padded_slots(N);
-    T *memory = static_cast<T *>(scratch), *dmemory = memory + W * P, *row_squares = dmemory + W * P;
-    T *row_factor = row_squares + P, *weights = row_factor + P, *dweights = weights + R * P, *dots = dweights + R * P;
-    T *key = dots + R * P, *dkey = key + R * W, *dkey_factor = dkey + R * W;
-    const S *beta = static_cast<const S *>(a.beta);
+    const int64_t N = a.N, W = a.W, R = a.R, P = padded_slots(N), Q = padded_width<T>(W);
+    const MemoryShape<T> s{N, P, W, R, false, false, 0, T(a.eps)};
+    const ContentAddressPlan plan(N, W, R);
+    T *base = static_cast<T *>(scratch), *key = base + plan.key, *row_squares = base + plan.row_squares;
+    T *weights = base + plan.weights, *dots = base + plan.dots, *dweights = base + plan.dweights;
+    T *dkey = base + plan.dkey, *dkey_factor = base + plan.dkey_factor, *row_factor = base + plan.row_factor;
+    T *dbeta = base + plan.dbeta, *beta = a.beta ? base + plan.beta : nullptr;
+    RowBlock<T> rows{base + plan.block, N, P, W, Q}, drows{base + plan.dblock, N, P, W, Q};
     for (int64_t b = begin; b < end; ++b) {
-        take_memory(N, P, W, static_cast<const S *>(a.memory) + b * N * W, memory);
-        convert(static_cast<const S *>(a.key) + b * R * W, key, R * W);
+        const S *memory = static_cast<const S *>(a.memory) + b * N * W;
+        convert_rows(static_cast<const S *>(a.key) + b * R * W, key, R, W, Q);
         convert_rows(static_cast<const S *>(a.read_weights) + b * R * N, weights, R, N, P);
         convert_rows(static_cast<const S *>(a.dread_weights) + b * R * N, dweights, R, N, P);
-        match(P, W, memory, R, key, dots, row_squares);
+        rows.for_each([&] {
+            rows.take(memory);
+            rows.dot(R, key, dots);
+            rows.square(row_squares);
+        });
         pad_row_squares(N, P, row_squares);
-        std::memset(row_factor, 0, P * sizeof(T));
-        std::memset(dmemory, 0, W * P * sizeof(T));
-        for (int64_t h = 0; h < R; ++h) {
-            const T strength = beta ? to_arith(beta[b * R + h]) : T(1);
-            const auto grad =
-                softmax_of_cosine_backward(P, weights + h * P, dots + h * P, row_squares, square_sum(key + h * W, W),
-                                           strength, T(a.eps), dweights + h * P, row_factor);
-            static_cast<S *>(a.dbeta)[b * R + h] = to_storage<S>(grad.dbeta);
-            dkey_factor[h] = grad.dkey_factor;
-        }
-        in_groups<kHeadGroup>(R, [&](auto heads, int64_t h) {
-            BackwardPass<T> pass{};
-            pass.memory = memory, pass.dmemory = dmemory, pass.row_factor = row_factor;
-            pass.ddots = dweights + h * P, pass.key = key + h * W, pass.dkey = dkey + h * W;
-            backward_pass<T, heads, kMatch>(P, W, pass);
-            std::memset(row_factor, 0, P * sizeof(T)); // counted once
+        std::fill_n(dkey, R * Q, T(0));
+        if (beta) convert(static_cast<const S *>(a.beta) + b * R, beta, R);
+        address_backward(s, weights, dots, row_squares, key, Q, beta, dweights, row_factor, dkey_factor, dbeta);
+        convert(dbeta, static_cast<S *>(a.dbeta) + b * R, R);
+        rows.for_each([&] {
+            rows.take(memory);
+            rows.add_sums(R, dweights, dkey);
+            drows.n0 = rows.n0;
+            std::fill_n(drows.data, RowBlock<T>::rows * Q, T(0));
+            drows.add_outer(R, dweights, key);
+            drows.subtract(row_factor, rows);
+            drows.give(static_cast<S *>(a.dmemory) + b * N * W);
         });
         for (int64_t h = 0; h < R; ++h)
-            for (int64_t w = 0; w < W; ++w) dkey[h * W + w] -= dkey_factor[h] * key[h * W + w];
-        convert(dkey, static_cast<S *>(a.dkey) + b * R * W, R * W);
-        give_memory(N, P, W, dmemory, static_cast<S *>(a.dmemory) + b * N * W);
+            for (int64_t q = 0; q < Q; ++q) dkey[h * Q + q] -= dkey_factor[h] * key[h * Q + q];
+        take_rows(dkey, static_cast<S *>(a.dkey) + b * R * W, R, W, Q);
     }
 }
 
@@ -108,8 +115,7 @@ namespace mann {
 static Tensor content_address_cpu(Tensor memory, Tensor key, std::optional<Tensor> beta, double eps) {
     Call call(memory);
     STD_TORCH_CHECK(memory.dim() == 3 && key.dim() == 3, "content_address: memory and key must have three dimensions");
-    const int64_t B = memory.size(0), N = memory.size(1), W = memory.size(2), R = key.size(1),
-                  P = baseline::padded_slots(N);
+    const int64_t B = memory.size(0), N = memory.size(1), W = memory.size(2), R = key.size(1);
     Tensor read_weights = call.empty({B, R, N});
     const ContentAddressArgs args{N,
                                   W,
@@ -119,7 +125,7 @@ static Tensor content_address_cpu(Tensor memory, Tensor key, std::optional<Tenso
                                   call.in(key, "key", {B, R, W}),
                                   call.in(beta, "beta", {B, R}),
                                   out(read_weights)};
-    call.run(content_address_pick(), &args, B, content_address_scratch(P, W, R), double(B) * N * W * (R + 2));
+    call.run(content_address_pick(), &args, B, baseline::ContentAddressPlan(N, W, R).size, double(B) * N * W * (R + 2));
     return read_weights;
 }
 
@@ -128,8 +134,7 @@ static std::tuple<Tensor, Tensor, Tensor> content_address_backward_cpu(Tensor dr
                                                                        double eps) {
     Call call(memory);
     STD_TORCH_CHECK(memory.dim() == 3 && key.dim() == 3, "content_address: memory and key must have three dimensions");
-    const int64_t B = memory.size(0), N = memory.size(1), W = memory.size(2), R = key.size(1),
-                  P = baseline::padded_slots(N);
+    const int64_t B = memory.size(0), N = memory.size(1), W = memory.size(2), R = key.size(1);
     Tensor dmemory = call.empty({B, N, W}), dkey = call.empty({B, R, W}), dbeta = call.empty({B, R});
     const ContentAddressBackwardArgs args{N,
                                           W,
@@ -143,7 +148,7 @@ static std::tuple<Tensor, Tensor, Tensor> content_address_backward_cpu(Tensor dr
                                           out(dmemory),
                                           out(dkey),
                                           out(dbeta)};
-    call.run(content_address_backward_pick(), &args, B, content_address_backward_scratch(P, W, R),
+    call.run(content_address_backward_pick(), &args, B, baseline::ContentAddressPlan(N, W, R).size,
              double(B) * N * W * (3 * R + 4));
     return {dmemory, dkey, dbeta};
 }

@@ -1,4 +1,4 @@
-// The memory over time for keys that are known beforehand; one step is a sequence of length 1.
+// The memory over time for keys that are known beforehand.
 #pragma once
 
 #include "memory_backward.h"
@@ -54,9 +54,6 @@ struct LruaSequenceBackwardArgs {
 
 // Copies of the state in an episode: the first segment starts from the inputs.
 inline int64_t copies(int64_t T, int64_t checkpoint_every) { return T > 0 ? (T - 1) / checkpoint_every : 0; }
-
-Kernel lrua_sequence_pick();
-Kernel lrua_sequence_backward_pick();
 
 namespace MANN_ISA {
 

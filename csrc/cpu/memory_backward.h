@@ -111,6 +111,22 @@ inline CosineGrad<T> softmax_of_cosine_backward(int64_t P, const T *weights, con
     return {sum_lanes<T>(dbeta), sum_lanes<T>(dkey_factor)};
 }
 
+// Backward of address: dweights [R, P] becomes ddots, row_factor [P] is set, dkey_factor [R] as above; dbeta [R] may be
+// null.
+template <typename T>
+inline void address_backward(const MemoryShape<T> &s, const T *weights, const T *dots, const T *row_squares,
+                             const T *keys, int64_t stride, const T *beta, T *dweights, T *row_factor, T *dkey_factor,
+                             T *dbeta) {
+    std::fill_n(row_factor, s.P, T(0));
+    for (int64_t h = 0; h < s.R; ++h) {
+        const auto grad = softmax_of_cosine_backward(s.P, weights + h * s.P, dots + h * s.P, row_squares,
+                                                     square_sum(keys + h * stride, s.W), beta ? beta[h] : T(1), s.eps,
+                                                     dweights + h * s.P, row_factor);
+        dkey_factor[h] = grad.dkey_factor;
+        if (dbeta) dbeta[h] = grad.dbeta;
+    }
+}
+
 // Backward of interpolate: the gradients of the previous read weights [R, P] and of the gate [R] before its sigmoid.
 template <typename T>
 inline void interpolate_backward(const MemoryShape<T> &s, const T *dwrite_weights, const T *read_weights, const T *gate,
@@ -178,18 +194,12 @@ inline void step_backward(const MemoryShape<T> &s, const StepRecord<T> &record, 
     const bool tied = p.add == p.key;
 
     match(P, W, p.memory, R, p.dreads, dweights, static_cast<T *>(nullptr)); // through the read
-    for (int64_t n = 0; n < P; n += lanes) store(row_factor + n, Vec<T>{});
     for (int64_t n = 0; n < R * P; n += lanes) {
         store(dweights + n, load(dweights + n) + load(p.dread_weights + n));
         store(dwrite_weights + n, Vec<T>{});
     }
-    for (int64_t h = 0; h < R; ++h) {
-        const auto grad = softmax_of_cosine_backward(P, record.read_weights + h * P, record.dots + h * P,
-                                                     record.row_squares, square_sum(p.key + h * W, W),
-                                                     p.beta ? p.beta[h] : T(1), s.eps, dweights + h * P, row_factor);
-        if (p.dbeta) p.dbeta[h] = grad.dbeta;
-        dkey_factor[h] = grad.dkey_factor;
-    }
+    address_backward(s, record.read_weights, record.dots, record.row_squares, p.key, W, p.beta, dweights, row_factor,
+                     dkey_factor, p.dbeta);
     interpolate(s, p.previous_weights, p.gate, p.least_used, write_weights);
 
     const auto pass_of = [&](int64_t h) {

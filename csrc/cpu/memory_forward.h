@@ -133,6 +133,28 @@ inline void softmax_of_cosine(int64_t N, int64_t P, const T *dots, const T *row_
     for (int64_t n = N; n < P; ++n) weights[n] = 0;
 }
 
+// Eq. 2 and 3 for every head, from dot products to read weights; keys lie `stride` numbers apart, of which those after
+// the W-th are zero. beta [R] may be null (1).
+template <typename T>
+inline void address(const MemoryShape<T> &s, const T *dots, T *row_squares, const T *keys, int64_t stride,
+                    const T *beta, T *weights) {
+    pad_row_squares(s.N, s.P, row_squares);
+    for (int64_t h = 0; h < s.R; ++h)
+        softmax_of_cosine(s.N, s.P, dots + h * s.P, row_squares, square_sum(keys + h * stride, s.W),
+                          beta ? beta[h] : T(1), s.eps, weights + h * s.P);
+}
+
+// Eq. 5.
+template <typename T>
+inline void update_usage(const MemoryShape<T> &s, const T *read_weights, const T *write_weights, T *usage) {
+    for (int64_t n = 0; n < s.P; n += kLanes<T>) {
+        Vec<T> read_sum{}, write_sum{};
+        for (int64_t h = 0; h < s.R; ++h) read_sum += load(read_weights + h * s.P + n);
+        for (int64_t h = 0; h < s.R; ++h) write_sum += load(write_weights + h * s.P + n);
+        store(usage + n, s.decay * load(usage + n) + read_sum + write_sum);
+    }
+}
+
 // target[h * stride + j] = (first ? 0 : itself) + the sum of the lanes of sums[h * count + j].
 template <int heads, int count, typename T>
 inline void add_lane_sums(const Vec<T> *sums, T *target, int64_t stride, bool first) {
@@ -201,20 +223,12 @@ template <typename T> inline void step_forward(const MemoryShape<T> &s, const St
         });
         match(P, W, p.memory, s.R, p.key, p.dots, p.row_squares);
     }
-    pad_row_squares(s.N, P, p.row_squares);
-    for (int64_t h = 0; h < s.R; ++h)
-        softmax_of_cosine(s.N, P, p.dots + h * P, p.row_squares, square_sum(p.key + h * W, W),
-                          p.beta ? p.beta[h] : T(1), s.eps, p.new_read_weights + h * P);
+    address(s, p.dots, p.row_squares, p.key, W, p.beta, p.new_read_weights);
     if (!p.reads) return;
     in_groups<kHeadGroup>(s.R, [&](auto group, int64_t h) {
         read<T, group>(P, W, p.memory, p.new_read_weights + h * P, p.reads + h * W);
     });
-    for (int64_t n = 0; n < P; n += kLanes<T>) { // eq. 5
-        Vec<T> read_sum{}, write_sum{};
-        for (int64_t h = 0; h < s.R; ++h) read_sum += load(p.new_read_weights + h * P + n);
-        for (int64_t h = 0; h < s.R; ++h) write_sum += load(p.write_weights + h * P + n);
-        store(p.usage + n, s.decay * load(p.usage + n) + read_sum + write_sum);
-    }
+    update_usage(s, p.new_read_weights, p.write_weights, p.usage);
 }
 
 } // namespace mann::MANN_ISA

@@ -1,5 +1,6 @@
 // Erase and write: memory_update and its backward.
-#include "memory_backward.h"
+#include "plan.h"
+#include "rows.h"
 
 namespace mann {
 
@@ -23,27 +24,34 @@ struct MemoryUpdateBackwardArgs {
     void *dadd;                // [B, R, W] out
 };
 
-// Scratch: memory [W, P], write_weights [R, P], add [R, W]; backward one more of each of the last two.
-inline int64_t memory_update_scratch(int64_t P, int64_t W, int64_t R) { return W * P + 2 * R * P + 2 * R * W; }
-
 namespace MANN_ISA {
+
+struct MemoryUpdatePlan : Plan {
+    int64_t block, write_weights, add; // a RowBlock, [R, P], [R, Q]
+    int64_t dwrite_weights, dadd;      // [R, P], [R, Q]: backward alone
+    explicit MemoryUpdatePlan(const StepOptions &o) {
+        const int64_t P = padded_slots(o.N), Q = round_up(o.W, 16);
+        block = take(16 * Q), write_weights = take(o.R * P), add = take(o.R * Q);
+        dwrite_weights = take(o.R * P), dadd = take(o.R * Q);
+    }
+};
 
 template <typename S> void memory_update(const MemoryUpdateArgs &a, int64_t begin, int64_t end, void *scratch) {
     using T = Arith<S>;
     const MemoryShape<T> s = memory_shape<T>(a.options);
-    const int64_t N = s.N, P = s.P, W = s.W, R = s.R;
-    T *memory = static_cast<T *>(scratch), *write_weights = memory + W * P, *add = write_weights + R * P;
+    const int64_t N = s.N, P = s.P, W = s.W, R = s.R, Q = padded_width<T>(W);
+    const MemoryUpdatePlan plan(a.options);
+    T *base = static_cast<T *>(scratch), *write_weights = base + plan.write_weights, *add = base + plan.add;
+    RowBlock<T> rows{base + plan.block, N, P, W, Q};
     for (int64_t b = begin; b < end; ++b) {
-        take_memory(N, P, W, static_cast<const S *>(a.memory) + b * N * W, memory);
         convert_rows(static_cast<const S *>(a.write_weights) + b * R * N, write_weights, R, N, P);
-        convert(static_cast<const S *>(a.add) + b * R * W, add, R * W);
-        for (int64_t i = 0; i < s.erased(); ++i)
-            set_slot(s, memory, a.least_used[b * R + i], static_cast<const T *>(nullptr));
-        in_groups<kHeadGroup>(R, [&](auto heads, int64_t h) {
-            write_and_match<T, heads, 0, false>(P, W, memory, write_weights + h * P, add + h * W, nullptr, nullptr,
-                                                nullptr);
+        convert_rows(static_cast<const S *>(a.add) + b * R * W, add, R, W, Q);
+        rows.for_each([&] {
+            rows.take(static_cast<const S *>(a.memory) + b * N * W);
+            rows.erase(a.least_used + b * R, s.erased());
+            rows.add_outer(R, write_weights, add);
+            rows.give(static_cast<S *>(a.new_memory) + b * N * W);
         });
-        give_memory(N, P, W, memory, static_cast<S *>(a.new_memory) + b * N * W);
     }
 }
 
@@ -51,25 +59,24 @@ template <typename S>
 void memory_update_backward(const MemoryUpdateBackwardArgs &a, int64_t begin, int64_t end, void *scratch) {
     using T = Arith<S>;
     const MemoryShape<T> s = memory_shape<T>(a.options);
-    const int64_t N = s.N, P = s.P, W = s.W, R = s.R;
-    T *dmemory = static_cast<T *>(scratch), *write_weights = dmemory + W * P, *dwrite_weights = write_weights + R * P;
-    T *add = dwrite_weights + R * P, *dadd = add + R * W;
+    const int64_t N = s.N, P = s.P, W = s.W, R = s.R, Q = padded_width<T>(W);
+    const MemoryUpdatePlan plan(a.options);
+    T *base = static_cast<T *>(scratch), *write_weights = base + plan.write_weights, *add = base + plan.add;
+    T *dwrite_weights = base + plan.dwrite_weights, *dadd = base + plan.dadd;
+    RowBlock<T> drows{base + plan.block, N, P, W, Q};
     for (int64_t b = begin; b < end; ++b) {
-        take_memory(N, P, W, static_cast<const S *>(a.dmemory) + b * N * W, dmemory);
         convert_rows(static_cast<const S *>(a.write_weights) + b * R * N, write_weights, R, N, P);
-        convert(static_cast<const S *>(a.add) + b * R * W, add, R * W);
-        std::memset(dwrite_weights, 0, R * P * sizeof(T));
-        in_groups<kHeadGroup>(R, [&](auto heads, int64_t h) {
-            BackwardPass<T> pass{};
-            pass.dmemory = dmemory, pass.write_weights = write_weights + h * P, pass.add = add + h * W;
-            pass.dwrite_weights = dwrite_weights + h * P, pass.dadd = dadd + h * W;
-            backward_pass<T, heads, kWrite>(P, W, pass);
+        convert_rows(static_cast<const S *>(a.add) + b * R * W, add, R, W, Q);
+        std::fill_n(dadd, R * Q, T(0));
+        drows.for_each([&] {
+            drows.take(static_cast<const S *>(a.dmemory) + b * N * W);
+            drows.dot(R, add, dwrite_weights);
+            drows.add_sums(R, write_weights, dadd);
+            drows.erase(a.least_used + b * R, s.erased());
+            drows.give(static_cast<S *>(a.dmemory0) + b * N * W);
         });
-        for (int64_t i = 0; i < s.erased(); ++i)
-            set_slot(s, dmemory, a.least_used[b * R + i], static_cast<const T *>(nullptr));
-        give_memory(N, P, W, dmemory, static_cast<S *>(a.dmemory0) + b * N * W);
         take_rows(dwrite_weights, static_cast<S *>(a.dwrite_weights) + b * R * N, R, N, P);
-        convert(dadd, static_cast<S *>(a.dadd) + b * R * W, R * W);
+        take_rows(dadd, static_cast<S *>(a.dadd) + b * R * W, R, W, Q);
     }
 }
 
@@ -100,8 +107,7 @@ static Tensor memory_update_cpu(Tensor memory, Tensor write_weights, Tensor add,
                                 call.in(add, "add", {B, o.R, o.W}),
                                 call.slots(least_used, "least_used", {B, o.R}, o.N),
                                 out(new_memory)};
-    call.run(memory_update_pick(), &args, B, memory_update_scratch(baseline::padded_slots(o.N), o.W, o.R),
-             double(B) * o.N * o.W * (o.R + 2));
+    call.run(memory_update_pick(), &args, B, baseline::MemoryUpdatePlan(o).size, double(B) * o.N * o.W * (o.R + 2));
     return new_memory;
 }
 
@@ -120,7 +126,7 @@ static std::tuple<Tensor, Tensor, Tensor> memory_update_backward_cpu(Tensor dmem
                                         out(dmemory0),
                                         out(dwrite_weights),
                                         out(dadd)};
-    call.run(memory_update_backward_pick(), &args, B, memory_update_scratch(baseline::padded_slots(o.N), o.W, o.R),
+    call.run(memory_update_backward_pick(), &args, B, baseline::MemoryUpdatePlan(o).size,
              double(B) * o.N * o.W * (2 * o.R + 2));
     return {dmemory0, dwrite_weights, dadd};
 }

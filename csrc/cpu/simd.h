@@ -67,16 +67,44 @@ template <typename T> inline Vec<T> load(const T *source) {
 template <typename T> inline void store(T *target, Vec<T> value) {
     *reinterpret_cast<typename VectorOf<T>::unaligned *>(target) = value;
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The first `count` lanes: for float eight, for double four.
+template <typename T> inline __m256i first_lanes(int64_t count) {
+    alignas(32) static constexpr int64_t kDoubles[8] = {-1, -1, -1, -1}; // then zeros
+    alignas(32) static constexpr int32_t kFloats[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    const void *from = kFloats + 8 - count;
+    if constexpr (sizeof(T) == 8) from = kDoubles + 4 - count;
+    return _mm256_loadu_si256(static_cast<const __m256i *>(from));
+}
+#endif
 // The first `count` lanes; the others are zero.
 template <typename T> inline Vec<T> load_some(const T *source, int64_t count) {
     if (count >= kLanes<T>) return load(source);
+#if defined(__AVX512F__)
+    const auto first = static_cast<unsigned>((1u << count) - 1);
+    if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(static_cast<__mmask16>(first), source);
+    else return _mm512_maskz_loadu_pd(static_cast<__mmask8>(first), source);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return _mm256_maskload_ps(source, first_lanes<T>(count));
+    else return _mm256_maskload_pd(source, first_lanes<T>(count));
+#else
     Vec<T> result{};
     std::memcpy(&result, source, count * sizeof(T));
     return result;
+#endif
 }
 template <typename T> inline void store_some(T *target, Vec<T> value, int64_t count) {
     if (count >= kLanes<T>) return store(target, value);
+#if defined(__AVX512F__)
+    const auto first = static_cast<unsigned>((1u << count) - 1);
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(target, static_cast<__mmask16>(first), value);
+    else _mm512_mask_storeu_pd(target, static_cast<__mmask8>(first), value);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) _mm256_maskstore_ps(target, first_lanes<T>(count), value);
+    else _mm256_maskstore_pd(target, first_lanes<T>(count), value);
+#else
     std::memcpy(target, &value, count * sizeof(T));
+#endif
 }
 // Asks for the cache line of an address that will be read and written; it need not be a valid one.
 inline void prefetch(const void *address) { __builtin_prefetch(address, 1, 2); }
@@ -196,19 +224,37 @@ template <typename V, int s> inline void transpose_square(V *rows) {
 }
 } // namespace detail
 
+namespace detail {
+typedef uint16_t Bits16 __attribute__((vector_size(MANN_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t Bits32 __attribute__((vector_size(MANN_VECTOR_BYTES)));
+inline Vec<float> widen(const Bf16 *source) {
+    const auto bits = __builtin_convertvector(*reinterpret_cast<const Bits16 *>(source), Bits32);
+    return reinterpret_cast<Vec<float>>(bits << 16);
+}
+inline void narrow(Vec<float> value, Bf16 *target) {
+    const Bits32 bits = reinterpret_cast<Bits32>(value);
+    const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; // to nearest even
+    const Bits32 nan = reinterpret_cast<Bits32>(value != value);
+    *reinterpret_cast<Bits16 *>(target) = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Bits16);
+}
+} // namespace detail
+
 template <typename S> inline Vec<Arith<S>> load_arith(const S *source, int64_t count) {
     if constexpr (std::is_same_v<S, Bf16>) {
-        Vec<float> result{};
-        for (int64_t i = 0; i < (count < kLanes<float> ? count : kLanes<float>); ++i) result[i] = to_arith(source[i]);
-        return result;
+        if (count >= kLanes<float>) return detail::widen(source);
+        Bf16 some[kLanes<float>] = {};
+        for (int64_t i = 0; i < count; ++i) some[i] = source[i];
+        return detail::widen(some);
     } else {
         return load_some(source, count);
     }
 }
 template <typename S> inline void store_storage(S *target, Vec<Arith<S>> value, int64_t count) {
     if constexpr (std::is_same_v<S, Bf16>) {
-        for (int64_t i = 0; i < (count < kLanes<float> ? count : kLanes<float>); ++i)
-            target[i] = to_storage<S>(value[i]);
+        if (count >= kLanes<float>) return detail::narrow(value, target);
+        Bf16 some[kLanes<float>];
+        detail::narrow(value, some);
+        for (int64_t i = 0; i < count; ++i) target[i] = some[i];
     } else {
         store_some(target, value, count);
     }
