@@ -76,16 +76,17 @@ test-gpu: setup
 	for tool in memcheck racecheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) tests/every_kernel.py || exit 1; done
 
-# Santoro et al. 2016, table 1: 5 classes, one-hot labels, the paper's sizes, classes drawn at random for training and testing. A
-# second call goes on from the last checkpoint.
-OMNIGLOT := omniglot --data $(DATA) --resume --split-seed 0 --updates 90000 --schedule cosine \
+# Santoro et al. 2016, table 1: 5 classes, one-hot labels, the paper's sizes, tested on the paper's 423 classes, upright and then with
+# the training's augmentation as in the paper. A second call goes on from the last checkpoint.
+OMNIGLOT := omniglot --data $(DATA) --resume --updates 100000 --schedule cosine --schedule-updates 50000 \
     --log-every 100 --test-every 1000 --interim-tasks 200 --test-tasks 2000
 reproduce: setup
 	@test -n "$(DATA)" || { echo "make reproduce DATA=FILE: want Omniglot, see mann_kernels.tasks.load_omniglot"; exit 1; }
 	$(RUN) -m mann_kernels.train $(OMNIGLOT) --out build/reproduce/mann --write add --key-strength
 	$(RUN) -m mann_kernels.train $(OMNIGLOT) --out build/reproduce/lstm --learner lstm
 	@for run in mann lstm; do \
-	    $(RUN) -m mann_kernels.evaluate build/reproduce/$$run --data $(DATA) --plots build/reproduce/$$run; done
+	    $(RUN) -m mann_kernels.evaluate build/reproduce/$$run --data $(DATA) --plots build/reproduce/$$run; \
+	    $(RUN) -m mann_kernels.evaluate build/reproduce/$$run --data $(DATA) --augment; done
 
 # What can be known of the GPU kernels without a GPU: that they compile and fit every target, their numbers as source, that every
 # access is sound; with both versions of Triton, and for the CUDA kernels under sanitizers.

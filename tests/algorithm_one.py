@@ -52,16 +52,21 @@ class AlgorithmOne:
     def m(self, grads):
         fast = []
         for g in grads:
-            p = self.module(self.net.generators, g)
-            h = F.relu(self.preprocess(g.flatten()) @ p.weight1.T + p.bias1)
-            h = F.relu(h @ p.weight2.T + p.bias2)
-            fast.append((h @ p.weight3.T + p.bias3).reshape(g.shape))
+            fast.append(self.perceptron(self.module(self.net.generators, g), g))
         return fast
+
+    def perceptron(self, p, g):
+        h = F.relu(self.preprocess(g.flatten()) @ p.weight1.T + p.bias1)
+        h = F.relu(h @ p.weight2.T + p.bias2)
+        return (h @ p.weight3.T + p.bias3).reshape(g.shape)
 
     def d(self, steps):
         fast = []
         for gradients in zip(*steps, strict=True):
             p = self.module(self.net.summarizers, gradients[0])
+            if self.net.summarizer == "mean":
+                fast.append(self.perceptron(p, sum(gradients) / len(gradients)))
+                continue
             h = c = torch.zeros(gradients[0].numel(), p.hidden_size, **KIND)
             for g in gradients:
                 gates = self.preprocess(g.flatten()) @ p.weight_ih.T + h @ p.weight_hh.T + p.bias

@@ -58,6 +58,31 @@ def test_the_generator_decides():
     assert not torch.equal(first.support_x, other.support_x)
 
 
+def test_each_class_of_a_task_is_turned_as_a_whole():
+    """By a turn of its own, uniform, the same for support and queries; what was drawn is what is drawn without turns."""
+    examples = torch.arange(12 * 9 * 16).view(12, 9, 1, 4, 4).float()
+    plain, turned = (
+        FewShotTasks(examples, 5, 2, 4, turns=turns).sample(400, torch.Generator().manual_seed(0))
+        for turns in (False, True)
+    )
+    assert torch.equal(plain.query_y, turned.query_y)
+    found = []
+    for halves in ((plain.support_x, turned.support_x), (plain.query_x, turned.query_x)):
+        of = torch.stack([(halves[0].rot90(k, (-2, -1)) == halves[1]).flatten(2).all(2) for k in range(4)])
+        assert (of.sum(0) == 1).all()
+        by_class = of.int().argmax(0).unflatten(1, (-1, 5))
+        assert (by_class == by_class[:, :1]).all()
+        found.append(by_class[:, 0])
+    assert torch.equal(*found)
+    counts = torch.bincount(found[0].flatten(), minlength=4).double()
+    assert (counts / 500 - 1).abs().max() < 0.15
+    pairs = torch.bincount(4 * found[0][:, 0] + found[0][:, 1], minlength=16)  # classes turn independently
+    assert pairs.min() > 10
+    for shape in ((3,), (1, 4, 5)):
+        with pytest.raises(ValueError, match=r"turns: got examples of shape .* want square images"):
+            FewShotTasks(torch.zeros(9, 9, *shape), queries=3, turns=True)
+
+
 def test_too_few_classes_or_examples():
     for options, message in (
         ({"ways": 13}, "ways: got 13, want at most 12"),

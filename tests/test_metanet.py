@@ -96,6 +96,25 @@ def test_algorithm_one_in_chunks():
 
 @pytest.mark.parametrize("second_order", [False, True])
 @pytest.mark.parametrize("variant", ["metanet", "metanet+"])
+def test_algorithm_one_with_the_mean_of_the_gradients(variant, second_order):
+    metanet = small(variant, summarizer="mean", second_order=second_order)
+    x, y, queries = draw()
+    plain = AlgorithmOne(metanet, second_order)
+    want = torch.stack([plain(*task) for task in zip(x, y, queries, strict=True)])
+    assert_same(metanet, metanet(x, y, queries), want)
+
+
+@pytest.mark.parametrize("summarizer", ["lstm", "mean"])
+def test_the_order_of_the_support_set(summarizer):
+    """Matters to d, unless it takes the mean."""
+    metanet, (x, y, queries) = small(summarizer=summarizer), draw()
+    order = torch.tensor([2, 0, 1])
+    far = (metanet(x[:, order], y[:, order], queries) - metanet(x, y, queries)).abs().max()
+    assert far < 1e-12 if summarizer == "mean" else far > 1e-6
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("variant", ["metanet", "metanet+"])
 def test_algorithm_one_with_more_than_one_example_of_a_class(variant, second_order, monkeypatch):
     metanet = small(variant, second_order=second_order)
     x, y, queries = draw(shots=2)
@@ -365,6 +384,7 @@ def test_bad_state_and_bad_construction():
             metanet.predict(queries, wrong)
     for make, error, message in (
         (lambda: small("meta"), ValueError, "variant: got 'meta', want one of"),
+        (lambda: small(summarizer="max"), ValueError, "summarizer: got 'max', want one of"),
         (lambda: MetaNet(nn.Linear(1, 1), metanet.embedding, nn.ReLU()), TypeError, "base_learner: got Linear"),
         (
             lambda: MetaNet(metanet.base_learner, AugmentedSequential(nn.ReLU()), nn.ReLU()),

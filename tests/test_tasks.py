@@ -157,6 +157,7 @@ EVERY_TASK = {
     "OmniglotEpisodes": lambda: OmniglotEpisodes(examples(), 3, length=6, augment=True, turns=True),
     "OmniglotEpisodes of strings": lambda: OmniglotEpisodes(examples(), 3, labels="string", counts="equal", length=6),
     "FewShotTasks": lambda: FewShotTasks(examples(), 3, 1, 2),
+    "FewShotTasks with turns": lambda: FewShotTasks(examples(), 3, 1, 2, turns=True),
 }
 
 

@@ -222,12 +222,82 @@ def invoke(*args, command=None):
         (["--counts", "some"], "--counts: got 'some', want one of random, equal"),
         (["--data", "none.npz"], "none.npz: no such file"),
         (["--ways", "40"], "ways: got 40, want at most 16"),
+        (["--protocol", "own"], "--protocol: got 'own', want one of fixed, original"),
+        (["--train-split", "all"], "--train-split: got 'all', want one of train, background"),
     ],
 )
 def test_the_command_refuses(data, tmp_path, more, message):
     result = invoke(*command(data, tmp_path / "run", *more))
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def run_of(monkeypatch, *call):
+    """The run that a command would start, before its first update."""
+    from mann_kernels.train import __main__
+
+    made = []
+    monkeypatch.setattr(__main__, "show", lambda run, *limits: made.append(run))
+    result = invoke(*call)
+    assert result.exit_code == 0, result.output
+    return made[0]
+
+
+@pytest.mark.parametrize("protocol", [[], ["--protocol", "fixed"], ["--protocol", "original"]], ids=str)
+def test_what_a_protocol_draws(tmp_path, monkeypatch, protocol):
+    """From the tasks themselves: which classes they are made of, how often one is twice in a task, and how they are turned."""
+    data = write_packed(tmp_path / "small.npz")
+    run = run_of(
+        monkeypatch, "few-shot", "--data", str(data), "--out", str(tmp_path / "run"), *protocol, "--queries", "2"
+    )
+    settings, original = run.settings, "original" in protocol
+    assert (settings.optimizer, settings.learning_rate, settings.schedule) == ("adam", 1e-3, "constant")
+    assert (settings.tasks_per_update, settings.test_tasks) == (1, 400)
+    assert settings.clip == (1.0 if original else 10.0)  # of the mean over 10 answers, where the sum is clipped at 10
+
+    seed = 0 if original else None
+    classes = {}
+    for part, split in (("train", "background" if original else "train"), ("test", "test")):
+        first = load_omniglot(data, split, seed=seed)
+        turns = torch.stack([first.rot90(k, (-2, -1)) for k in range(4)])  # [4, classes, drawers, 1, 28, 28]
+        source = getattr(run, f"{part}_tasks")
+        ways = min(5, len(first))
+        source.ways = ways
+        x = source.sample(300, torch.Generator().manual_seed(0)).support_x
+        whole = (x * 255).round().to(torch.uint8).flatten(2)
+        known = turns.flatten(3).flatten(0, 2)
+        number = (whole.flatten(0, 1)[:, None, :60] == known[:, :60]).all(2).int().argmax(1)
+        assert torch.equal(known[number], whole.flatten(0, 1))
+        turn, character = number // (len(known) // 4), number // first.shape[1] % len(first)
+        turn, character = turn.view(300, ways), character.view(300, ways)
+        twice = (character.sort(1).values.diff(dim=1) == 0).any(1).float().mean()
+        assert set(character.flatten().tolist()) == set(range(len(first)))
+        assert twice == 0 if original else twice > 0.3
+        shares = torch.bincount(turn.flatten(), minlength=4) / turn.numel()
+        if original and part == "test":
+            assert shares.tolist() == [1, 0, 0, 0]
+        else:
+            assert (shares - 0.25).abs().max() < 0.05
+        classes[part] = {one.numpy().tobytes() for one in first[:, 0]}
+    assert not classes["train"] & classes["test"]
+    assert [len(part) for part in classes.values()] == ([18, 6] if original else [16, 4])
+
+
+def test_an_option_wins_over_its_protocol(tmp_path, monkeypatch):
+    call = ["few-shot", "--data", str(write_packed(tmp_path / "small.npz")), "--protocol", "original", "--queries", "4"]
+    rest = ["--split-seed", "3", "--train-split", "train", "--rotations", "classes", "--clip", "7", "--ways", "4"]
+    settings = run_of(monkeypatch, *call, *rest, "--out", str(tmp_path / "a")).settings
+    assert (settings.split_seed, settings.train_split, settings.rotations, settings.clip) == (3, "train", "classes", 7)
+    settings = run_of(monkeypatch, *call, "--rotations", "classes", "--out", str(tmp_path / "b")).settings
+    assert (settings.split_seed, settings.train_split, settings.rotations, settings.clip) == (
+        0,
+        "background",
+        "classes",
+        0.5,
+    )
+    result = invoke("copy", "--protocol", "original", "--out", str(tmp_path / "c"))
+    assert result.exit_code == 2
+    assert "--protocol: got 'original' for copy" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_an_older_checkpoint_lacks_newer_settings(data, tmp_path, monkeypatch):
@@ -301,6 +371,33 @@ def test_evaluation_shows_the_paper_beside(tmp_path):
     result = invoke(str(out), command=evaluate)
     assert result.exit_code == 2
     assert "--data: got none, and omniglot is made of Omniglot" in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("more", "augment", "turns", "title"),
+    [
+        ([], False, False, "3 test tasks"),
+        (["--turns"], False, True, "3 test tasks, turned"),
+        (["--augment"], True, True, "3 test tasks, augmented"),
+    ],
+)
+def test_evaluation_of_fifteen_classes_augmented_or_not(tmp_path, monkeypatch, more, augment, turns, title):
+    from mann_kernels import evaluate
+
+    data, out = write_packed(tmp_path / "small.npz", classes=96, drawers=10), tmp_path / "run"
+    call = ["omniglot", "--data", str(data), "--out", str(out), "--updates", "1", *TINY.split()]
+    call += ["--ways", "15", "--length", "100", "--labels", "string"]
+    assert invoke(*call).exit_code == 0
+    seen, keep = [], evaluate.measure
+    monkeypatch.setattr(
+        evaluate, "measure", lambda learner, tasks, *rest: seen.append(tasks) or keep(learner, tasks, *rest)
+    )
+    result = invoke(str(out), "--data", str(data), "--tasks", "3", *more, command=evaluate.main)
+    assert result.exit_code == 0, result.output
+    assert (seen[0].augment, seen[0].turns) == (augment, turns)
+    assert result.output.splitlines()[0].rstrip().endswith(title)
+    assert all(number in result.output for number in ("62.6", "79.3", "86.6", "88.7", "95.3", "43.4"))
+    assert "93.1" not in result.output  # of 5 classes
 
 
 @pytest.mark.compiles

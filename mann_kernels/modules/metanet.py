@@ -31,6 +31,7 @@ class MetaNetOptions(TypedDict, total=False):
     variant: str
     second_order: bool
     summary_steps: int
+    summarizer: str
     shared_generators: bool
     hidden_size: int
     p: float
@@ -172,6 +173,8 @@ class MetaNet(nn.Module):
         summary_steps: T at most. The S support examples are taken in T = min(S, summary_steps) chunks of equal size, in
             order (so S must be a multiple of T), and d sees the gradients of their mean losses. Where there is more
             than one example of a class, T is the number of random pairs.
+        summarizer: what d is: "lstm", a GradientSummarizer over the T gradients; or "mean", a FastWeightGenerator of their
+            mean, so that their order does not matter (section 3.1 of the paper, which found that it converges worse).
         shared_generators: one m and one d as in the paper; without it one of each for convolutions and one for linear
             layers, as in the original code.
         hidden_size: units of m and d.
@@ -196,12 +199,12 @@ class MetaNet(nn.Module):
 
     def __init__(
         self, base_learner: AugmentedSequential, embedding: AugmentedSequential, embedding_head: nn.Module, *,
-        variant: str = "metanet", second_order: bool = False, summary_steps: int = 5, shared_generators: bool = False,
-        hidden_size: int = 20, p: float = 7.0, margin: float = 1.0, eps: float = 1e-6,
+        variant: str = "metanet", second_order: bool = False, summary_steps: int = 5, summarizer: str = "lstm",
+        shared_generators: bool = False, hidden_size: int = 20, p: float = 7.0, margin: float = 1.0, eps: float = 1e-6,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
-        known_options(variant=variant)
+        known_options(variant=variant, summarizer=summarizer)
         at_least_one(summary_steps=summary_steps)
         number("margin", margin, 0)
         for name, value in {"second_order": second_order, "shared_generators": shared_generators}.items():
@@ -213,12 +216,13 @@ class MetaNet(nn.Module):
                 raise ValueError(f"{name}: got no augmented layer, want at least one")
         self.base_learner, self.embedding, self.embedding_head = base_learner, embedding, embedding_head
         self.variant, self.second_order, self.summary_steps, self.margin = variant, second_order, summary_steps, margin
-        self.shared_generators = shared_generators
+        self.summarizer, self.shared_generators = summarizer, shared_generators
         self.memory = FastWeightMemory(eps=eps)
         options: dict[str, Any] = {"p": p, "device": device, "dtype": dtype}
         summarized = {"metanet-": [], "metanet": [embedding], "metanet+": [embedding, base_learner]}[variant]
         self.generators = self._for_kinds(lambda: FastWeightGenerator(hidden_size, **options), [base_learner])
-        self.summarizers = self._for_kinds(lambda: GradientSummarizer(hidden_size, **options), summarized)
+        d = GradientSummarizer if summarizer == "lstm" else FastWeightGenerator
+        self.summarizers = self._for_kinds(lambda: d(hidden_size, **options), summarized)
 
     def _kind(self, layer) -> str:
         return "all" if self.shared_generators else "conv" if isinstance(layer, AugmentedConv2d) else "linear"
@@ -367,6 +371,8 @@ class MetaNet(nn.Module):
     def _summarize(self, network: AugmentedSequential, x: torch.Tensor, losses) -> torch.Tensor:
         """eq. 4: d of the gradients of T losses, [G, P]."""
         gradients = network.loss_gradients(x, losses, create_graph=self._create_graph)
+        if self.summarizer == "mean":
+            return self._fast(self.summarizers, network, [grads.mean(1).flatten(1) for grads in gradients])
         return self._fast(self.summarizers, network, [grads.transpose(0, 1).flatten(2) for grads in gradients])
 
     def _fast(
@@ -383,6 +389,7 @@ class MetaNet(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"variant={self.variant!r}, second_order={self.second_order}, summary_steps={self.summary_steps}"
+        text += f", summarizer={self.summarizer!r}"
         return f"{text}, shared_generators={self.shared_generators}, margin={self.margin}"
 
 

@@ -14,6 +14,7 @@ OPTIONS = {
     "activation": ("relu", "gelu", "tanh", "identity"),
     "controller": ("lstm", "feedforward"),
     "variant": ("metanet-", "metanet", "metanet+"),
+    "summarizer": ("lstm", "mean"),
 }
 
 

@@ -37,12 +37,15 @@ class FewShotTasks:
         ways: classes of a task.
         shots: support examples of each class of a task.
         queries: query examples of each class of a task.
+        turns: turn each class of a task by 0, 90, 180 or 270 degrees; the examples are then images [.., side, side].
 
     Raises:
-        ValueError: more ways than classes, or more shots and queries than examples.
+        ValueError: more ways than classes, more shots and queries than examples, or what cannot be turned.
     """
 
-    def __init__(self, examples: torch.Tensor, ways: int = 5, shots: int = 1, queries: int = 10):
+    def __init__(
+        self, examples: torch.Tensor, ways: int = 5, shots: int = 1, queries: int = 10, *, turns: bool = False
+    ):
         check_sizes(ways=ways, shots=shots, queries=queries)
         if ways > examples.shape[0]:
             raise ValueError(f"ways: got {ways}, want at most {examples.shape[0]}, the classes there are")
@@ -50,7 +53,9 @@ class FewShotTasks:
             raise ValueError(
                 f"shots, queries: got {shots} + {queries}, want at most {examples.shape[1]}, the examples of a class"
             )
-        self.examples, self.ways, self.shots, self.queries = examples, ways, shots, queries
+        if turns and (examples.dim() < 4 or examples.shape[-1] != examples.shape[-2]):
+            raise ValueError(f"turns: got examples of shape {list(examples.shape[2:])}, want square images")
+        self.examples, self.ways, self.shots, self.queries, self.turns = examples, ways, shots, queries, turns
         self.input_size, self.output_size = examples.shape[2:].numel(), ways
 
     @on_cpu
@@ -63,12 +68,21 @@ class FewShotTasks:
         classes = uniform(G, number, generator=generator).argsort(-1)[:, None, : self.ways]
         chosen = uniform(G, each, self.ways, generator=generator).argsort(1)[:, : self.shots + self.queries]
         x = self.examples[classes, chosen]
+        x = self._turned(x, generator) if self.turns else x
         x = numbers(x) / 255 if x.dtype == torch.uint8 else x
         y = torch.arange(self.ways).expand(chosen.shape)
         halves = (
             tensor[:, part].flatten(1, 2) for part in (slice(self.shots), slice(self.shots, None)) for tensor in (x, y)
         )
         return Tasks(*halves)
+
+    def _turned(self, x, generator):
+        """x [G, examples of a class, ways, ..., side, side], each class of each task turned as a whole."""
+        turns = torch.randint(4, (len(x), self.ways), generator=generator)
+        by_class = x.transpose(1, 2)
+        for quarters in range(1, 4):
+            by_class[turns == quarters] = by_class[turns == quarters].rot90(quarters, (-2, -1))
+        return x
 
     def loss(self, output: torch.Tensor, tasks: Tasks) -> torch.Tensor:
         """Mean cross-entropy of the queries, from logits [G, ways*queries, ways]."""

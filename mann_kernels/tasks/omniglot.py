@@ -7,10 +7,10 @@ import torch
 from mann_kernels._paths import PathError, about, reason_of
 from mann_kernels.tasks._kind import on_cpu
 
-#: The split of Vinyals et al. 2016 in three, as prototypical networks have it; "background" is the 1,200 classes that are not
-#: for testing, in the numbers of Santoro et al. 2016.
+#: The split of Vinyals et al. 2016 in three, as prototypical networks have it. "background" is the 1,200 classes that are not
+#: for testing. Santoro et al. 2016 test on the classes 1201 to 1623: numbered as Omniglot's own files are, the same 423.
 SPLITS = {"train": (0,), "validation": (1,), "background": (0, 1), "test": (2,)}
-#: The shares of the three in the classes, taken in order: of all 1,623 the last 423 are for testing, as in Santoro et al. 2016.
+#: The shares of the three in the classes, taken in order: of all 1,623 the last 423 are for testing.
 VALIDATION_FROM, TEST_FROM, CLASSES = 1028, 1200, 1623
 WANT = (
     "want one of: an .npz with `images` (uint8 [classes, drawers, side, side], 255 is ink, or 105 x 105 packed by "
@@ -27,8 +27,9 @@ def load_omniglot(path: str | Path, split: str, side: int | None = None, seed: i
         path: an .npz or a folder, see Raises; a folder needs Pillow.
         split: one of SPLITS: the file's own `class_vinyals`; of a folder's classes, by name, the first 1,200 and the last 423.
         side: average the pixels down to this size; None keeps that of the data.
-        seed: draw the split anew at random from all classes, with this seed and in the same shares, as Santoro et al. 2016 did;
-            then alphabets have classes in both. None keeps the split above, in which the classes for testing are harder.
+        seed: draw the split anew at random from all classes, with this seed and in the same shares, as the original code of
+            Munkhdalai & Yu 2017 has it; then alphabets have classes in both. None keeps the split above, in which the classes
+            for testing are harder.
 
     Raises:
         FileNotFoundError, ValueError: naming the file and what it lacks, or all that can be read.

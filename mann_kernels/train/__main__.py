@@ -27,7 +27,23 @@ OF_TASK: dict[str, dict[str, Any]] = {
     "sinusoid": {"learner": "context-mean", "shots": 10},
     "few-shot": {"learner": "metanet", "tasks_per_update": 1},
 }
+PROTOCOLS = ("fixed", "original")
 console = Console()
+
+
+def of_protocol(name: str, answers: int) -> dict[str, Any]:
+    """Give the settings of a protocol for few-shot tasks, that of Vinyals et al.'s split or the one of MetaNet's original code.
+
+    Args:
+        name: "original": 1,200 characters drawn at random for training and 423 for the test, different ones in a task, each
+            turned by a random quarter turn in training; a summed loss that is clipped at 10. Otherwise the defaults.
+        answers: of a task; the loss here is their mean.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"--protocol: got {name!r}, want one of {', '.join(PROTOCOLS)}")
+    if name == "fixed":
+        return {"split_seed": None, "train_split": "train", "rotations": "classes", "clip": 10.0}
+    return {"split_seed": 0, "train_split": "background", "rotations": "tasks", "clip": 10 / answers}
 
 
 def prepare(settings: Settings, data: Path | None, out: Path, resume: bool) -> Run:
@@ -57,9 +73,19 @@ def main(
     ] = None,
     labels: Annotated[str, typer.Option(help="onehot, or string: five characters.")] = DEFAULT["labels"],
     counts: Annotated[str, typer.Option(help="Of the classes of an episode: random, or equal.")] = DEFAULT["counts"],
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="few-shot: fixed, the usual split, or original, that of MetaNet's code; other options win."),
+    ] = None,
     split_seed: Annotated[
         int | None, typer.Option(**SEED, help="Draw Omniglot's classes for training and testing anew, with this seed.")
-    ] = DEFAULT["split_seed"],
+    ] = None,
+    train_split: Annotated[
+        str | None, typer.Option(help="few-shot: train, or background: with the validation classes.")
+    ] = None,
+    rotations: Annotated[
+        str | None, typer.Option(help="few-shot: quarter turns are classes, or of the tasks for training, one a class.")
+    ] = None,
     bits: Annotated[int, typer.Option(min=1, help="Of a vector to copy or recall.")] = DEFAULT["bits"],
     dimensions: Annotated[int, typer.Option(min=1, max=3, help="Of gp-regression's x.")] = DEFAULT["dimensions"],
     hidden_size: Annotated[int, typer.Option(min=1, help="Units of the controller.")] = DEFAULT["hidden_size"],
@@ -76,7 +102,9 @@ def main(
     schedule_updates: Annotated[
         int | None, typer.Option(min=1, help="Of a cosine, --updates if not given; then the next, from half the rate.")
     ] = None,
-    clip: Annotated[float, typer.Option(help="Largest norm of the whole gradient; more than 0.")] = DEFAULT["clip"],
+    clip: Annotated[
+        float | None, typer.Option(help="Largest norm of the whole gradient; more than 0; 10 without a protocol.")
+    ] = None,
     seed: Annotated[int, typer.Option(**SEED, help="Of weights, tasks and test tasks.")] = DEFAULT["seed"],
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch; the same number repeats bit for bit.")] = 1,
     device: Annotated[str, typer.Option(help="Of the learner: cpu, cuda, ...")] = DEFAULT["device"],
@@ -90,7 +118,11 @@ def main(
     if task not in build.TASKS:
         raise typer.BadParameter(f"TASK: got {task!r}, want one of {', '.join(build.TASKS)}")
     given = {name: value for name, value in locals().items() if value is not None}
-    given = DEFAULT | {"length": 10 * ways} | OF_TASK.get(task, {}) | given
+    if protocol is not None and task != "few-shot":
+        raise typer.BadParameter(f"--protocol: got {protocol!r} for {task}, want it for few-shot")
+    with told():
+        preset = of_protocol(protocol or "fixed", ways * queries)
+    given = DEFAULT | {"length": 10 * ways} | OF_TASK.get(task, {}) | preset | given
     given["schedule_updates"] = (schedule_updates or updates) if schedule == "cosine" else 0
     settings = Settings(**{name: given[name] for name in DEFAULT})
     interrupted = f"stopped; --resume goes on from the last checkpoint in {out}"

@@ -20,7 +20,7 @@ from mann_kernels.tasks import (
     with_rotations,
 )
 from mann_kernels.train import learners
-from mann_kernels.train.settings import OPTIMIZERS, SCHEDULES, Settings
+from mann_kernels.train.settings import OPTIMIZERS, ROTATIONS, SCHEDULES, TRAIN_SPLITS, Settings
 
 EPISODES = ("copy", "associative-recall", "gp-regression", "omniglot")
 HALVES = ("sinusoid", "few-shot")
@@ -59,9 +59,11 @@ def tasks(settings: Settings, data: Path | None) -> tuple:
         sizes: dict[str, Any] = {"ways": s.ways, "length": s.length, "labels": s.labels, "counts": s.counts}
         train, test = (images(split) for split in ("background", "test"))
         return OmniglotEpisodes(train, **sizes, augment=True, turns=True), OmniglotEpisodes(test, **sizes)
-    # The quarter turns of a class are classes of their own.
-    halves = (with_rotations(images(split)) for split in ("train", "test"))
-    return tuple(FewShotTasks(images, s.ways, s.shots, s.queries) for images in halves)
+    train, test = (images(split) for split in (s.train_split, "test"))
+    numbers = s.ways, s.shots, s.queries
+    if s.rotations == "tasks":
+        return FewShotTasks(train, *numbers, turns=True), FewShotTasks(test, *numbers)
+    return tuple(FewShotTasks(with_rotations(half), *numbers) for half in (train, test))
 
 
 def check_choices(settings: Settings) -> None:
@@ -72,9 +74,10 @@ def check_choices(settings: Settings) -> None:
     """
     known = {"task": TASKS, "learner": LEARNERS, "labels": LABELS, "counts": COUNTS}
     known |= {"optimizer": tuple(OPTIMIZERS), "schedule": SCHEDULES}
+    known |= {"train_split": TRAIN_SPLITS, "rotations": ROTATIONS}
     for name, words in known.items():
-        if getattr(settings, name) not in words:
-            raise ValueError(f"--{name}: got {getattr(settings, name)!r}, want one of {', '.join(words)}")
+        if (got := getattr(settings, name)) not in words:
+            raise ValueError(f"--{name.replace('_', '-')}: got {got!r}, want one of {', '.join(words)}")
 
 
 def on_device(module: nn.Module, device: str) -> nn.Module:

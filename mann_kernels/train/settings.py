@@ -12,6 +12,10 @@ OPTIMIZERS = {
     "rmsprop": lambda parameters, rate: torch.optim.RMSprop(parameters, rate, alpha=0.95, momentum=0.9),
 }
 SCHEDULES = ("constant", "cosine")
+#: What few-shot tasks for training are made of, of load_omniglot's splits.
+TRAIN_SPLITS = ("train", "background")
+#: What the quarter turns of a character are in few-shot tasks, see Settings.
+ROTATIONS = ("classes", "tasks")
 
 
 #: The largest size, and the largest seed: tests have one that is larger by loop.FOR_TESTS, and torch takes 64 bits.
@@ -57,6 +61,10 @@ class Settings:
     labels: str = "onehot"
     counts: str = "random"
     split_seed: int | None = None
+    train_split: str = "train"  # of few-shot; "background" has the validation classes too
+    rotations: str = (
+        "classes"  # of few-shot: classes of their own; or of "tasks": of each character of one, in training alone
+    )
     bits: int = 8
     dimensions: int = 1
     # the learner: the paper's sizes
