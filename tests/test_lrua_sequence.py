@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 import torch
-from stem import DEVICES, Inputs, StemTests, check, draw, memory_state, replace, run
+from against_reference import DEVICES, Inputs, OperatorTests, check, draw, memory_state, replace, run
 from test_lrua_step import BAD_STEP, OPTIONS
 
 import mann_kernels
@@ -24,8 +24,8 @@ def saved_bytes(function):
     return sum(storages.values())
 
 
-class TestLruaSequence(StemTests):
-    stem = "lrua_sequence"
+class TestLruaSequence(OperatorTests):
+    op = "lrua_sequence"
     options = (*OPTIONS, {"lengths": True, "erase": "all"}, {"lengths": True, "add": True, "beta": True})
     bad = (
         *BAD_STEP,
@@ -53,7 +53,7 @@ class TestLruaSequence(StemTests):
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_no_steps_backward(self, device):
-        check(self.stem, self.inputs(1, 2, 5, 3, 2, T=0), torch.float32, device)
+        check(self.op, self.inputs(1, 2, 5, 3, 2, T=0), torch.float32, device)
 
     def test_no_steps(self):
         inputs = self.inputs(1, 2, 5, 3, 2, T=0)
@@ -66,7 +66,7 @@ class TestLruaSequence(StemTests):
     @pytest.mark.parametrize("device", DEVICES)
     def test_memory_copies(self, every, monkeypatch, device):
         monkeypatch.setattr(ops, "CHECKPOINT_EVERY", every)
-        check(self.stem, self.inputs(2, 2, 20, 6, 2, T=23, lengths=True), torch.float32, device)
+        check(self.op, self.inputs(2, 2, 20, 6, 2, T=23, lengths=True), torch.float32, device)
 
     @pytest.mark.parametrize("seed", [1, 2])
     @pytest.mark.parametrize("device", DEVICES)
@@ -74,13 +74,13 @@ class TestLruaSequence(StemTests):
         """Rows of 1e-6, as the layers start with: what undoing the writes leaves of them must be right too."""
         inputs = self.inputs(seed, 2, 128, 40, 4, T=50)
         inputs["memory"] = torch.full_like(inputs["memory"], 1e-6)
-        check(self.stem, inputs, torch.float32, device)
+        check(self.op, inputs, torch.float32, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_long_episode(self, device):
         # Where two usages agree to the last bits, float32 and float64 may choose different slots, the reference no less than the
         # kernel, and from there the episodes part. About half of all seeds meet such a tie within 2000 steps; this one does not.
-        check(self.stem, self.inputs(9, 2, 32, 8, 2, T=2000), torch.float32, device)
+        check(self.op, self.inputs(9, 2, 32, 8, 2, T=2000), torch.float32, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_no_memory_per_step_is_kept(self, device):

@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 import torch
-from stem import DEVICES, Inputs, StemTests, check, draw, memory_state, replace, run, saturate
+from against_reference import DEVICES, Inputs, OperatorTests, check, draw, memory_state, replace, run, saturate
 from test_lrua_sequence import saved_bytes
 
 import mann_kernels
@@ -11,8 +11,8 @@ import mann_kernels
 ops = importlib.import_module("mann_kernels.ops.mann_sequence")
 
 
-class TestMannSequence(StemTests):
-    stem = "mann_sequence"
+class TestMannSequence(OperatorTests):
+    op = "mann_sequence"
     options = (
         {},
         {"lru": "shared", "erase": "all", "key_strength": True},
@@ -46,14 +46,14 @@ class TestMannSequence(StemTests):
         inputs = self.inputs(49, 3, 128, 40, 4, T=6)
         assert inputs["h"].shape[1] == 201
         for dtype in (torch.float32, torch.bfloat16):
-            check(self.stem, inputs, dtype, device)
+            check(self.op, inputs, dtype, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_saturated_gates(self, device):
         inputs = self.inputs(2, 2, 9, 4, 3)
         saturate(inputs)
         for dtype in (torch.float32, torch.float64):
-            check(self.stem, inputs, dtype, device)
+            check(self.op, inputs, dtype, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_two_halves_are_one_sequence(self, device):
@@ -68,13 +68,13 @@ class TestMannSequence(StemTests):
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_no_steps(self, device):
-        check(self.stem, self.inputs(1, 2, 5, 3, 2, T=0), torch.float32, device)
+        check(self.op, self.inputs(1, 2, 5, 3, 2, T=0), torch.float32, device)
 
     @pytest.mark.parametrize("every", [1, 3, 10, 256])
     @pytest.mark.parametrize("device", DEVICES)
     def test_memory_copies(self, every, monkeypatch, device):
         monkeypatch.setattr(ops, "CHECKPOINT_EVERY", every)
-        check(self.stem, self.inputs(2, 3, 20, 6, 2, T=23, lengths=True), torch.float32, device)
+        check(self.op, self.inputs(2, 3, 20, 6, 2, T=23, lengths=True), torch.float32, device)
 
     @pytest.mark.parametrize("seed", [1, 2])
     @pytest.mark.parametrize("device", DEVICES)
@@ -82,11 +82,11 @@ class TestMannSequence(StemTests):
         """Rows of 1e-6, as the layers start with: what undoing the writes leaves of them must be right too."""
         inputs = self.inputs(seed, 2, 128, 40, 4, T=50)
         inputs["memory"] = torch.full_like(inputs["memory"], 1e-6)
-        check(self.stem, inputs, torch.float32, device)
+        check(self.op, inputs, torch.float32, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_long_episode(self, device):
-        check(self.stem, self.inputs(3, 2, 32, 8, 2, T=2000), torch.float32, device)
+        check(self.op, self.inputs(3, 2, 32, 8, 2, T=2000), torch.float32, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_no_memory_per_step_is_kept(self, device):
