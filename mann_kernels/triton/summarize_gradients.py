@@ -166,28 +166,36 @@ def summarize_gradients_bwd_kernel(
 
 def forward(grads, weight_ih, weight_hh, bias, weight_out, bias_out, p):
     """The operator summarize_gradients: same arguments and results as its schema."""
-    inputs = contiguous(grads, weight_ih, weight_hh, bias, weight_out, bias_out)
+    grads, weight_ih, weight_hh, bias, weight_out, bias_out = contiguous(
+        grads, weight_ih, weight_hh, bias, weight_out, bias_out
+    )
     (steps, count), hidden = grads.shape, weight_hh.shape[1]
     sizes, fast = launch(hidden, 3, p), grads.new_empty(count)
     if count:
         summarize_gradients_fwd_kernel[(triton.cdiv(count, sizes["BP"]),)](
-            *inputs, fast, steps, count, hidden, ACC=acc_of(grads.dtype).triton, **sizes
-        )
+            grads_ptr=grads, weight_ih_ptr=weight_ih, weight_hh_ptr=weight_hh, bias_ptr=bias,
+            weight_out_ptr=weight_out, bias_out_ptr=bias_out, fast_ptr=fast, T=steps, P=count, D=hidden,
+            ACC=acc_of(grads.dtype).triton, **sizes,
+        )  # fmt: skip
     return fast
 
 
 def backward(dfast, grads, weight_ih, weight_hh, bias, weight_out, bias_out, p):
     """The operator summarize_gradients_backward: same arguments and results as its schema."""
-    inputs = contiguous(dfast, grads, weight_ih, weight_hh, bias, weight_out)
+    dfast, grads, weight_ih, weight_hh, bias, weight_out = contiguous(
+        dfast, grads, weight_ih, weight_hh, bias, weight_out
+    )
     (steps, count), hidden, acc = grads.shape, weight_hh.shape[1], acc_of(grads.dtype)
-    sizes, dgrads = launch(hidden, 3, p), torch.empty_like(inputs[1])
+    sizes, dgrads = launch(hidden, 3, p), torch.empty_like(grads)
     gates = 4 * hidden * (hidden + 3)
     sums = grads.new_empty(programs_of(count), gates + hidden + 1, dtype=acc.torch)
     states = grads.new_empty(len(sums), steps, 5, sizes["BP"], sizes["BD"], dtype=acc.torch)
     if count:
         summarize_gradients_bwd_kernel[(len(sums),)](
-            *inputs, dgrads, sums, states, steps, count, hidden, ACC=acc.triton, **sizes
-        )
+            dfast_ptr=dfast, grads_ptr=grads, weight_ih_ptr=weight_ih, weight_hh_ptr=weight_hh, bias_ptr=bias,
+            weight_out_ptr=weight_out, dgrads_ptr=dgrads, work_sums_ptr=sums, work_states_ptr=states, T=steps,
+            P=count, D=hidden, ACC=acc.triton, **sizes,
+        )  # fmt: skip
     total = sums.sum(0).to(grads.dtype)
     dgates, dresult = total[:gates].view(4 * hidden, hidden + 3), total[gates:]
     parts = (dgates[:, hidden + 1 :], dgates[:, :hidden], dgates[:, hidden], dresult[None, :hidden], dresult[hidden:])
