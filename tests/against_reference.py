@@ -177,6 +177,18 @@ def check(op, inputs, dtype, device, kernel=None):
     (compare if device == "cpu" else matches)(op, inputs.on(device), dtype, kernel)
 
 
+class OnePercentOff(torch.autograd.Function):
+    """The identity with a gradient that is 1 % too large."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.01
+
+
 def lay_out_backwards(inputs):
     """No tensor of several dimensions is contiguous."""
     for name, value in inputs.items():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from against_reference import OnePercentOff
 from torch._dynamo.testing import CompileCounter
 from typer.testing import CliRunner
 
@@ -49,16 +50,7 @@ def test_kernels_verify(op):
 
 
 def test_a_gradient_one_percent_off_is_refused():
-    class Wrong(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, memory):
-            return memory.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * 1.01
-
-    wrong = {ADDRESS.op: lambda memory, key: mann_kernels.content_address(Wrong.apply(memory), key)}
+    wrong = {ADDRESS.op: lambda memory, key: mann_kernels.content_address(OnePercentOff.apply(memory), key)}
     rows = harness.verify([ADDRESS], CPU, candidates=wrong)
     assert {row["quantity"] for row in rows if not row["ok"]} == {"dmemory"}
 

@@ -1,30 +1,11 @@
-import importlib
-
 import pytest
 import torch
-from against_reference import DEVICES, Inputs, OperatorTests, check, draw, memory_state, replace, run
+from against_reference import DEVICES, Inputs, check, draw, memory_state, replace
+from sequences import SequenceTests, saved_bytes
 from test_lrua_step import BAD_STEP, OPTIONS
 
-import mann_kernels
 
-# The package has a function of the same name.
-ops = importlib.import_module("mann_kernels.ops.lrua_sequence")
-
-
-def saved_bytes(function):
-    """Bytes kept for the backward pass, each storage once."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return sum(storages.values())
-
-
-class TestLruaSequence(OperatorTests):
+class TestLruaSequence(SequenceTests):
     op = "lrua_sequence"
     options = (*OPTIONS, {"lengths": True, "erase": "all"}, {"lengths": True, "add": True, "beta": True})
     bad = (
@@ -51,30 +32,12 @@ class TestLruaSequence(OperatorTests):
         for a, b in zip(second[1:], whole[1:], strict=True):
             torch.testing.assert_close(a, b)
 
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_no_steps_backward(self, device):
-        check(self.op, self.inputs(1, 2, 5, 3, 2, T=0), torch.float32, device)
-
-    def test_no_steps(self):
+    def test_no_steps_pass_the_state_on(self):
         inputs = self.inputs(1, 2, 5, 3, 2, T=0)
         reads, memory, usage, _ = self.function(**inputs)
         assert reads.shape == (0, 2, 2, 3)
         assert torch.equal(memory, inputs["memory"])
         assert torch.equal(usage, inputs["usage"])
-
-    @pytest.mark.parametrize("every", [1, 3, 10, 256])
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_memory_copies(self, every, monkeypatch, device):
-        monkeypatch.setattr(ops, "CHECKPOINT_EVERY", every)
-        check(self.op, self.inputs(2, 2, 20, 6, 2, T=23, lengths=True), torch.float32, device)
-
-    @pytest.mark.parametrize("seed", [1, 2])
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_from_an_almost_empty_memory(self, seed, device):
-        """Rows of 1e-6, as the layers start with: what undoing the writes leaves of them must be right too."""
-        inputs = self.inputs(seed, 2, 128, 40, 4, T=50)
-        inputs["memory"] = torch.full_like(inputs["memory"], 1e-6)
-        check(self.op, inputs, torch.float32, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_long_episode(self, device):
@@ -87,11 +50,3 @@ class TestLruaSequence(OperatorTests):
         inputs = self.inputs(4, 2, 128, 40, 4, T=64).to(torch.float32).on(device).with_grad()
         one_memory = 2 * 128 * 40 * 4
         assert saved_bytes(lambda: self.function(**inputs)) < 64 * one_memory / 3
-
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_saving_changes_nothing(self, device):
-        inputs = self.inputs(5, 3, 20, 6, 2, lengths=True).on(device)
-        with torch.no_grad():
-            outputs = self.function(**inputs)
-        saved, _ = run(mann_kernels.lrua_sequence, inputs)
-        assert all(torch.equal(a, b) for a, b in zip(outputs, saved, strict=True))

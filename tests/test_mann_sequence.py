@@ -1,17 +1,10 @@
-import importlib
-
 import pytest
 import torch
-from against_reference import DEVICES, Inputs, OperatorTests, check, draw, memory_state, replace, run, saturate
-from test_lrua_sequence import saved_bytes
-
-import mann_kernels
-
-# The package has a function of the same name.
-ops = importlib.import_module("mann_kernels.ops.mann_sequence")
+from against_reference import DEVICES, Inputs, check, draw, memory_state, replace, saturate
+from sequences import SequenceTests, saved_bytes
 
 
-class TestMannSequence(OperatorTests):
+class TestMannSequence(SequenceTests):
     op = "mann_sequence"
     options = (
         {},
@@ -67,24 +60,6 @@ class TestMannSequence(OperatorTests):
             torch.testing.assert_close(a, b)
 
     @pytest.mark.parametrize("device", DEVICES)
-    def test_no_steps(self, device):
-        check(self.op, self.inputs(1, 2, 5, 3, 2, T=0), torch.float32, device)
-
-    @pytest.mark.parametrize("every", [1, 3, 10, 256])
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_memory_copies(self, every, monkeypatch, device):
-        monkeypatch.setattr(ops, "CHECKPOINT_EVERY", every)
-        check(self.op, self.inputs(2, 3, 20, 6, 2, T=23, lengths=True), torch.float32, device)
-
-    @pytest.mark.parametrize("seed", [1, 2])
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_from_an_almost_empty_memory(self, seed, device):
-        """Rows of 1e-6, as the layers start with: what undoing the writes leaves of them must be right too."""
-        inputs = self.inputs(seed, 2, 128, 40, 4, T=50)
-        inputs["memory"] = torch.full_like(inputs["memory"], 1e-6)
-        check(self.op, inputs, torch.float32, device)
-
-    @pytest.mark.parametrize("device", DEVICES)
     def test_long_episode(self, device):
         check(self.op, self.inputs(3, 2, 32, 8, 2, T=2000), torch.float32, device)
 
@@ -93,11 +68,3 @@ class TestMannSequence(OperatorTests):
         inputs = self.inputs(4, 2, 1024, 64, 4, T=64).to(torch.float32).on(device).with_grad()
         one_memory = 2 * 1024 * 64 * 4
         assert saved_bytes(lambda: self.function(**inputs)) < 64 * one_memory / 8
-
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_saving_changes_nothing(self, device):
-        inputs = self.inputs(5, 3, 20, 6, 2, lengths=True).on(device)
-        with torch.no_grad():
-            outputs = self.function(**inputs)
-        saved, _ = run(mann_kernels.mann_sequence, inputs)
-        assert all(torch.equal(a, b) for a, b in zip(outputs, saved, strict=True))

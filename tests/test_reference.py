@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from against_reference import compare, outputs_of
+from against_reference import OnePercentOff, compare, outputs_of
 from test_properties import class_of
 
 import mann_kernels
@@ -123,18 +123,6 @@ def test_summarize_gradients_is_nn_lstm(steps):
     torch.testing.assert_close(reference.summarize_gradients(**inputs), want.view(3, 7))
 
 
-class _Off(torch.autograd.Function):
-    """The identity with a gradient that is 1 % too large."""
-
-    @staticmethod
-    def forward(ctx, value):
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 1.01
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("op", _backend.OPS)
 def test_the_checks_can_fail(op, dtype):
@@ -145,7 +133,12 @@ def test_the_checks_can_fail(op, dtype):
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "usage":
             with pytest.raises(AssertionError, match=f"gradient of {name}:"):
-                compare(op, inputs, dtype, lambda name=name, **call: function(**{**call, name: _Off.apply(call[name])}))
+                compare(
+                    op,
+                    inputs,
+                    dtype,
+                    lambda name=name, **call: function(**{**call, name: OnePercentOff.apply(call[name])}),
+                )
 
     def off(**call):
         first, *rest = outputs_of(function, call)
