@@ -211,6 +211,10 @@ class OperatorTests:
     #: (B, N, W, R): odd, beyond one tile of slots, more heads than one group, the paper's, and the least there is.
     sizes = ((3, 7, 5, 2), (2, 129, 7, 1), (2, 33, 20, 6), (2, 300, 9, 3), (4, 128, 40, 4), (1, 1, 1, 1))
     options: tuple = ({},)
+    #: The options that test_properties draws, as far as an operator has them.
+    drawn: tuple = ()
+    #: Of an operator that chooses slots or sides: the inputs that may move without moving a tie, see test_choices.
+    movable: tuple = ()
     bad: tuple = ()
 
     def inputs(self, seed, B, N, W, R, **options):

@@ -12,6 +12,8 @@ class TestAugmentedConv2d(LayerTests):
     """B, W and R of the drawn sizes are L, O and S, and N is C, but at most 40: two vectors and a part of one."""
 
     op = "augmented_conv2d"
+    drawn = ("kind", "bias", "form", "activation", "size", "kernel", "padding", "pool")
+    movable = ("weight", "bias", "fast", "mix")
     options = (
         {"pool": True},
         {"kind": "task mixture", "form": "output", "pool": True, "padding": 0},

@@ -126,6 +126,8 @@ class TestAugmentedLinear(LayerTests):
     """B, N, W and R of the drawn sizes are L, I, O and S."""
 
     op = "augmented_linear"
+    drawn = ("kind", "bias", "form", "activation")
+    movable = ("weight", "bias", "fast", "mix")
     options = (
         {},
         {"kind": "task mixture", "form": "output"},

@@ -24,7 +24,7 @@ CASES = 2 if INTERPRETED else 20  # the interpreter is slow
 SLOTS = (9, 33) if INTERPRETED else (9, 129, 257)
 #: Multiples of these cancel but for rounding.
 TENTHS = torch.arange(-3, 4, dtype=torch.float64) / 10
-OPS_WITH_CHOICES = [op for op in _backend.OPS if op not in ("content_address", "memory_update")]
+OPS_WITH_CHOICES = [op for op in _backend.OPS if class_of(op).movable]
 
 
 def pick(generator, shape, values):
@@ -102,24 +102,12 @@ def test_a_gradient_with_a_graph_is_the_gradient(name, op, dtype):
                 assert_same(a, b, f"seed {seed}, {which}", 1e-9 if dtype == torch.float64 else 1e-4)
 
 
-#: What may move without moving a tie, and so what finite differences may be taken along.
-MOVABLE = {
-    "lrua_write_weights": ("gate",),
-    "lrua_step": ("key", "gate", "beta", "add"),
-    "lrua_sequence": ("key", "gate", "beta", "add"),
-    "mann_sequence": ("x", "h", "c", "reads", "weight_ih", "weight_hh", "bias", "weight_head", "bias_head"),
-    "generate_fast_weights": ("weight3", "bias3"),
-    "summarize_gradients": ("weight_ih", "weight_hh", "bias", "weight_out", "bias_out"),
-}
-
-
 def halves(op, inputs):
     """(inputs, what moves): an augmented layer has ties on one side while the other moves."""
     if not op.startswith("augmented"):
-        return [(inputs, [name for name in MOVABLE[op] if inputs.get(name) is not None])]
-    moved = (("weight", "bias"), ("fast", "mix"))
+        return [(inputs, [name for name in class_of(op).movable if inputs.get(name) is not None])]
     found = []
-    for names in moved:
+    for names in (("weight", "bias"), ("fast", "mix")):
         drawn = Inputs(inputs)
         for n, name in enumerate(name for name in names if inputs.get(name) is not None):
             generator = torch.Generator().manual_seed(n)

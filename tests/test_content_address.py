@@ -6,6 +6,7 @@ import mann_kernels
 
 class TestContentAddress(OperatorTests):
     op = "content_address"
+    drawn = ("beta",)
     options = ({}, {"beta": True})
     bad = BAD_STATE
 

@@ -21,6 +21,8 @@ class TestGenerateFastWeights(OperatorTests):
     """B and N of the drawn sizes are the gradient's, W is the number of hidden units."""
 
     op = "generate_fast_weights"
+    drawn = ("p",)
+    movable = ("weight3", "bias3")
     options = ({}, {"p": 4.0})
     bad = (
         *BAD_GRADIENTS,

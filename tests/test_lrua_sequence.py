@@ -7,6 +7,8 @@ from test_lrua_step import BAD_STEP, OPTIONS
 
 class TestLruaSequence(SequenceTests):
     op = "lrua_sequence"
+    drawn = ("beta", "add", "lengths", "lru", "erase", "decay", "eps")
+    movable = ("key", "gate", "beta", "add")
     options = (*OPTIONS, {"lengths": True, "erase": "all"}, {"lengths": True, "add": True, "beta": True})
     bad = (
         *BAD_STEP,

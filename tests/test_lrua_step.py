@@ -19,6 +19,8 @@ BAD_STEP = (
 
 class TestLruaStep(OperatorTests):
     op = "lrua_step"
+    drawn = ("beta", "add", "lru", "erase", "decay", "eps")
+    movable = ("key", "gate", "beta", "add")
     options = OPTIONS
     bad = BAD_STEP
 

@@ -6,6 +6,8 @@ from sequences import SequenceTests, saved_bytes
 
 class TestMannSequence(SequenceTests):
     op = "mann_sequence"
+    drawn = ("lengths", "lru", "erase", "decay", "eps", "write", "key_strength", "squash")
+    movable = ("x", "h", "c", "reads", "weight_ih", "weight_hh", "bias", "weight_head", "bias_head")
     options = (
         {},
         {"lru": "shared", "erase": "all", "key_strength": True},

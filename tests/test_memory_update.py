@@ -7,6 +7,7 @@ import mann_kernels
 
 class TestMemoryUpdate(OperatorTests):
     op = "memory_update"
+    drawn = ("erase",)
     options = ({"erase": "least"}, {"erase": "all"})
     bad = (
         (replace("add", lambda a: a[..., :2]), ValueError, "add: got shape .* want .*W=3"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mann_kernels import _backend
 
 CASES_PER_OP = 60
+#: What an option may be, by name.
 CHOICES = {
     "beta": st.booleans(),
     "add": st.booleans(),
@@ -31,18 +32,6 @@ CHOICES = {
     "padding": st.integers(1, 2),
     "pool": st.booleans(),
     "p": st.sampled_from([7.0, 4.0, 20.0]),
-}
-OPTIONS = {
-    "content_address": ("beta",),
-    "lrua_write_weights": ("lru",),
-    "memory_update": ("erase",),
-    "lrua_step": ("beta", "add", "lru", "erase", "decay", "eps"),
-    "lrua_sequence": ("beta", "add", "lengths", "lru", "erase", "decay", "eps"),
-    "mann_sequence": ("lengths", "lru", "erase", "decay", "eps", "write", "key_strength", "squash"),
-    "augmented_linear": ("kind", "bias", "form", "activation"),
-    "augmented_conv2d": ("kind", "bias", "form", "activation", "size", "kernel", "padding", "pool"),
-    "generate_fast_weights": ("p",),
-    "summarize_gradients": ("p",),
 }
 
 
@@ -70,7 +59,7 @@ def calls(choose, op):
     """Inputs of one call of `op`, drawn small and odd."""
     B, N, W = choose(st.integers(0, 5)), choose(st.integers(1, 40)), choose(st.integers(1, 20))
     R = choose(st.integers(1, min(6, N)))
-    options = {name: choose(CHOICES[name]) for name in OPTIONS[op]}
+    options = {name: choose(CHOICES[name]) for name in class_of(op).drawn}
     tied = choose(st.booleans())
     if op.endswith("sequence"):
         # A tie after the first step is decided by the rounding of the reference's own matrix product.

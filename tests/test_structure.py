@@ -2,6 +2,7 @@ import ast
 import contextlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ def test_every_operator_stands_everywhere():
     assert ops <= names("bench", "bench_*.py", "bench_")
     assert ops <= names("tests", "test_*.py", "test_")
     assert ops <= names("csrc/cpu", "*.cpp")
+    assert ops <= set(re.findall(r"::: mann_kernels\.(\w+)", (ROOT / "docs/pages/operators.md").read_text()))
 
 
 def test_imports_point_one_way():

@@ -10,6 +10,8 @@ class TestSummarizeGradients(OperatorTests):
     """R of the drawn sizes is the number of support gradients, B and N are a gradient's, W is the number of hidden units."""
 
     op = "summarize_gradients"
+    drawn = ("p",)
+    movable = ("weight_ih", "weight_hh", "bias", "weight_out", "bias_out")
     options = ({}, {"p": 4.0})
     bad = (
         *BAD_GRADIENTS,
