@@ -21,7 +21,21 @@ def saved_bytes(function):
 
 
 class SequenceTests(OperatorTests):
-    """`inputs` takes T and lengths too."""
+    """`inputs` takes T and lengths too. Subclasses set the names of the inputs of every step, and those of the state."""
+
+    over_time: tuple
+    state: tuple
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_two_halves_are_one_sequence(self, device):
+        inputs = self.inputs(1, 3, 20, 6, 2).on(device)
+        whole = self.function(**inputs)
+        first = self.function(**inputs | {name: inputs[name][:2] for name in self.over_time})
+        state = dict(zip(self.state, first[1:], strict=True))
+        second = self.function(**inputs | state | {name: inputs[name][2:] for name in self.over_time})
+        torch.testing.assert_close(torch.cat([first[0], second[0]]), whole[0])
+        for a, b in zip(second[1:], whole[1:], strict=True):
+            torch.testing.assert_close(a, b)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_no_steps(self, device):

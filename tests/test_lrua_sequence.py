@@ -9,6 +9,8 @@ class TestLruaSequence(SequenceTests):
     op = "lrua_sequence"
     drawn = ("beta", "add", "lengths", "lru", "erase", "decay", "eps")
     movable = ("key", "gate", "beta", "add")
+    over_time = ("key", "gate")
+    state = ("memory", "usage", "read_weights")
     options = (*OPTIONS, {"lengths": True, "erase": "all"}, {"lengths": True, "add": True, "beta": True})
     bad = (
         *BAD_STEP,
@@ -21,18 +23,6 @@ class TestLruaSequence(SequenceTests):
         drawn.update(beta=drawn["beta"] if beta else None, add=drawn["add"] if add else None)
         drawn["lengths"] = (torch.arange(B) * 2 + 3) % (T + 1) if lengths else None
         return Inputs(**memory_state(seed + 50, B, N, W, R), **drawn, **options)
-
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_two_halves_are_one_sequence(self, device):
-        inputs = self.inputs(1, 3, 20, 6, 2).on(device)
-        whole = self.function(**inputs)
-        parts = {name: inputs[name] for name in ("key", "gate")}
-        first = self.function(**{**inputs, **{name: value[:2] for name, value in parts.items()}})
-        state = dict(zip(("memory", "usage", "read_weights"), first[1:], strict=True))
-        second = self.function(**{**inputs, **state, **{name: value[2:] for name, value in parts.items()}})
-        torch.testing.assert_close(torch.cat([first[0], second[0]]), whole[0])
-        for a, b in zip(second[1:], whole[1:], strict=True):
-            torch.testing.assert_close(a, b)
 
     def test_no_steps_pass_the_state_on(self):
         inputs = self.inputs(1, 2, 5, 3, 2, T=0)

@@ -8,6 +8,8 @@ class TestMannSequence(SequenceTests):
     op = "mann_sequence"
     drawn = ("lengths", "lru", "erase", "decay", "eps", "write", "key_strength", "squash")
     movable = ("x", "h", "c", "reads", "weight_ih", "weight_hh", "bias", "weight_head", "bias_head")
+    over_time = ("x",)
+    state = ("h", "c", "reads", "memory", "usage", "read_weights")
     options = (
         {},
         {"lru": "shared", "erase": "all", "key_strength": True},
@@ -49,17 +51,6 @@ class TestMannSequence(SequenceTests):
         saturate(inputs)
         for dtype in (torch.float32, torch.float64):
             check(self.op, inputs, dtype, device)
-
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_two_halves_are_one_sequence(self, device):
-        inputs = self.inputs(1, 3, 20, 6, 2).on(device)
-        whole = self.function(**inputs)
-        first = self.function(**{**inputs, "x": inputs["x"][:1]})
-        names = ("h", "c", "reads", "memory", "usage", "read_weights")
-        second = self.function(**{**inputs, "x": inputs["x"][1:], **dict(zip(names, first[1:], strict=True))})
-        torch.testing.assert_close(torch.cat([first[0], second[0]]), whole[0])
-        for a, b in zip(second[1:], whole[1:], strict=True):
-            torch.testing.assert_close(a, b)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_long_episode(self, device):
