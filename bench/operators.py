@@ -175,5 +175,5 @@ def operators() -> dict[str, Bench]:
     """All of them by name, in the order of the package: what is made of several comes last."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
     found = [importlib.import_module(f"bench.{name}").BENCH for name in names]
-    place = {op: number for number, op in enumerate(_backend.STEMS)}
+    place = {op: number for number, op in enumerate(_backend.OPS)}
     return {bench.op: bench for bench in sorted(found, key=lambda bench: place.get(bench.op, len(place)))}

@@ -13,19 +13,19 @@ from mann_kernels._version import __version__
 def report() -> dict:
     """Collect which implementation runs where, for float32 tensors, with versions; JSON-ready."""
     operators: dict[str, dict] = {}
-    for stem in _backend.STEMS:
-        operators[stem] = {}
+    for op in _backend.OPS:
+        operators[op] = {}
         for device in ("cpu", "cuda"):
-            name, why = _backend.default(stem, device, torch.float32)
-            missing = {other: _backend.missing(other, stem, device, torch.float32) for other in _backend.NAMES}
-            operators[stem][device] = {"runs": name, "why_no_kernel": why, "missing": missing}
+            name, why = _backend.default(op, device, torch.float32)
+            missing = {other: _backend.missing(other, op, device, torch.float32) for other in _backend.NAMES}
+            operators[op][device] = {"runs": name, "why_no_kernel": why, "missing": missing}
     return {
         "mann_kernels": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cuda_available": torch.cuda.is_available(),
         "cpp_instruction_set": _library.cpu_isa(),
-        "cuda_kernels": sorted(_library.cuda_kernels & set(_backend.STEMS)),
+        "cuda_kernels": sorted(_library.cuda_kernels & set(_backend.OPS)),
         "operators": operators,
     }
 
@@ -40,18 +40,18 @@ def as_text(facts: dict) -> str:
         f"{'operator':<22} {'cpu':<10} cuda",
     ]
     reasons: dict[tuple[str, str, str], list[str]] = {}
-    for stem, devices in facts["operators"].items():
+    for op, devices in facts["operators"].items():
         on_gpu = devices["cuda"]["runs"]
         if on_gpu != "reference" and not facts["cuda_available"]:
             on_gpu += " (built, no device)" if on_gpu == "cuda" else " (no device)"
-        lines.append(f"{stem:<22} {devices['cpu']['runs']:<10} {on_gpu}")
+        lines.append(f"{op:<22} {devices['cpu']['runs']:<10} {on_gpu}")
         for device, entry in devices.items():
             for name, why in entry["missing"].items():
                 if why is not None:
-                    reasons.setdefault((device, name, why), []).append(stem)
+                    reasons.setdefault((device, name, why), []).append(op)
     lines += ["", "missing:"]
-    for (device, name, why), stems in reasons.items():
-        which = "all operators" if len(stems) == len(facts["operators"]) else ", ".join(stems)
+    for (device, name, why), ops in reasons.items():
+        which = "all operators" if len(ops) == len(facts["operators"]) else ", ".join(ops)
         lines.append(f"  {name} on {device}, {which}: {why}")
     return "\n".join(lines)
 

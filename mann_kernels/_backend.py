@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 
 from mann_kernels import _library
 
-#: The stems: every public operator, in the order in which one builds on another.
-STEMS = (
+#: Every public operator, in the order in which one builds on another.
+OPS = (
     "content_address",
     "lrua_write_weights",
     "memory_update",
@@ -67,8 +67,8 @@ def backend(name: str):
         _requested = before
 
 
-def missing(name: str, stem: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why the implementation `name` cannot run `stem` on this device and dtype; None if it can."""
+def missing(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why the implementation `name` cannot run `op` on this device and dtype; None if it can."""
     if name == "reference":
         return None
     if name == "cpp":
@@ -76,8 +76,8 @@ def missing(name: str, stem: str, device: str, dtype: torch.dtype) -> str | None
             return f"the C++ kernels run on CPU tensors, not on {device}"
         if _library.cpp_missing is not None:
             return _library.cpp_missing
-        if stem not in _library.cpp_kernels:
-            return f"the compiled extension has no kernel for {stem}: it is older than this package, build it again"
+        if op not in _library.cpp_kernels:
+            return f"the compiled extension has no kernel for {op}: it is older than this package, build it again"
         if dtype not in CPP_DTYPES:
             return f"the C++ kernels take {', '.join(map(str, CPP_DTYPES))}, not {dtype}"
         return None
@@ -90,23 +90,23 @@ def missing(name: str, stem: str, device: str, dtype: torch.dtype) -> str | None
             )
         if device not in ("cpu", "cuda"):
             return f"the Triton kernels run on GPUs, not on {device}"
-        if (stem, device, dtype) in TRITON_CANNOT:
-            return f"Triton has no {dtype} for {stem} on GPUs: {TRITON_CANNOT[stem, device, dtype]}"
-        if stem not in TRITON_KERNELS:
-            return f"this version has no Triton kernel for {stem}"
+        if (op, device, dtype) in TRITON_CANNOT:
+            return f"Triton has no {dtype} for {op} on GPUs: {TRITON_CANNOT[op, device, dtype]}"
+        if op not in TRITON_KERNELS:
+            return f"this version has no Triton kernel for {op}"
         if dtype not in TRITON_DTYPES:
             return f"the Triton kernels take {', '.join(map(str, TRITON_DTYPES))}, not {dtype}"
         return None
-    return _cuda_missing(stem, device, dtype)
+    return _cuda_missing(op, device, dtype)
 
 
-def _cuda_missing(stem: str, device: str, dtype: torch.dtype) -> str | None:
+def _cuda_missing(op: str, device: str, dtype: torch.dtype) -> str | None:
     if device != "cuda" or torch.version.hip is not None:
         return f"the CUDA kernels run on NVIDIA GPUs, not on {device if torch.version.hip is None else 'AMD GPUs'}"
     if _library.cuda_missing is not None:
         return _library.cuda_missing
-    if stem not in _library.cuda_kernels:
-        return f"this version has no CUDA kernel for {stem}"
+    if op not in _library.cuda_kernels:
+        return f"this version has no CUDA kernel for {op}"
     if dtype not in CUDA_DTYPES:
         return f"the CUDA kernels take {', '.join(map(str, CUDA_DTYPES))}, not {dtype}"
     capability, why = _devices()
@@ -138,12 +138,12 @@ def _asked_devices() -> tuple[tuple[int, int], str | None]:
 BY_SPEED = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 
-def default(stem: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
+def default(op: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
     """The implementation that runs when none is asked for, and why it is not a kernel (None if it is one)."""
     for name in BY_SPEED.get(device, ("cpp",)):
-        if missing(name, stem, device, dtype) is None:
+        if missing(name, op, device, dtype) is None:
             return name, None
-    return "reference", missing("triton" if device == "cuda" else "cpp", stem, device, dtype)
+    return "reference", missing("triton" if device == "cuda" else "cpp", op, device, dtype)
 
 
 #: Why no kernel runs in torch.func.vmap, grad, jacrev and the like, where plain PyTorch does the right thing.
@@ -157,20 +157,20 @@ def transformed() -> bool:
 
 
 @functools.cache
-def _warn_once(stem: str, device: str, why: str) -> None:
-    warnings.warn(f"mann_kernels: {stem} on {device} runs as plain PyTorch, slowly: {why}", stacklevel=5)
+def _warn_once(op: str, device: str, why: str) -> None:
+    warnings.warn(f"mann_kernels: {op} on {device} runs as plain PyTorch, slowly: {why}", stacklevel=5)
 
 
-def select(stem: str, tensor: torch.Tensor) -> str:
-    """The name of the implementation for this call of `stem`, decided by one of its tensors."""
+def select(op: str, tensor: torch.Tensor) -> str:
+    """The name of the implementation for this call of `op`, decided by one of its tensors."""
     device, dtype = tensor.device.type, tensor.dtype
     if _requested is not None:
         refused = transformed() and _requested != "reference"
-        why = TRANSFORMED if refused else missing(_requested, stem, device, dtype)
+        why = TRANSFORMED if refused else missing(_requested, op, device, dtype)
         if why is not None:
-            raise RuntimeError(f"backend {_requested!r} was asked for, but cannot run {stem}: {why}")
+            raise RuntimeError(f"backend {_requested!r} was asked for, but cannot run {op}: {why}")
         return _requested
-    name, why = ("reference", TRANSFORMED) if transformed() else default(stem, device, dtype)
+    name, why = ("reference", TRANSFORMED) if transformed() else default(op, device, dtype)
     if why is not None and not torch.compiler.is_compiling():
-        _warn_once(stem, device, why)
+        _warn_once(op, device, why)
     return name

@@ -54,15 +54,15 @@ def define(schema: str, fake, default=None) -> None:
     _LIBRARIES["mann_triton"].impl(name, functools.partial(_run_triton, name), "CompositeExplicitAutograd")
 
 
-#: Operators of a stem beside its forward pass, `<stem>_<part>`.
+#: The operators that a public one has beside its forward pass, `<op>_<part>`.
 PARTS = ("backward", "sides")
 
 
 def _run_triton(name: str, *args):
     """The Triton kernels are imported here, at the first call. Triton launches on the current device: make it the tensors'."""
     part = next((part for part in PARTS if name.endswith(f"_{part}")), "forward")
-    stem = name.removesuffix(f"_{part}")
-    module = importlib.import_module(f"mann_kernels.triton.{stem}")
+    op = name.removesuffix(f"_{part}")
+    module = importlib.import_module(f"mann_kernels.triton.{op}")
     with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
         return getattr(module, part)(*args)
 

@@ -81,8 +81,8 @@ def _asked_backend(request):
         return
     import mann_kernels
 
-    stem = request.node.callspec.params.get("stem") or getattr(request.cls, "stem", "mann_sequence")
-    if mann_kernels._backend.default(stem, "cuda", torch.float32)[0] == asked:
+    op = request.node.callspec.params.get("op") or getattr(request.cls, "op", "mann_sequence")
+    if mann_kernels._backend.default(op, "cuda", torch.float32)[0] == asked:
         pytest.skip(f"{asked} is the default there")
     with mann_kernels.backend(asked):
         yield

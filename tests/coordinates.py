@@ -3,7 +3,7 @@
 import math
 
 import torch
-from stem import draw
+from against_reference import draw
 
 from mann_kernels.reference.generate_fast_weights import preprocess_gradients
 

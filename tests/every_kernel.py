@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch  # noqa: E402
-from stem import run  # noqa: E402
+from against_reference import run  # noqa: E402
 from test_properties import class_of  # noqa: E402
 
 import mann_kernels  # noqa: E402
@@ -16,7 +16,7 @@ from mann_kernels import _backend  # noqa: E402
 SIZE = (3, 37, 5, 2)
 
 for implementation in ("cuda", "triton"):
-    for op in _backend.STEMS:
+    for op in _backend.OPS:
         for dtype in (torch.float32, torch.bfloat16):
             if _backend.missing(implementation, op, "cuda", dtype) is not None:
                 continue

@@ -17,9 +17,9 @@ GPU = torch.cuda.is_available()
 NO_CUDA_KERNEL = ("lrua_write_weights", "memory_update")
 #: Implementation -> (where, the operators that it has there, in which dtypes).
 MUST_RUN = {
-    "cpp": ("cpu", _backend.STEMS, ("float32", "float64", "bfloat16")),
-    "triton": ("cuda", _backend.STEMS, ("float32", "float64", "bfloat16", "float16")),
-    "cuda": ("cuda", tuple(op for op in _backend.STEMS if op not in NO_CUDA_KERNEL), ("float32", "bfloat16")),
+    "cpp": ("cpu", _backend.OPS, ("float32", "float64", "bfloat16")),
+    "triton": ("cuda", _backend.OPS, ("float32", "float64", "bfloat16", "float16")),
+    "cuda": ("cuda", tuple(op for op in _backend.OPS if op not in NO_CUDA_KERNEL), ("float32", "bfloat16")),
 }
 
 

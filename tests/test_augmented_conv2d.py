@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from stem import DTYPES, Inputs, compare, replace
+from against_reference import DTYPES, Inputs, compare, replace
 from test_augmented_linear import BAD_LAYER, FORMS, LayerTests, draw_layer
 
 import mann_kernels
@@ -11,7 +11,9 @@ from mann_kernels.ops._augment import ACTIVATION
 class TestAugmentedConv2d(LayerTests):
     """B, W and R of the drawn sizes are L, O and S, and N is C, but at most 40: two vectors and a part of one."""
 
-    stem = "augmented_conv2d"
+    op = "augmented_conv2d"
+    drawn = ("kind", "bias", "form", "activation", "size", "kernel", "padding", "pool")
+    movable = ("weight", "bias", "fast", "mix")
     options = (
         {"pool": True},
         {"kind": "task mixture", "form": "output", "pool": True, "padding": 0},
@@ -59,15 +61,15 @@ class TestAugmentedConv2d(LayerTests):
         """Every form, hidden and output, with every activation."""
         for activation in ACTIVATION:
             for pool in (False, True):
-                compare(self.stem, self.inputs(1, 5, 3, 18, 3, kind, activation=activation, pool=pool), dtype)
-                compare(self.stem, self.inputs(2, 5, 20, 7, 3, kind, form="output", pool=pool), dtype)
+                compare(self.op, self.inputs(1, 5, 3, 18, 3, kind, activation=activation, pool=pool), dtype)
+                compare(self.op, self.inputs(2, 5, 20, 7, 3, kind, form="output", pool=pool), dtype)
 
     @pytest.mark.parametrize("size", [1, 2, 7, 28])
     def test_pooling_is_in_ceil_mode(self, size):
         for channels in (1, 17):
             inputs = self.inputs(size, 2, channels, 5, 2, size=(size, size), pool=True)
             assert self.function(**inputs).shape[-2:] == ((size + 1) // 2, (size + 1) // 2)
-            compare(self.stem, inputs, torch.float32)
+            compare(self.op, inputs, torch.float32)
 
     @pytest.mark.parametrize("kernel", [1, 2, 3, 5])
     @pytest.mark.parametrize("padding", [0, 1, 3])
@@ -75,7 +77,7 @@ class TestAugmentedConv2d(LayerTests):
         for channels in (2, 40):
             for size in ((6, 9), (14, 13)):
                 inputs = self.inputs(1, 5, channels, 20, 2, size=size, kernel=kernel, padding=padding, pool=padding > 0)
-                compare(self.stem, inputs, torch.float32)
+                compare(self.op, inputs, torch.float32)
 
     def test_a_convolution_is_linear_in_its_weight(self):
         """conv(x, sum_s a_s M_s) = sum_s a_s conv(x, M_s)."""

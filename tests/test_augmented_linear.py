@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from stem import DTYPES, Inputs, StemTests, compare, draw, loss_of, replace, run
+from against_reference import DTYPES, Inputs, OperatorTests, compare, draw, loss_of, replace, run
 
 from mann_kernels.ops._augment import ACTIVATION
 
@@ -26,7 +26,7 @@ def draw_layer(seed, kind, lead, rows, layer, example, bias=True):
     return drawn
 
 
-class LayerTests(StemTests):
+class LayerTests(OperatorTests):
     """What the two augmented layers have in common. Subclasses say how a large one is made."""
 
     large: str
@@ -125,7 +125,9 @@ BAD_LAYER = (
 class TestAugmentedLinear(LayerTests):
     """B, N, W and R of the drawn sizes are L, I, O and S."""
 
-    stem = "augmented_linear"
+    op = "augmented_linear"
+    drawn = ("kind", "bias", "form", "activation")
+    movable = ("weight", "bias", "fast", "mix")
     options = (
         {},
         {"kind": "task mixture", "form": "output"},
@@ -161,5 +163,5 @@ class TestAugmentedLinear(LayerTests):
         """Every form, hidden and output, with every activation; many examples, few, and one."""
         for examples in (1, 3, 70):
             for activation in ACTIVATION:
-                compare(self.stem, self.inputs(examples, examples, 19, 18, 3, kind, activation=activation), dtype)
-            compare(self.stem, self.inputs(examples, examples, 19, 18, 3, kind, form="output"), dtype)
+                compare(self.op, self.inputs(examples, examples, 19, 18, 3, kind, activation=activation), dtype)
+            compare(self.op, self.inputs(examples, examples, 19, 18, 3, kind, form="output"), dtype)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stem import on_gpu, run
+from against_reference import on_gpu, run
 from test_properties import class_of
 
 import mann_kernels
@@ -17,8 +17,8 @@ PLACES = [
 ]
 
 
-def drawn(stem):
-    tests = class_of(stem)
+def drawn(op):
+    tests = class_of(op)
     return tests.inputs(1, 3, 7, 5, 2, **tests.options[0])
 
 
@@ -29,10 +29,10 @@ def rounded(inputs, dtype):
 
 @pytest.mark.filterwarnings("ignore:.*plain PyTorch")
 @pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_the_type_an_operator_computes_in(stem, device, dtype):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_the_type_an_operator_computes_in(op, device, dtype):
     """The same bits as the call without autocast whose tensors have that type, gradients included."""
-    function, tests = getattr(mann_kernels, stem), class_of(stem)
+    function, tests = getattr(mann_kernels, op), class_of(op)
     for options in tests.options:
         inputs = rounded(tests.inputs(1, 3, 7, 5, 2, **options), dtype).on(device)
 
@@ -41,10 +41,10 @@ def test_the_type_an_operator_computes_in(stem, device, dtype):
                 return function(**given)
 
         if (
-            stem == "mann_sequence"
+            op == "mann_sequence"
         ):  # x enters through a product in the low type: here exact, as all of it is in that type
             inputs["weight_ih"], inputs["x"] = inputs["weight_ih"] * 0, inputs["x"] * 0
-        wanted = dtype if stem in LOW else torch.float32
+        wanted = dtype if op in LOW else torch.float32
         outputs, grads = run(in_autocast, inputs)
         same, same_grads = run(function, inputs.to(wanted))
         for a, b in zip(outputs, same, strict=True):
@@ -52,20 +52,20 @@ def test_the_type_an_operator_computes_in(stem, device, dtype):
             assert torch.equal(a, b)
         for name, grad in grads.items():
             assert grad.dtype == torch.float32
-            if stem != "mann_sequence":
+            if op != "mann_sequence":
                 assert torch.equal(grad, same_grads[name].float()), name
 
 
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_tensors_of_the_low_type_are_welcome(stem):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_tensors_of_the_low_type_are_welcome(op):
     """What a linear layer under autocast hands on need not be cast by the user."""
-    inputs = drawn(stem).to(torch.float32)
+    inputs = drawn(op).to(torch.float32)
     name = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.is_floating_point()][-1]
     inputs[name] = inputs[name].bfloat16()
     with pytest.raises(TypeError, match="dtype"):
-        getattr(mann_kernels, stem)(**inputs)
+        getattr(mann_kernels, op)(**inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        getattr(mann_kernels, stem)(**inputs)
+        getattr(mann_kernels, op)(**inputs)
 
 
 def test_float64_stays():
@@ -97,15 +97,15 @@ def test_the_products_of_mann_sequence_are_in_the_low_type():
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize("stem", ["mann_sequence", "lrua_step", "content_address", "augmented_linear"])
-def test_a_backward_pass_inside_autocast_is_the_same(stem, create_graph):
-    inputs = drawn(stem).to(torch.float32)
+@pytest.mark.parametrize("op", ["mann_sequence", "lrua_step", "content_address", "augmented_linear"])
+def test_a_backward_pass_inside_autocast_is_the_same(op, create_graph):
+    inputs = drawn(op).to(torch.float32)
 
     def grads(within):
         given = inputs.with_grad()
         leaves = [v for v in given.values() if isinstance(v, torch.Tensor) and v.requires_grad]
         with torch.autocast("cpu", torch.bfloat16):
-            out = getattr(mann_kernels, stem)(**given)
+            out = getattr(mann_kernels, op)(**given)
             loss = (out[0] if isinstance(out, tuple) else out).float().square().sum()
             if within:
                 return torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)

@@ -180,7 +180,7 @@ def test_rows_of_a_gpu(gpu, fake, dtype):
 def test_cuda_and_triton_kernels_are_verified_and_timed_beside_each_other(gpu, monkeypatch):
     asked = []
 
-    def select(stem, tensor, *rest):
+    def select(op, tensor, *rest):
         asked.append(_backend._requested)
         return "reference" if tensor.dtype == torch.float16 else "cpp"
 

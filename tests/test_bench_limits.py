@@ -18,11 +18,11 @@ LAYERS = {
 }
 
 
-def shapes(stem):
+def shapes(op):
     """Beside what verification has: an input without a gradient, images that are smaller than the memory is deep. What is
     one by one by one is no matrix product to torch."""
-    known = [shape for shape in operators()[stem].verified[:2] if shape != LayerShape(1, 1, 1, 1, 1)]
-    return [*known, *LAYERS.get(stem, ())]
+    known = [shape for shape in operators()[op].verified[:2] if shape != LayerShape(1, 1, 1, 1, 1)]
+    return [*known, *LAYERS.get(op, ())]
 
 
 def counted(run, function):
@@ -31,12 +31,12 @@ def counted(run, function):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_products_are_those_of_the_cheapest_contestant(stem):
-    bench = operators()[stem]
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_products_are_those_of_the_cheapest_contestant(op):
+    bench = operators()[op]
     # Others of mann_sequence multiply by broadcasting, which torch does not count.
-    functions = [bench.eager, *(bench.alternatives.values() if stem in LAYERS else ())]
-    for shape in shapes(stem):
+    functions = [bench.eager, *(bench.alternatives.values() if op in LAYERS else ())]
+    for shape in shapes(op):
         run = Run(bench, bench.inputs(shape, 0), torch.float32)
         want = bench.work(shape, 4)
         found = [(counted(run.forward, function), counted(run.train, function)) for function in functions]
@@ -44,14 +44,14 @@ def test_products_are_those_of_the_cheapest_contestant(stem):
         assert min(first for first, _ in found) == forward
         # Of a grouped convolution torch counts the gradient of the weight once too often for every group, and of none it counts
         # that the gradient is zero where the pooling took another place.
-        if stem != "augmented_conv2d" or shape.side == 1:
+        if op != "augmented_conv2d" or shape.side == 1:
             assert min(second for _, second in found) == train
 
 
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_bytes_are_those_of_the_tensors(stem):
-    bench = operators()[stem]
-    for shape in shapes(stem):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_bytes_are_those_of_the_tensors(op):
+    bench = operators()[op]
+    for shape in shapes(op):
         run = Run(bench, bench.inputs(shape, 0), torch.float32)
         results = bench.reference()(*run.tensors.values())
         results = results if isinstance(results, tuple) else (results,)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from against_reference import OnePercentOff
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -244,16 +244,7 @@ def uncompiled(monkeypatch):
 def test_a_wrong_kernel_is_not_timed(monkeypatch, uncompiled, tmp_path):
     right = mann_kernels.content_address
 
-    class Wrong(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, memory):
-            return memory.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * 1.01
-
-    monkeypatch.setattr(mann_kernels, "content_address", lambda memory, key: right(Wrong.apply(memory), key))
+    monkeypatch.setattr(mann_kernels, "content_address", lambda memory, key: right(OnePercentOff.apply(memory), key))
     monkeypatch.setattr(harness, "Comparison", lambda *args: pytest.fail("timed"))
     path = tmp_path / "a.json"
     result = invoke("--quick", "--device", "cpu", "--op", "content_address", "--shape", "paper", "--json", path)

@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from stem import Inputs
+from against_reference import Inputs
 from test_properties import class_of
 from torch.utils.checkpoint import checkpoint
 
@@ -24,21 +24,21 @@ CASES = 2 if INTERPRETED else 20  # the interpreter is slow
 SLOTS = (9, 33) if INTERPRETED else (9, 129, 257)
 #: Multiples of these cancel but for rounding.
 TENTHS = torch.arange(-3, 4, dtype=torch.float64) / 10
-STEMS_WITH_CHOICES = [stem for stem in _backend.STEMS if stem not in ("content_address", "memory_update")]
+OPS_WITH_CHOICES = [op for op in _backend.OPS if class_of(op).movable]
 
 
 def pick(generator, shape, values):
     return values[torch.randint(len(values), shape, generator=generator)]
 
 
-def tied(stem, seed):
+def tied(op, seed):
     """Inputs of one call, float64, drawn so that many choices are ties."""
-    tests, generator = class_of(stem), torch.Generator().manual_seed(seed)
+    tests, generator = class_of(op), torch.Generator().manual_seed(seed)
     options = dict(tests.options[seed % len(tests.options)])
-    if stem.endswith("sequence"):
+    if op.endswith("sequence"):
         options["T"] = 7
     # as many as a matrix product rounds by groups of its own choice: that breaks the ties
-    N, W, R = (SLOTS[seed % len(SLOTS)], 40, 4) if stem.startswith(("lrua", "mann")) else (24, 31, 2)
+    N, W, R = (SLOTS[seed % len(SLOTS)], 40, 4) if op.startswith(("lrua", "mann")) else (24, 31, 2)
     inputs = tests.inputs(seed % 3, 2, N, W, R, **options)
     for name, value in inputs.items():
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
@@ -54,7 +54,7 @@ def tied(stem, seed):
         elif name == "grads":
             edges = torch.tensor([0.0, 1.0, -1.0]) * math.exp(-options.get("p", 7.0)) - torch.finfo(torch.float32).eps
             inputs[name] = pick(generator, value.shape, torch.cat([edges.double(), edges.double() * 1.5, TENTHS]))
-        elif stem.startswith(("augmented", "generate")):
+        elif op.startswith(("augmented", "generate")):
             inputs[name] = pick(generator, value.shape, TENTHS)
     return inputs
 
@@ -73,8 +73,8 @@ def loss_of(outputs, per_slot=True):
     return loss
 
 
-def gradients(stem, inputs, names, *, create_graph=False, per_slot=True):
-    outputs = getattr(mann_kernels, stem)(**inputs)
+def gradients(op, inputs, names, *, create_graph=False, per_slot=True):
+    outputs = getattr(mann_kernels, op)(**inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     tensors = [inputs[name] for name in names]
     grads = torch.autograd.grad(loss_of(outputs, per_slot), tensors, create_graph=create_graph, allow_unused=True)
@@ -90,36 +90,24 @@ def assert_same(a, b, name, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("stem", STEMS_WITH_CHOICES)
+@pytest.mark.parametrize("op", OPS_WITH_CHOICES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_gradient_with_a_graph_is_the_gradient(name, stem, dtype):
+def test_a_gradient_with_a_graph_is_the_gradient(name, op, dtype):
     with mann_kernels.backend(name):
         for seed in range(CASES):
-            inputs = tied(stem, seed).to(dtype).with_grad()
+            inputs = tied(op, seed).to(dtype).with_grad()
             names = differentiable(inputs)
-            plain, with_graph = (gradients(stem, inputs, names, create_graph=graph) for graph in (False, True))
+            plain, with_graph = (gradients(op, inputs, names, create_graph=graph) for graph in (False, True))
             for which, a, b in zip(names, plain, with_graph, strict=True):
                 assert_same(a, b, f"seed {seed}, {which}", 1e-9 if dtype == torch.float64 else 1e-4)
 
 
-#: What may move without moving a tie, and so what finite differences may be taken along.
-MOVABLE = {
-    "lrua_write_weights": ("gate",),
-    "lrua_step": ("key", "gate", "beta", "add"),
-    "lrua_sequence": ("key", "gate", "beta", "add"),
-    "mann_sequence": ("x", "h", "c", "reads", "weight_ih", "weight_hh", "bias", "weight_head", "bias_head"),
-    "generate_fast_weights": ("weight3", "bias3"),
-    "summarize_gradients": ("weight_ih", "weight_hh", "bias", "weight_out", "bias_out"),
-}
-
-
-def halves(stem, inputs):
+def halves(op, inputs):
     """(inputs, what moves): an augmented layer has ties on one side while the other moves."""
-    if not stem.startswith("augmented"):
-        return [(inputs, [name for name in MOVABLE[stem] if inputs.get(name) is not None])]
-    moved = (("weight", "bias"), ("fast", "mix"))
+    if not op.startswith("augmented"):
+        return [(inputs, [name for name in class_of(op).movable if inputs.get(name) is not None])]
     found = []
-    for names in moved:
+    for names in (("weight", "bias"), ("fast", "mix")):
         drawn = Inputs(inputs)
         for n, name in enumerate(name for name in names if inputs.get(name) is not None):
             generator = torch.Generator().manual_seed(n)
@@ -129,19 +117,19 @@ def halves(stem, inputs):
     return found
 
 
-@pytest.mark.parametrize("stem", STEMS_WITH_CHOICES)
+@pytest.mark.parametrize("op", OPS_WITH_CHOICES)
 @pytest.mark.parametrize("name", NAMES)
-def test_second_derivatives_are_finite_differences_of_the_first(name, stem):
+def test_second_derivatives_are_finite_differences_of_the_first(name, op):
     step = 1e-6
     with mann_kernels.backend(name):
         for seed in range(CASES // 2):
-            for inputs, moved in halves(stem, tied(stem, seed)):
+            for inputs, moved in halves(op, tied(op, seed)):
                 inputs = inputs.with_grad()
                 per_example = ("memory", "read_weights")
                 names = [which for which in differentiable(inputs) if which not in per_example]
                 generator = torch.Generator().manual_seed(seed)
                 along = {w: torch.randn(inputs[w].shape, generator=generator, dtype=torch.float64) for w in moved}
-                first = gradients(stem, inputs, names, create_graph=True, per_slot=False)
+                first = gradients(op, inputs, names, create_graph=True, per_slot=False)
                 v = [torch.randn(grad.shape, generator=generator, dtype=torch.float64) for grad in first]
                 product = sum((grad * part).sum() for grad, part in zip(first, v, strict=True))
                 second = torch.autograd.grad(product, [inputs[w] for w in moved], allow_unused=True)
@@ -149,7 +137,7 @@ def test_second_derivatives_are_finite_differences_of_the_first(name, stem):
 
                 def at(distance, inputs=inputs, along=along, names=names, v=v):
                     near = {w: (inputs[w].detach() + distance * along[w]).requires_grad_() for w in along}
-                    grads = gradients(stem, Inputs({**inputs, **near}), names, per_slot=False)
+                    grads = gradients(op, Inputs({**inputs, **near}), names, per_slot=False)
                     return sum((grad * part).sum().item() for grad, part in zip(grads, v, strict=True))
 
                 want = (at(step) - at(-step)) / (2 * step)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stem import on_gpu
+from against_reference import on_gpu
 from torch._dynamo.utils import counters
 
 from mann_kernels import MANN, MANNCell, MetaNet

@@ -1,11 +1,12 @@
 import torch
-from stem import BAD_STATE, StemTests, draw
+from against_reference import BAD_STATE, OperatorTests, draw
 
 import mann_kernels
 
 
-class TestContentAddress(StemTests):
-    stem = "content_address"
+class TestContentAddress(OperatorTests):
+    op = "content_address"
+    drawn = ("beta",)
     options = ({}, {"beta": True})
     bad = BAD_STATE
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stem import outputs_of, run
+from against_reference import outputs_of, run
 from test_properties import class_of
 from test_structure import _Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,7 +22,7 @@ from mann_kernels import _backend, _library
 
 ROOT = Path(__file__).parent.parent
 #: The operators that have CUDA kernels.
-STEMS = tuple(stem for stem in _backend.STEMS if (ROOT / "csrc" / "cuda" / f"{stem}.cpp").exists())
+OPS = tuple(op for op in _backend.OPS if (ROOT / "csrc" / "cuda" / f"{op}.cpp").exists())
 built = pytest.mark.skipif(_library.cuda_missing is not None, reason=str(_library.cuda_missing))
 
 
@@ -35,29 +35,29 @@ def test_built_where_a_compiler_is():
 
 @built
 def test_every_kernel_registers_itself():
-    assert len(STEMS) >= 4
-    kernels = {name for stem in STEMS for name in (stem, f"{stem}_backward")}
+    assert len(OPS) >= 4
+    kernels = {name for op in OPS for name in (op, f"{op}_backward")}
     assert _library.cuda_kernels == kernels | {"generate_fast_weights_sides"}
 
 
 @built
 def test_they_are_the_default_where_they_can_be():
-    for stem in _backend.STEMS:
+    for op in _backend.OPS:
         for dtype in (torch.float32, torch.bfloat16):
-            assert _backend.missing("cuda", stem, "cuda", dtype) is None or stem not in STEMS
-            assert _backend.default(stem, "cuda", dtype)[0] == ("cuda" if stem in STEMS else "triton")
-        assert _backend.default(stem, "cuda", torch.float16)[0] == "triton"
-        assert _backend.default(stem, "cpu", torch.float32)[0] == "cpp"
+            assert _backend.missing("cuda", op, "cuda", dtype) is None or op not in OPS
+            assert _backend.default(op, "cuda", dtype)[0] == ("cuda" if op in OPS else "triton")
+        assert _backend.default(op, "cuda", torch.float16)[0] == "triton"
+        assert _backend.default(op, "cpu", torch.float32)[0] == "cpp"
     assert "not torch.float64" in _backend.missing("cuda", "lrua_step", "cuda", torch.float64)
 
 
 @built
-@pytest.mark.parametrize("stem", STEMS)
-def test_a_device_too_old_or_without_a_compiler_takes_triton(stem, monkeypatch):
+@pytest.mark.parametrize("op", OPS)
+def test_a_device_too_old_or_without_a_compiler_takes_triton(op, monkeypatch):
     def why(capability, no_compiler=None):
         monkeypatch.setattr(_backend, "_devices", lambda: (capability, no_compiler))
-        found = _backend.missing("cuda", stem, "cuda", torch.float32)
-        assert _backend.default(stem, "cuda", torch.float32)[0] == ("cuda" if found is None else "triton")
+        found = _backend.missing("cuda", op, "cuda", torch.float32)
+        assert _backend.default(op, "cuda", torch.float32)[0] == ("cuda" if found is None else "triton")
         return found
 
     assert "capability 9.0 or more, a device here has 8.9" in why((8, 9))
@@ -94,13 +94,13 @@ def test_the_command_lists_them():
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     facts, text = json.loads(output("--json")), output()
-    assert facts["cuda_kernels"] == sorted(STEMS)
+    assert facts["cuda_kernels"] == sorted(OPS)
     assert "CUDA kernels: built" in text
-    for stem in STEMS:
-        assert facts["operators"][stem]["cuda"]["missing"]["cuda"] is None
-        assert facts["operators"][stem]["cuda"]["runs"] == "cuda"
+    for op in OPS:
+        assert facts["operators"][op]["cuda"]["missing"]["cuda"] is None
+        assert facts["operators"][op]["cuda"]["runs"] == "cuda"
         want = "cuda" if torch.cuda.is_available() else r"cuda \(built, no device\)"
-        assert re.search(rf"^{stem} +cpp +{want}$", text, re.MULTILINE)
+        assert re.search(rf"^{op} +cpp +{want}$", text, re.MULTILINE)
 
 
 def on_fake_gpu(value):
@@ -111,39 +111,39 @@ def on_fake_gpu(value):
 
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stem", STEMS)
-def test_shapes_are_known_without_a_device(stem, dtype):
+@pytest.mark.parametrize("op", OPS)
+def test_shapes_are_known_without_a_device(op, dtype):
     """Fake CUDA tensors go through the public function to the operator that has a CUDA kernel, and through its backward.
 
     Without gradients: a torch without CUDA aborts where autograd meets a CUDA tensor, fake or not.
     """
-    tests = class_of(stem)
+    tests = class_of(op)
     for options in tests.options:
         inputs = tests.inputs(1, 3, 7, 5, 2, **options).to(dtype)
         with _Calls() as real:
-            run(getattr(mann_kernels, stem), inputs)
+            run(getattr(mann_kernels, op), inputs)
         with FakeTensorMode(), torch.no_grad(), mann_kernels.backend("cuda"), _Calls() as fake:
-            outputs = outputs_of(getattr(mann_kernels, stem), {k: on_fake_gpu(v) for k, v in inputs.items()})
+            outputs = outputs_of(getattr(mann_kernels, op), {k: on_fake_gpu(v) for k, v in inputs.items()})
             backward, args = real.made[1]
             grads = backward(*map(on_fake_gpu, args))
-        assert [func.name() for func, _ in fake.made] == [f"mann::{stem}", f"mann::{stem}_backward"]
-        for found, want in ((outputs, outputs_of(getattr(mann_kernels, stem), inputs)), (grads, backward(*args))):
+        assert [func.name() for func, _ in fake.made] == [f"mann::{op}", f"mann::{op}_backward"]
+        for found, want in ((outputs, outputs_of(getattr(mann_kernels, op), inputs)), (grads, backward(*args))):
             assert {tensor.device.type for tensor in found} == {"cuda"}
             layouts = [[(t.shape, t.stride(), t.dtype) for t in tensors] for tensors in (found, want)]
             assert layouts[0] == layouts[1]
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_torch_compile_takes_the_kernels_of_a_gpu(stem):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_torch_compile_takes_the_kernels_of_a_gpu(op):
     """What it makes of a call on CUDA tensors, which are fake here: one graph, with the operator that would run without it."""
-    tests = class_of(stem)
+    tests = class_of(op)
     inputs = tests.inputs(1, 3, 7, 5, 2, **tests.options[0]).to(torch.float32)
     names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
 
     class Layer(torch.nn.Module):
         def forward(self, *tensors):
-            return getattr(mann_kernels, stem)(**{**inputs, **dict(zip(names, tensors, strict=True))})
+            return getattr(mann_kernels, op)(**{**inputs, **dict(zip(names, tensors, strict=True))})
 
     with FakeTensorMode(), torch.no_grad():
         fake = tuple(on_fake_gpu(inputs[name]) for name in names)
@@ -156,14 +156,14 @@ def test_torch_compile_takes_the_kernels_of_a_gpu(stem):
 
 
 @built
-@pytest.mark.parametrize("stem", STEMS)
-def test_without_a_driver_a_call_is_a_clear_error(stem):
+@pytest.mark.parametrize("op", OPS)
+def test_without_a_driver_a_call_is_a_clear_error(op):
     """No CUDA tensor can be made without a driver, so the kernel is called with others."""
     if torch.cuda.is_available():
         pytest.skip("there is a device")
-    tests = class_of(stem)
+    tests = class_of(op)
     with _Calls() as calls:
-        getattr(mann_kernels, stem)(**tests.inputs(1, 3, 7, 5, 2, **tests.options[0]).to(torch.float32))
+        getattr(mann_kernels, op)(**tests.inputs(1, 3, 7, 5, 2, **tests.options[0]).to(torch.float32))
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for func, args in calls.made:
         with pytest.raises(RuntimeError, match=r"no CUDA driver|CUDA tensors"):

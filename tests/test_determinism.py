@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stem import compare, run
+from against_reference import compare, run
 from test_properties import class_of
 
 import mann_kernels
@@ -12,8 +12,8 @@ from mann_kernels import _backend
 B, N, W, R = 67, 300, 5, 7
 
 
-def inputs_of(stem, dtype):
-    tests = class_of(stem)
+def inputs_of(op, dtype):
+    tests = class_of(op)
     return tests.inputs(1, B, N, W, R, **tests.options[-1]).to(dtype)
 
 
@@ -25,12 +25,12 @@ def set_threads():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stem", [stem for stem in _backend.STEMS if stem != "mann_sequence"])
-def test_any_number_of_threads_gives_the_same_bits(stem, dtype, set_threads):
-    inputs, found = inputs_of(stem, dtype), []
+@pytest.mark.parametrize("op", [op for op in _backend.OPS if op != "mann_sequence"])
+def test_any_number_of_threads_gives_the_same_bits(op, dtype, set_threads):
+    inputs, found = inputs_of(op, dtype), []
     for threads in (1, 2, 3):
         set_threads(threads)
-        outputs, grads = run(getattr(mann_kernels, stem), inputs)
+        outputs, grads = run(getattr(mann_kernels, op), inputs)
         found.append([*outputs, *grads.values()])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

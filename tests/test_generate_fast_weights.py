@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
+from against_reference import Inputs, OperatorTests, compare, replace
 from coordinates import case_form, draw_gradients, draw_weights, far_from_edges
-from stem import Inputs, StemTests, compare, replace
 from test_lrua_sequence import saved_bytes
 
 from mann_kernels.reference.generate_fast_weights import preprocess_gradients
@@ -17,10 +17,12 @@ BAD_GRADIENTS = (
 )
 
 
-class TestGenerateFastWeights(StemTests):
+class TestGenerateFastWeights(OperatorTests):
     """B and N of the drawn sizes are the gradient's, W is the number of hidden units."""
 
-    stem = "generate_fast_weights"
+    op = "generate_fast_weights"
+    drawn = ("p",)
+    movable = ("weight3", "bias3")
     options = ({}, {"p": 4.0})
     bad = (
         *BAD_GRADIENTS,
@@ -44,7 +46,7 @@ class TestGenerateFastWeights(StemTests):
         inputs = self.inputs(3, 1, count + count // 50 + 8, 20, 1)
         inputs["grads"] = inputs["grads"].to(dtype).double()
         inputs["grads"] = far_from_edges(inputs["grads"][0], inputs, count)
-        compare(self.stem, inputs, dtype)
+        compare(self.op, inputs, dtype)
 
     @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (0, 5)])
     def test_any_shape(self, shape):

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from stem import DEVICES, matches, on_gpu, run
+from against_reference import DEVICES, matches, on_gpu, run
 from test_properties import class_of
 
 import mann_kernels
@@ -18,13 +18,13 @@ LARGE = ((1, 65_536, 20, 2), (1, 65_537, 3, 3), (2, 40, 512, 16), (1, 67, 513, 1
 SEQUENCES = ("lrua_sequence", "mann_sequence")
 
 
-def inputs_of(stem, seed, size, **options):
-    tests = class_of(stem)
+def inputs_of(op, seed, size, **options):
+    tests = class_of(op)
     return tests.inputs(seed, *size, **(dict(tests.options[0]) | options))
 
 
-def few_steps(stem):
-    return {"T": 2} if stem in SEQUENCES else {}
+def few_steps(op):
+    return {"T": 2} if op in SEQUENCES else {}
 
 
 def replays_of(device, make):
@@ -33,10 +33,10 @@ def replays_of(device, make):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("stem", [op for op, bench in operators().items() if bench.suite == "mann"])
-def test_large_sizes(stem, device):
+@pytest.mark.parametrize("op", [op for op, bench in operators().items() if bench.suite == "mann"])
+def test_large_sizes(op, device):
     for seed, size in enumerate(LARGE):
-        matches(stem, inputs_of(stem, seed, size, **few_steps(stem)).on(device), torch.float32)
+        matches(op, inputs_of(op, seed, size, **few_steps(op)).on(device), torch.float32)
 
 
 @pytest.mark.parametrize(("device", "elements"), [("cpu", 2**12), on_gpu("cuda", 2**31)])
@@ -64,18 +64,18 @@ def test_offsets_beyond_32_bits(device, elements):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("stem", SEQUENCES)
-def test_a_replay_follows_its_inputs(stem, device):
+@pytest.mark.parametrize("op", SEQUENCES)
+def test_a_replay_follows_its_inputs(op, device):
     """Forward and training step captured with some numbers, replayed with others."""
-    first = inputs_of(stem, 3, (3, 37, 5, 2), T=6, lengths=True).to(torch.float32).on(device)
-    second = inputs_of(stem, 3, (3, 37, 5, 2), T=6, lengths=True).to(torch.float32).on(device)
+    first = inputs_of(op, 3, (3, 37, 5, 2), T=6, lengths=True).to(torch.float32).on(device)
+    second = inputs_of(op, 3, (3, 37, 5, 2), T=6, lengths=True).to(torch.float32).on(device)
     for name, value in second.items():
         if isinstance(value, torch.Tensor):
             second[name] = value.flip(0) if name == "lengths" else value * 1.5
     kept = {}
 
     def training_step(leaves):
-        outputs = getattr(mann_kernels, stem)(**leaves)
+        outputs = getattr(mann_kernels, op)(**leaves)
         wanted = {k: v for k, v in leaves.items() if isinstance(v, torch.Tensor) and v.requires_grad}
         loss = sum(output.square().sum() for output in outputs if output.requires_grad)
         return [*(output.detach() for output in outputs), *torch.autograd.grad(loss, list(wanted.values()))]
@@ -85,7 +85,7 @@ def test_a_replay_follows_its_inputs(stem, device):
 
         def forward():
             with torch.no_grad():
-                kept["forward"] = getattr(mann_kernels, stem)(**leaves)
+                kept["forward"] = getattr(mann_kernels, op)(**leaves)
 
         def train():
             kept["train"] = training_step(leaves)
@@ -131,11 +131,11 @@ def test_a_replay_of_metanet_follows_its_inputs(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_follows_the_current_stream(stem, device):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_follows_the_current_stream(op, device):
     """Inputs that arrive late on another stream: a kernel launched anywhere else would read what was there before."""
-    late = inputs_of(stem, 1, (3, 37, 5, 2)).to(torch.float32).on(device)
-    want, _ = run(getattr(mann_kernels, stem), late)
+    late = inputs_of(op, 1, (3, 37, 5, 2)).to(torch.float32).on(device)
+    want, _ = run(getattr(mann_kernels, op), late)
     now = type(late)({k: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v for k, v in late.items()})
     ballast = torch.ones(4096 if device == "cuda" else 8, 4096 if device == "cuda" else 8, device=device)
     stream = torch.cuda.Stream() if device == "cuda" else None
@@ -147,26 +147,26 @@ def test_follows_the_current_stream(stem, device):
         for name, value in now.items():
             if isinstance(value, torch.Tensor):
                 value.copy_(late[name])
-        got, _ = run(getattr(mann_kernels, stem), now)
+        got, _ = run(getattr(mann_kernels, op), now)
     if stream is not None:
         stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("device", ["cpu", on_gpu("cuda:1")])
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_another_device(stem, device):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_another_device(op, device):
     """Tensors on a device that is not the current one."""
     if device != "cpu" and torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
-    matches(stem, inputs_of(stem, 1, (3, 37, 5, 2)).on(device), torch.float32)
+    matches(op, inputs_of(op, 1, (3, 37, 5, 2)).on(device), torch.float32)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_nothing_waits_for_the_device(stem, device):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_nothing_waits_for_the_device(op, device):
     """A training step only launches: torch raises where the host would wait."""
-    bench = operators()[stem]
+    bench = operators()[op]
     work = harness.Work(bench, bench.inputs(bench.verified[0], 0), torch.float32, device)
     work.train(bench.kernel())
     if device == "cuda":
@@ -215,12 +215,12 @@ def test_launches_of_an_episode(device, T, B, monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("stem", SEQUENCES)
-def test_a_training_step_needs_less_memory_than_the_loop(stem, device):
+@pytest.mark.parametrize("op", SEQUENCES)
+def test_a_training_step_needs_less_memory_than_the_loop(op, device):
     place = devices.Cuda() if device == "cuda" else devices.Cpu()
-    shape, bench = SHAPES["wide"], operators()[stem]
+    shape, bench = SHAPES["wide"], operators()[op]
     work = harness.Work(bench, bench.inputs(Shape(24, 2, 8, 16, shape.N, shape.W, shape.R), 0), torch.float32, device)
-    kinds = (getattr(mann_kernels, stem), bench.eager)
+    kinds = (getattr(mann_kernels, op), bench.eager)
     ours, eager = (harness.peak_mb(work, function, place) for function in kinds)
     assert ours * 3 < eager
 
@@ -229,8 +229,8 @@ def test_a_training_step_needs_less_memory_than_the_loop(stem, device):
 @pytest.mark.parametrize("controller", ["lstm", "feedforward"])
 def test_a_layer_trains(controller, device):
     """Steps of Adam with lengths and a carried state, next to the same steps with the reference."""
-    stem, losses = {"lstm": "mann_sequence", "feedforward": "lrua_sequence"}[controller], {}
-    for backend in ("reference", _backend.default(stem, device, torch.float32)[0]):
+    op, losses = {"lstm": "mann_sequence", "feedforward": "lrua_sequence"}[controller], {}
+    for backend in ("reference", _backend.default(op, device, torch.float32)[0]):
         torch.manual_seed(0)
         sizes = {"hidden_size": 12, "num_slots": 20, "slot_size": 6, "num_heads": 2}
         mann = mann_kernels.MANN(5, **sizes, controller=controller).to(device)

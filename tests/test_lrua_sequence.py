@@ -1,31 +1,16 @@
-import importlib
-
 import pytest
 import torch
-from stem import DEVICES, Inputs, StemTests, check, draw, memory_state, replace, run
+from against_reference import DEVICES, Inputs, check, draw, memory_state, replace
+from sequences import SequenceTests, saved_bytes
 from test_lrua_step import BAD_STEP, OPTIONS
 
-import mann_kernels
 
-# The package has a function of the same name.
-ops = importlib.import_module("mann_kernels.ops.lrua_sequence")
-
-
-def saved_bytes(function):
-    """Bytes kept for the backward pass, each storage once."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return sum(storages.values())
-
-
-class TestLruaSequence(StemTests):
-    stem = "lrua_sequence"
+class TestLruaSequence(SequenceTests):
+    op = "lrua_sequence"
+    drawn = ("beta", "add", "lengths", "lru", "erase", "decay", "eps")
+    movable = ("key", "gate", "beta", "add")
+    over_time = ("key", "gate")
+    state = ("memory", "usage", "read_weights")
     options = (*OPTIONS, {"lengths": True, "erase": "all"}, {"lengths": True, "add": True, "beta": True})
     bad = (
         *BAD_STEP,
@@ -39,59 +24,21 @@ class TestLruaSequence(StemTests):
         drawn["lengths"] = (torch.arange(B) * 2 + 3) % (T + 1) if lengths else None
         return Inputs(**memory_state(seed + 50, B, N, W, R), **drawn, **options)
 
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_two_halves_are_one_sequence(self, device):
-        inputs = self.inputs(1, 3, 20, 6, 2).on(device)
-        whole = self.function(**inputs)
-        parts = {name: inputs[name] for name in ("key", "gate")}
-        first = self.function(**{**inputs, **{name: value[:2] for name, value in parts.items()}})
-        state = dict(zip(("memory", "usage", "read_weights"), first[1:], strict=True))
-        second = self.function(**{**inputs, **state, **{name: value[2:] for name, value in parts.items()}})
-        torch.testing.assert_close(torch.cat([first[0], second[0]]), whole[0])
-        for a, b in zip(second[1:], whole[1:], strict=True):
-            torch.testing.assert_close(a, b)
-
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_no_steps_backward(self, device):
-        check(self.stem, self.inputs(1, 2, 5, 3, 2, T=0), torch.float32, device)
-
-    def test_no_steps(self):
+    def test_no_steps_pass_the_state_on(self):
         inputs = self.inputs(1, 2, 5, 3, 2, T=0)
         reads, memory, usage, _ = self.function(**inputs)
         assert reads.shape == (0, 2, 2, 3)
         assert torch.equal(memory, inputs["memory"])
         assert torch.equal(usage, inputs["usage"])
 
-    @pytest.mark.parametrize("every", [1, 3, 10, 256])
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_memory_copies(self, every, monkeypatch, device):
-        monkeypatch.setattr(ops, "CHECKPOINT_EVERY", every)
-        check(self.stem, self.inputs(2, 2, 20, 6, 2, T=23, lengths=True), torch.float32, device)
-
-    @pytest.mark.parametrize("seed", [1, 2])
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_from_an_almost_empty_memory(self, seed, device):
-        """Rows of 1e-6, as the layers start with: what undoing the writes leaves of them must be right too."""
-        inputs = self.inputs(seed, 2, 128, 40, 4, T=50)
-        inputs["memory"] = torch.full_like(inputs["memory"], 1e-6)
-        check(self.stem, inputs, torch.float32, device)
-
     @pytest.mark.parametrize("device", DEVICES)
     def test_long_episode(self, device):
         # Where two usages agree to the last bits, float32 and float64 may choose different slots, the reference no less than the
         # kernel, and from there the episodes part. About half of all seeds meet such a tie within 2000 steps; this one does not.
-        check(self.stem, self.inputs(9, 2, 32, 8, 2, T=2000), torch.float32, device)
+        check(self.op, self.inputs(9, 2, 32, 8, 2, T=2000), torch.float32, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_no_memory_per_step_is_kept(self, device):
         inputs = self.inputs(4, 2, 128, 40, 4, T=64).to(torch.float32).on(device).with_grad()
         one_memory = 2 * 128 * 40 * 4
         assert saved_bytes(lambda: self.function(**inputs)) < 64 * one_memory / 3
-
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_saving_changes_nothing(self, device):
-        inputs = self.inputs(5, 3, 20, 6, 2, lengths=True).on(device)
-        with torch.no_grad():
-            outputs = self.function(**inputs)
-        saved, _ = run(mann_kernels.lrua_sequence, inputs)
-        assert all(torch.equal(a, b) for a, b in zip(outputs, saved, strict=True))

@@ -1,5 +1,5 @@
 import torch
-from stem import BAD_STATE, Inputs, StemTests, draw, memory_state, replace
+from against_reference import BAD_STATE, Inputs, OperatorTests, draw, memory_state, replace
 
 from mann_kernels import reference
 
@@ -17,8 +17,10 @@ BAD_STEP = (
 )
 
 
-class TestLruaStep(StemTests):
-    stem = "lrua_step"
+class TestLruaStep(OperatorTests):
+    op = "lrua_step"
+    drawn = ("beta", "add", "lru", "erase", "decay", "eps")
+    movable = ("key", "gate", "beta", "add")
     options = OPTIONS
     bad = BAD_STEP
 

@@ -1,12 +1,14 @@
 import pytest
 import torch
-from stem import DEVICES, Inputs, StemTests, draw, memory_state, replace
+from against_reference import DEVICES, Inputs, OperatorTests, draw, memory_state, replace
 
 import mann_kernels
 
 
-class TestLruaWriteWeights(StemTests):
-    stem = "lrua_write_weights"
+class TestLruaWriteWeights(OperatorTests):
+    op = "lrua_write_weights"
+    drawn = ("lru",)
+    movable = ("gate",)
     sizes = ((3, 7, 5, 2), (2, 129, 7, 1), (2, 33, 20, 6), (2, 300, 9, 3), (1, 1, 1, 1))
     options = ({"lru": "per_head"}, {"lru": "shared"})
     bad = (

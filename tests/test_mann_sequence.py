@@ -1,18 +1,15 @@
-import importlib
-
 import pytest
 import torch
-from stem import DEVICES, Inputs, StemTests, check, draw, memory_state, replace, run, saturate
-from test_lrua_sequence import saved_bytes
-
-import mann_kernels
-
-# The package has a function of the same name.
-ops = importlib.import_module("mann_kernels.ops.mann_sequence")
+from against_reference import DEVICES, Inputs, check, draw, memory_state, replace, saturate
+from sequences import SequenceTests, saved_bytes
 
 
-class TestMannSequence(StemTests):
-    stem = "mann_sequence"
+class TestMannSequence(SequenceTests):
+    op = "mann_sequence"
+    drawn = ("lengths", "lru", "erase", "decay", "eps", "write", "key_strength", "squash")
+    movable = ("x", "h", "c", "reads", "weight_ih", "weight_hh", "bias", "weight_head", "bias_head")
+    over_time = ("x",)
+    state = ("h", "c", "reads", "memory", "usage", "read_weights")
     options = (
         {},
         {"lru": "shared", "erase": "all", "key_strength": True},
@@ -46,58 +43,21 @@ class TestMannSequence(StemTests):
         inputs = self.inputs(49, 3, 128, 40, 4, T=6)
         assert inputs["h"].shape[1] == 201
         for dtype in (torch.float32, torch.bfloat16):
-            check(self.stem, inputs, dtype, device)
+            check(self.op, inputs, dtype, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_saturated_gates(self, device):
         inputs = self.inputs(2, 2, 9, 4, 3)
         saturate(inputs)
         for dtype in (torch.float32, torch.float64):
-            check(self.stem, inputs, dtype, device)
-
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_two_halves_are_one_sequence(self, device):
-        inputs = self.inputs(1, 3, 20, 6, 2).on(device)
-        whole = self.function(**inputs)
-        first = self.function(**{**inputs, "x": inputs["x"][:1]})
-        names = ("h", "c", "reads", "memory", "usage", "read_weights")
-        second = self.function(**{**inputs, "x": inputs["x"][1:], **dict(zip(names, first[1:], strict=True))})
-        torch.testing.assert_close(torch.cat([first[0], second[0]]), whole[0])
-        for a, b in zip(second[1:], whole[1:], strict=True):
-            torch.testing.assert_close(a, b)
-
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_no_steps(self, device):
-        check(self.stem, self.inputs(1, 2, 5, 3, 2, T=0), torch.float32, device)
-
-    @pytest.mark.parametrize("every", [1, 3, 10, 256])
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_memory_copies(self, every, monkeypatch, device):
-        monkeypatch.setattr(ops, "CHECKPOINT_EVERY", every)
-        check(self.stem, self.inputs(2, 3, 20, 6, 2, T=23, lengths=True), torch.float32, device)
-
-    @pytest.mark.parametrize("seed", [1, 2])
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_from_an_almost_empty_memory(self, seed, device):
-        """Rows of 1e-6, as the layers start with: what undoing the writes leaves of them must be right too."""
-        inputs = self.inputs(seed, 2, 128, 40, 4, T=50)
-        inputs["memory"] = torch.full_like(inputs["memory"], 1e-6)
-        check(self.stem, inputs, torch.float32, device)
+            check(self.op, inputs, dtype, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_long_episode(self, device):
-        check(self.stem, self.inputs(3, 2, 32, 8, 2, T=2000), torch.float32, device)
+        check(self.op, self.inputs(3, 2, 32, 8, 2, T=2000), torch.float32, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_no_memory_per_step_is_kept(self, device):
         inputs = self.inputs(4, 2, 1024, 64, 4, T=64).to(torch.float32).on(device).with_grad()
         one_memory = 2 * 1024 * 64 * 4
         assert saved_bytes(lambda: self.function(**inputs)) < 64 * one_memory / 8
-
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_saving_changes_nothing(self, device):
-        inputs = self.inputs(5, 3, 20, 6, 2, lengths=True).on(device)
-        with torch.no_grad():
-            outputs = self.function(**inputs)
-        saved, _ = run(mann_kernels.mann_sequence, inputs)
-        assert all(torch.equal(a, b) for a, b in zip(outputs, saved, strict=True))

@@ -1,12 +1,13 @@
 import pytest
 import torch
-from stem import Inputs, StemTests, draw, replace
+from against_reference import Inputs, OperatorTests, draw, replace
 
 import mann_kernels
 
 
-class TestMemoryUpdate(StemTests):
-    stem = "memory_update"
+class TestMemoryUpdate(OperatorTests):
+    op = "memory_update"
+    drawn = ("erase",)
     options = ({"erase": "least"}, {"erase": "all"})
     bad = (
         (replace("add", lambda a: a[..., :2]), ValueError, "add: got shape .* want .*W=3"),

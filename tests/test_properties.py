@@ -4,13 +4,14 @@ import importlib
 
 import pytest
 import torch
+from against_reference import draw, lay_out_backwards, matches
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stem import draw, lay_out_backwards, matches
 
 from mann_kernels import _backend
 
-CASES_PER_STEM = 60
+CASES_PER_OP = 60
+#: What an option may be, by name.
 CHOICES = {
     "beta": st.booleans(),
     "add": st.booleans(),
@@ -32,24 +33,12 @@ CHOICES = {
     "pool": st.booleans(),
     "p": st.sampled_from([7.0, 4.0, 20.0]),
 }
-OPTIONS = {
-    "content_address": ("beta",),
-    "lrua_write_weights": ("lru",),
-    "memory_update": ("erase",),
-    "lrua_step": ("beta", "add", "lru", "erase", "decay", "eps"),
-    "lrua_sequence": ("beta", "add", "lengths", "lru", "erase", "decay", "eps"),
-    "mann_sequence": ("lengths", "lru", "erase", "decay", "eps", "write", "key_strength", "squash"),
-    "augmented_linear": ("kind", "bias", "form", "activation"),
-    "augmented_conv2d": ("kind", "bias", "form", "activation", "size", "kernel", "padding", "pool"),
-    "generate_fast_weights": ("p",),
-    "summarize_gradients": ("p",),
-}
 
 
-def class_of(stem):
-    """The test class of a stem, which knows how to draw its inputs (by module: a name here would be collected again)."""
-    name = "Test" + "".join(word.capitalize() for word in stem.split("_"))
-    return getattr(importlib.import_module(f"test_{stem}"), name)()
+def class_of(op):
+    """The test class of an operator, which knows how to draw its inputs (by module: a name here would be collected again)."""
+    name = "Test" + "".join(word.capitalize() for word in op.split("_"))
+    return getattr(importlib.import_module(f"test_{op}"), name)()
 
 
 def tie(inputs):
@@ -66,18 +55,18 @@ def zero_rows(inputs):
 
 
 @st.composite
-def calls(choose, stem):
-    """Inputs of one call of `stem`, drawn small and odd."""
+def calls(choose, op):
+    """Inputs of one call of `op`, drawn small and odd."""
     B, N, W = choose(st.integers(0, 5)), choose(st.integers(1, 40)), choose(st.integers(1, 20))
     R = choose(st.integers(1, min(6, N)))
-    options = {name: choose(CHOICES[name]) for name in OPTIONS[stem]}
+    options = {name: choose(CHOICES[name]) for name in class_of(op).drawn}
     tied = choose(st.booleans())
-    if stem.endswith("sequence"):
+    if op.endswith("sequence"):
         # A tie after the first step is decided by the rounding of the reference's own matrix product.
         options["T"] = choose(st.integers(0, 1 if tied else 6))
-    seed = choose(st.integers(-1, 2 if stem == "mann_sequence" else 1000))  # H is 5 + 4 * seed there
-    inputs = class_of(stem).inputs(seed, B, N, W, R, **options)
-    if stem == "mann_sequence":
+    seed = choose(st.integers(-1, 2 if op == "mann_sequence" else 1000))  # H is 5 + 4 * seed there
+    inputs = class_of(op).inputs(seed, B, N, W, R, **options)
+    if op == "mann_sequence":
         size = choose(st.integers(1, 12))
         drawn = draw(seed + 7, x=(options["T"], B, size), weight_ih=(len(inputs["bias"]), size))
         inputs.update(x=drawn["x"], weight_ih=drawn["weight_ih"] * 0.3)
@@ -89,11 +78,11 @@ def calls(choose, stem):
     return inputs
 
 
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_drawn_calls_match_the_reference(stem):
-    @settings(max_examples=CASES_PER_STEM, derandomize=True, deadline=None, database=None)
-    @given(inputs=calls(stem), dtype=st.sampled_from([torch.float32, torch.float64]))
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_drawn_calls_match_the_reference(op):
+    @settings(max_examples=CASES_PER_OP, derandomize=True, deadline=None, database=None)
+    @given(inputs=calls(op), dtype=st.sampled_from([torch.float32, torch.float64]))
     def check(inputs, dtype):
-        matches(stem, inputs, dtype)
+        matches(op, inputs, dtype)
 
     check()

@@ -72,13 +72,13 @@ def test_what_was_taken_before():
             mann_kernels.MANN(3, **options)
 
 
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_arguments_of_operators(stem):
-    function = getattr(mann_kernels, stem)
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_arguments_of_operators(op):
+    function = getattr(mann_kernels, op)
     for argument in numbers(function):
         for value in (math.nan, math.inf, -1, "3", None, True):
             with pytest.raises((ValueError, TypeError), match=argument):
-                function(**{**class_of(stem).small, argument: value})
+                function(**{**class_of(op).small, argument: value})
 
 
 def options_of(command):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from stem import compare, outputs_of
+from against_reference import OnePercentOff, compare, outputs_of
 from test_properties import class_of
 
 import mann_kernels
@@ -123,30 +123,21 @@ def test_summarize_gradients_is_nn_lstm(steps):
     torch.testing.assert_close(reference.summarize_gradients(**inputs), want.view(3, 7))
 
 
-class _Off(torch.autograd.Function):
-    """The identity with a gradient that is 1 % too large."""
-
-    @staticmethod
-    def forward(ctx, value):
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 1.01
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_the_checks_can_fail(stem, dtype):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_the_checks_can_fail(op, dtype):
     """1 % on any one gradient or output is an error, and it is named."""
-    function, tests = getattr(mann_kernels, stem), class_of(stem)
+    function, tests = getattr(mann_kernels, op), class_of(op)
     inputs = tests.inputs(1, 3, 7, 5, 2, **tests.options[-1])
-    compare(stem, inputs, dtype)
+    compare(op, inputs, dtype)
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "usage":
             with pytest.raises(AssertionError, match=f"gradient of {name}:"):
                 compare(
-                    stem, inputs, dtype, lambda name=name, **call: function(**{**call, name: _Off.apply(call[name])})
+                    op,
+                    inputs,
+                    dtype,
+                    lambda name=name, **call: function(**{**call, name: OnePercentOff.apply(call[name])}),
                 )
 
     def off(**call):
@@ -154,7 +145,7 @@ def test_the_checks_can_fail(stem, dtype):
         return (first * 1.01, *rest)
 
     with pytest.raises(AssertionError, match="output 0:"):
-        compare(stem, inputs, dtype, off)
+        compare(op, inputs, dtype, off)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, 1.5])

@@ -2,6 +2,7 @@ import ast
 import contextlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stem import PLACES, run
+from against_reference import PLACES, run
 from test_properties import class_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,17 +20,18 @@ from mann_kernels import _backend, _library, compat, distributed
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_stem_stands_everywhere():
+def test_every_operator_stands_everywhere():
     def names(folder, pattern, prefix=""):
         found = {path.stem.removeprefix(prefix) for path in (ROOT / folder).glob(pattern)}
         return {name for name in found if not name.startswith("_")}
 
-    stems = set(_backend.STEMS)
-    assert names("mann_kernels/ops", "*.py") == stems
-    assert names("mann_kernels/reference", "*.py") == stems
-    assert stems <= names("bench", "bench_*.py", "bench_")
-    assert stems <= names("tests", "test_*.py", "test_")
-    assert stems <= names("csrc/cpu", "*.cpp")
+    ops = set(_backend.OPS)
+    assert names("mann_kernels/ops", "*.py") == ops
+    assert names("mann_kernels/reference", "*.py") == ops
+    assert ops <= names("bench", "bench_*.py", "bench_")
+    assert ops <= names("tests", "test_*.py", "test_")
+    assert ops <= names("csrc/cpu", "*.cpp")
+    assert ops <= set(re.findall(r"::: mann_kernels\.(\w+)", (ROOT / "docs/pages/operators.md").read_text()))
 
 
 def test_imports_point_one_way():
@@ -41,6 +43,18 @@ def test_imports_point_one_way():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom) and node.module:
                     assert not any(node.module.startswith(f"mann_kernels.{word}") for word in words), path
+
+
+def test_triton_kernels_are_launched_by_keyword():
+    """Two pointers swapped among sixty that are known by their place would compile."""
+    launches = [
+        (path.stem, node)
+        for path in (ROOT / "mann_kernels/triton").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    ]
+    assert {name for name, _ in launches} == set(_backend.OPS)
+    assert not [(name, node.lineno) for name, node in launches if node.args]
 
 
 def public_callables():
@@ -107,21 +121,21 @@ def test_backend_requests():
         pass
 
 
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_a_request_that_cannot_be_met_raises(stem):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_a_request_that_cannot_be_met_raises(op):
     for name in ("triton", "cuda"):
         with (
             mann_kernels.backend(name),
-            pytest.raises(RuntimeError, match=f"'{name}' was asked for, but cannot run {stem}"),
+            pytest.raises(RuntimeError, match=f"'{name}' was asked for, but cannot run {op}"),
         ):
-            _backend.select(stem, torch.zeros(1))
+            _backend.select(op, torch.zeros(1))
     with mann_kernels.backend("cpp"), pytest.raises(RuntimeError, match="not on meta"):
-        _backend.select(stem, torch.zeros(1, device="meta"))
+        _backend.select(op, torch.zeros(1, device="meta"))
     with mann_kernels.backend("reference"):
-        assert _backend.select(stem, torch.zeros(1).half()) == "reference"
+        assert _backend.select(op, torch.zeros(1).half()) == "reference"
 
 
-def test_a_stem_without_a_triton_kernel(monkeypatch):
+def test_an_operator_without_a_triton_kernel(monkeypatch):
     monkeypatch.setattr(_library, "cuda_kernels", frozenset())
     monkeypatch.setattr(_backend, "TRITON_KERNELS", _backend.TRITON_KERNELS - {"lrua_step"})
     assert _backend.default("lrua_step", "cuda", torch.float32) == (
@@ -170,7 +184,7 @@ def test_the_command():
         [sys.executable, "-m", "mann_kernels", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     facts = json.loads(done.stdout)
-    assert set(facts["operators"]) == set(_backend.STEMS)
+    assert set(facts["operators"]) == set(_backend.OPS)
     assert facts["operators"]["mann_sequence"]["cpu"]["runs"] == "cpp"
 
 
@@ -188,28 +202,28 @@ class _Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_opcheck(stem, dtype, device):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_opcheck(op, dtype, device):
     """The operators that a training step calls, forward and backward, with every set of options and every type they take."""
-    tests = class_of(stem)
-    backend = _backend.select(stem, torch.zeros(1, dtype=dtype, device=device))
+    tests = class_of(op)
+    backend = _backend.select(op, torch.zeros(1, dtype=dtype, device=device))
     assert device != "cpu" or backend == "cpp"
     library = "mann_triton" if backend == "triton" else "mann"
     for options in tests.options:
         with _Calls() as calls:
-            run(getattr(mann_kernels, stem), tests.inputs(1, 3, 7, 5, 2, **options).to(dtype).on(device))
+            run(getattr(mann_kernels, op), tests.inputs(1, 3, 7, 5, 2, **options).to(dtype).on(device))
         if backend != "reference":
-            assert [func.name() for func, _ in calls.made] == [f"{library}::{stem}", f"{library}::{stem}_backward"]
+            assert [func.name() for func, _ in calls.made] == [f"{library}::{op}", f"{library}::{op}_backward"]
         for func, args in calls.made:
             torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_a_profile_names_the_operator(stem, compiled):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_a_profile_names_the_operator(op, compiled):
     """Forward and backward, once for a call, in eager mode and in a compiled graph without a break."""
-    function, tests = getattr(mann_kernels, stem), class_of(stem)
+    function, tests = getattr(mann_kernels, op), class_of(op)
     inputs = tests.inputs(1, 3, 7, 5, 2, **tests.options[0]).to(torch.float32)
     if compiled:
         torch._dynamo.reset()
@@ -218,7 +232,7 @@ def test_a_profile_names_the_operator(stem, compiled):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run(function, inputs)
     counts = {event.key: event.count for event in profile.key_averages()}
-    assert (counts.get(f"mann::{stem}"), counts.get(f"mann::{stem}_backward")) == (1, 1)
+    assert (counts.get(f"mann::{op}"), counts.get(f"mann::{op}_backward")) == (1, 1)
 
 
 def test_imported_again_after_it_left():

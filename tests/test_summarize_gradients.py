@@ -1,15 +1,17 @@
 import pytest
 import torch
+from against_reference import Inputs, OperatorTests, compare, replace
 from coordinates import draw_gradients, draw_weights, far_from_edges
-from stem import Inputs, StemTests, compare, replace
 from test_generate_fast_weights import BAD_GRADIENTS
 from test_lrua_sequence import saved_bytes
 
 
-class TestSummarizeGradients(StemTests):
+class TestSummarizeGradients(OperatorTests):
     """R of the drawn sizes is the number of support gradients, B and N are a gradient's, W is the number of hidden units."""
 
-    stem = "summarize_gradients"
+    op = "summarize_gradients"
+    drawn = ("p",)
+    movable = ("weight_ih", "weight_hh", "bias", "weight_out", "bias_out")
     options = ({}, {"p": 4.0})
     bad = (
         *BAD_GRADIENTS,
@@ -38,10 +40,10 @@ class TestSummarizeGradients(StemTests):
         inputs = self.inputs(3, 1, count + count // 50 + 8, 20, 5)
         inputs["grads"] = inputs["grads"].to(dtype).double()
         inputs["grads"] = far_from_edges(inputs["grads"][:, 0], inputs, count)
-        compare(self.stem, inputs, dtype)
+        compare(self.op, inputs, dtype)
 
     def test_many_support_gradients(self):
-        compare(self.stem, self.inputs(1, 1, 37, 6, 40), torch.float32)
+        compare(self.op, self.inputs(1, 1, 37, 6, 40), torch.float32)
 
     @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 2), (0, 5)])
     def test_any_shape(self, shape):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stem import on_gpu
+from against_reference import on_gpu
 from test_properties import class_of
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, jacobian
@@ -27,10 +27,10 @@ def by_position(function, names, rest):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_vmap(stem, device):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_vmap(op, device):
     """Every operator over a batch of all its tensors, as one call for each."""
-    tests, function = class_of(stem), getattr(mann_kernels, stem)
+    tests, function = class_of(op), getattr(mann_kernels, op)
     for options in tests.options:
         first = tests.inputs(1, 2, 5, 3, 2, **options).on(device)
         names = [name for name, value in first.items() if isinstance(value, torch.Tensor)]
@@ -121,13 +121,13 @@ def test_it_is_said_that_no_kernel_runs():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_batched_backward_passes(stem, device):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_batched_backward_passes(op, device):
     """Transforms that torch.autograd makes of its own: vectorised Jacobians and Hessians, gradients in batches, dual numbers."""
-    tests, function = class_of(stem), getattr(mann_kernels, stem)
-    size = {"size": (3, 3)} if stem == "augmented_conv2d" else {}
+    tests, function = class_of(op), getattr(mann_kernels, op)
+    size = {"size": (3, 3)} if op == "augmented_conv2d" else {}
     for options in tests.options:
-        inputs = tests.inputs(1, 2, 4, 2, 1, **options, **size, **({"T": 2} if stem.endswith("sequence") else {})).on(
+        inputs = tests.inputs(1, 2, 4, 2, 1, **options, **size, **({"T": 2} if op.endswith("sequence") else {})).on(
             device
         )
         names = [n for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and n != "usage"]

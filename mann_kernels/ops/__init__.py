@@ -1,4 +1,4 @@
-"""The operators: schema, shape function, autograd and validation. One file per stem."""
+"""The operators: schema, shape function, autograd and validation. One file for each."""
 
 from mann_kernels.ops.augmented_conv2d import augmented_conv2d
 from mann_kernels.ops.augmented_linear import augmented_linear

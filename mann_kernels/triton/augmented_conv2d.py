@@ -227,15 +227,18 @@ def sizes_of(x, weight, fast, padding, pool):
     (G, L, C, H, W), (O, _, kernel, _) = x.shape, weight.shape  # noqa: E741
     HY, WY = H + 2 * padding - kernel + 1, W + 2 * padding - kernel + 1
     PH, PW = ((HY + 1) // 2, (WY + 1) // 2) if pool else (HY, WY)
-    return G * L, L, fast.shape[1], C, H, W, O, HY, WY, PH, PW, *fast.stride()[:2]
+    return {
+        "GL": G * L, "L": L, "S": fast.shape[1], "C": C, "H": H, "W": W, "O": O, "HY": HY, "WY": WY, "PH": PH, "PW": PW,
+        "fast_task": fast.stride(0), "fast_row": fast.stride(1), "KERNEL": kernel, "PADDING": padding, "POOL": pool,
+    }  # fmt: skip
 
 
 def forward(x, weight, fast, mix, bias, padding, activation, pool, save):
     """The operator augmented_conv2d: same arguments and results as its schema."""
     x, weight, mix, bias = contiguous(x, weight, mix, bias)
-    fast, acc, kernel = with_rows_contiguous(fast), acc_of(x.dtype), weight.shape[-1]
+    fast, acc = with_rows_contiguous(fast), acc_of(x.dtype)
     sizes = sizes_of(x, weight, fast, padding, pool)
-    examples, O, (PH, PW) = sizes[0], sizes[6], sizes[9:11]  # noqa: E741
+    examples, O, PH, PW = (sizes[name] for name in ("GL", "O", "PH", "PW"))  # noqa: E741
     y = x.new_empty(*x.shape[:2], O, PH, PW)
     kept, keep = (*x.shape[:2], PH * PW, O), save and activation in (1, 2)
     codes = torch.empty(kept if save else (0,), dtype=torch.uint8, device=x.device)
@@ -243,8 +246,9 @@ def forward(x, weight, fast, mix, bias, padding, activation, pool, save):
     if examples:
         pixels = PH * PW * 4 if pool else PH * PW
         augmented_conv2d_fwd_kernel[(examples, triton.cdiv(O, TILES["BM"]), triton.cdiv(pixels, TILES["BN"]))](
-            x, weight, fast, pointer(mix, x), pointer(bias, x), y, codes, slopes, *sizes, kernel, padding, pool,
-            mix is not None, bias is not None, save, keep, activation, acc.triton, **TILES,
+            x_ptr=x, weight_ptr=weight, fast_ptr=fast, mix_ptr=pointer(mix, x), bias_ptr=pointer(bias, x), y_ptr=y,
+            codes_ptr=codes, slopes_ptr=slopes, HAS_MIX=mix is not None, HAS_BIAS=bias is not None, SAVE=save,
+            SLOPES=keep, ACT=activation, ACC=acc.triton, **sizes, **TILES,
         )  # fmt: skip
     return y, codes, slopes
 
@@ -252,17 +256,17 @@ def forward(x, weight, fast, mix, bias, padding, activation, pool, save):
 def backward(dy, x, weight, fast, mix, codes, slopes, padding, pool, need_dx):
     """The operator augmented_conv2d_backward: same arguments and results as its schema."""
     dy, x, weight, mix = contiguous(dy, x, weight, mix)
-    fast, acc, kernel = with_rows_contiguous(fast), acc_of(x.dtype), weight.shape[-1]
-    (G, L), S = x.shape[:2], fast.shape[1]
+    fast, acc = with_rows_contiguous(fast), acc_of(x.dtype)
+    (G, L, C, H, W), (O, _, kernel, _), S = x.shape, weight.shape, fast.shape[1]  # noqa: E741
     sizes = sizes_of(x, weight, fast, padding, pool)
-    C, H, W, O = sizes[3:7]  # noqa: E741
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     dweight, dfast, dbias = torch.empty_like(weight), x.new_empty(fast.shape), x.new_empty(O)
-    options = (kernel, padding, pool, mix is not None, slopes.numel() > 0, acc.triton)
+    options = {"HAS_MIX": mix is not None, "HAS_SLOPES": slopes.numel() > 0, "ACC": acc.triton, **sizes, **TILES}
     if need_dx and G * L:
         augmented_conv2d_bwd_x_kernel[(G * L, triton.cdiv(C, TILES["BM"]), triton.cdiv(H * W, TILES["BN"]))](
-            dy, weight, fast, pointer(mix, x), codes, slopes, dx, *sizes, *options, **TILES
-        )
+            dy_ptr=dy, weight_ptr=weight, fast_ptr=fast, mix_ptr=pointer(mix, x), codes_ptr=codes, slopes_ptr=slopes,
+            dx_ptr=dx, **options,
+        )  # fmt: skip
     if G * L == 0:
         dmix = x.new_empty(mix.shape if mix is not None else 0)
         return dx, dweight.zero_(), dfast.zero_(), dmix, dbias.zero_()
@@ -270,7 +274,8 @@ def backward(dy, x, weight, fast, mix, codes, slopes, padding, pool, need_dx):
     dots = torch.empty((*tiles, G, L, S) if mix is not None else (0,), dtype=acc.torch, device=x.device)
     programs = 1 + G * S + (G * L if mix is not None else 0)
     augmented_conv2d_bwd_w_kernel[(programs, *tiles)](
-        dy, x, fast, pointer(mix, x), codes, slopes, dweight, dfast, dbias, dots, *sizes, *options, **TILES
-    )
+        dy_ptr=dy, x_ptr=x, fast_ptr=fast, mix_ptr=pointer(mix, x), codes_ptr=codes, slopes_ptr=slopes,
+        dweight_ptr=dweight, dfast_ptr=dfast, dbias_ptr=dbias, dots_ptr=dots, **options,
+    )  # fmt: skip
     dmix = dots.sum((0, 1)).to(x.dtype) if mix is not None else x.new_empty(0)
     return dx, dweight, dfast, dmix, dbias

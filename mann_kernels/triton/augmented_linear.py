@@ -147,8 +147,9 @@ def forward(x, weight, fast, mix, bias, activation, save):
     slopes = torch.empty((2, G, L, O) if save else (0,), dtype=acc.torch, device=x.device)
     if G * L:
         augmented_linear_fwd_kernel[(G, triton.cdiv(L, TILES["BM"]), triton.cdiv(O, TILES["BN"]))](
-            x, weight, fast, pointer(mix, x), pointer(bias, x), y, slopes, G, L, S, I, O, *fast.stride()[:2],
-            mix is not None, bias is not None, save, activation, acc.triton, **TILES,
+            x_ptr=x, weight_ptr=weight, fast_ptr=fast, mix_ptr=pointer(mix, x), bias_ptr=pointer(bias, x), y_ptr=y,
+            slopes_ptr=slopes, G=G, L=L, S=S, I=I, O=O, fast_task=fast.stride(0), fast_row=fast.stride(1),
+            HAS_MIX=mix is not None, HAS_BIAS=bias is not None, SAVE=save, ACT=activation, ACC=acc.triton, **TILES,
         )  # fmt: skip
     return y, slopes
 
@@ -161,13 +162,15 @@ def backward(dy, x, weight, fast, mix, slopes):
     dx, dweight, dfast = torch.empty_like(x), torch.empty_like(weight), x.new_empty(fast.shape)
     dbias, tiles = x.new_empty(O), triton.cdiv(I, TILES["BN"])
     dots = torch.empty((tiles, G, L, S) if mix is not None else (0,), dtype=acc.torch, device=x.device)
-    options = (mix is not None, slopes.numel() > 0, acc.triton)
+    options = {"HAS_MIX": mix is not None, "HAS_SLOPES": slopes.numel() > 0, "ACC": acc.triton, **TILES}
     if G * L:
         augmented_linear_bwd_x_kernel[(G, triton.cdiv(L, TILES["BM"]), tiles)](
-            dy, weight, fast, pointer(mix, x), x, slopes, dx, dots, G, L, S, I, O, *fast.stride()[:2], *options, **TILES
-        )
+            dy_ptr=dy, weight_ptr=weight, fast_ptr=fast, mix_ptr=pointer(mix, x), x_ptr=x, slopes_ptr=slopes, dx_ptr=dx,
+            dots_ptr=dots, G=G, L=L, S=S, I=I, O=O, fast_task=fast.stride(0), fast_row=fast.stride(1), **options,
+        )  # fmt: skip
     augmented_linear_bwd_w_kernel[(1 + G * S, triton.cdiv(O, TILES["BM"]), tiles)](
-        dy, x, pointer(mix, x), slopes, dweight, dfast, dbias, G, L, S, I, O, *options, **TILES
-    )
+        dy_ptr=dy, x_ptr=x, mix_ptr=pointer(mix, x), slopes_ptr=slopes, dweight_ptr=dweight, dfast_ptr=dfast,
+        dbias_ptr=dbias, G=G, L=L, S=S, I=I, O=O, **options,
+    )  # fmt: skip
     dmix = dots.sum(0).to(x.dtype) if mix is not None else x.new_empty(0)
     return dx, dweight, dfast, dmix, dbias

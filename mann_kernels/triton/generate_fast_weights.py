@@ -121,37 +121,48 @@ def generate_fast_weights_bwd_kernel(
 
 def forward(grads, weight1, bias1, weight2, bias2, weight3, bias3, p):
     """The operator generate_fast_weights: same arguments and results as its schema."""
-    inputs = contiguous(grads, weight1, bias1, weight2, bias2, weight3, bias3)
-    count, sizes, fast = grads.numel(), launch(bias1.numel(), 0, p), torch.empty_like(inputs[0])
+    grads, weight1, bias1, weight2, bias2, weight3, bias3 = contiguous(
+        grads, weight1, bias1, weight2, bias2, weight3, bias3
+    )
+    count, hidden, fast = grads.numel(), bias1.numel(), torch.empty_like(grads)
+    sizes = launch(hidden, 0, p)
     if count:
         generate_fast_weights_fwd_kernel[(triton.cdiv(count, sizes["BP"]),)](
-            *inputs, fast, count, bias1.numel(), ACC=acc_of(grads.dtype).triton, **sizes
-        )
+            grads_ptr=grads, weight1_ptr=weight1, bias1_ptr=bias1, weight2_ptr=weight2, bias2_ptr=bias2,
+            weight3_ptr=weight3, bias3_ptr=bias3, fast_ptr=fast, P=count, D=hidden, ACC=acc_of(grads.dtype).triton,
+            **sizes,
+        )  # fmt: skip
     return fast
 
 
 def sides(grads, weight1, bias1, weight2, bias2, p):
     """The operator generate_fast_weights_sides: same arguments and results as its schema."""
-    inputs, count, hidden = contiguous(grads, weight1, bias1, weight2, bias2), grads.numel(), bias1.numel()
+    grads, weight1, bias1, weight2, bias2 = contiguous(grads, weight1, bias1, weight2, bias2)
+    count, hidden = grads.numel(), bias1.numel()
     sizes, found = launch(hidden, 0, p), grads.new_empty(2 + 2 * hidden, count, dtype=torch.uint8)
     if count:
         generate_fast_weights_sides_kernel[(triton.cdiv(count, sizes["BP"]),)](
-            *inputs, found, count, hidden, ACC=acc_of(grads.dtype).triton, **sizes
-        )
+            grads_ptr=grads, weight1_ptr=weight1, bias1_ptr=bias1, weight2_ptr=weight2, bias2_ptr=bias2,
+            sides_ptr=found, P=count, D=hidden, ACC=acc_of(grads.dtype).triton, **sizes,
+        )  # fmt: skip
     return found
 
 
 def backward(dfast, grads, weight1, bias1, weight2, bias2, weight3, bias3, p):
     """The operator generate_fast_weights_backward: same arguments and results as its schema."""
     weights = (weight1, bias1, weight2, bias2, weight3, bias3)
-    inputs = contiguous(dfast, grads, *weights[:-1])
-    count, acc, dgrads = grads.numel(), acc_of(grads.dtype), torch.empty_like(inputs[1])
+    dfast, grads, weight1, bias1, weight2, bias2, weight3 = contiguous(
+        dfast, grads, weight1, bias1, weight2, bias2, weight3
+    )
+    count, hidden, acc, dgrads = grads.numel(), bias1.numel(), acc_of(grads.dtype), torch.empty_like(grads)
     lengths = [weight.numel() for weight in weights]
     sums = grads.new_empty(programs_of(count), sum(lengths), dtype=acc.torch)
     if count:
         generate_fast_weights_bwd_kernel[(len(sums),)](
-            *inputs, dgrads, sums, count, bias1.numel(), ACC=acc.triton, **launch(bias1.numel(), 0, p)
-        )
+            dfast_ptr=dfast, grads_ptr=grads, weight1_ptr=weight1, bias1_ptr=bias1, weight2_ptr=weight2,
+            bias2_ptr=bias2, weight3_ptr=weight3, dgrads_ptr=dgrads, work_sums_ptr=sums, P=count, D=hidden,
+            ACC=acc.triton, **launch(hidden, 0, p),
+        )  # fmt: skip
     parts = sums.sum(0).to(grads.dtype).split(lengths)
     # clones: results of an operator do not share memory
     return dgrads, *(part.view(weight.shape).clone() for part, weight in zip(parts, weights, strict=True))

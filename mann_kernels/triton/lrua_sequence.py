@@ -73,6 +73,84 @@ def lrua_sequence_fwd_kernel(
     usage_out(u, usage, new_usage_ptr + i_b * N, N, ACC, BU, BN)
 
 
+@triton.jit
+def recompute_segment(
+    memory_ptr, previous_ptr, copies_ptr, weight_copies_ptr,  # the state before the episode, and as forward
+    key_ptr, gate_ptr, beta_ptr, add_ptr, slots_ptr,  # as forward
+    memory, records_ptr, restarts_ptr,  # as backward; memory is this example's
+    i_b, i_segment, start, steps, B, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, heads, eps: tl.constexpr,
+    HAS_BETA: tl.constexpr, HAS_ADD: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr,
+    RESTART: tl.constexpr, ACC: tl.constexpr, RECORD: tl.constexpr,
+    BU: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Run the steps of a segment again from the state before it, with a record of each and copies of the memory to restart
+    from; returns memory and read weights after the last."""
+    record = records_ptr + i_b * RECORD
+    if i_segment == 0:
+        m = memory_in(memory_ptr + i_b * N * W, memory, N, W, ACC, BN, BW)
+        weights = weights_in(previous_ptr + i_b * R * N, record, N, R, ACC, BN, BR)
+    else:
+        i_copy = (i_segment - 1) * B + i_b
+        m = memory_in(copies_ptr + i_copy * N * W, memory, N, W, ACC, BN, BW)
+        weights = weights_in(weight_copies_ptr + i_copy * R * N, record, N, R, ACC, BN, BR)
+    tl.debug_barrier()
+    for j in tl.range(0, steps, disable_licm=True):
+        at = ((start + j) * B + i_b) * R
+        record = records_ptr + (j * B + i_b) * RECORD
+        after = record + tl.full((), RECORD, tl.int64) * B
+        words = key_ptr + at * W
+        if N <= BN:
+            store_slots(record, weights, tl.arange(0, BN), N, R, BR)
+        m, weights, _, _ = step_forward(
+            m, weights, weights, memory, memory, record, after, after, gate_ptr, gate_ptr,
+            words, add_ptr + at * W if HAS_ADD else words, gate_ptr + at, beta_ptr + at, slots_ptr + at,
+            record + R * N,
+            N, W, heads, 0.0, eps, False, HAS_BETA, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
+        )  # fmt: skip
+        if (j + 1) % RESTART == 0:
+            memory_out(m, memory, restarts_ptr + (j // RESTART * B + i_b) * N * W, N, W, ACC, BN, BW)
+    tl.debug_barrier()
+    return m, weights
+
+
+@triton.jit
+def undo_segment(
+    m, weights, dm, dw,  # after the segment: memory, read weights and their gradients
+    dreads_ptr, key_ptr, gate_ptr, beta_ptr, add_ptr, slots_ptr,  # as backward
+    dkey_ptr, dgate_ptr, dbeta_ptr, dadd_ptr,  # as backward
+    memory, dmemory, work_dweights_ptr, records_ptr, restarts_ptr,  # as backward; memory and dmemory are this example's
+    i_b, start, steps, B, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, heads, eps: tl.constexpr,
+    HAS_BETA: tl.constexpr, HAS_ADD: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr,
+    RESTART: tl.constexpr, ACC: tl.constexpr, RECORD: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Undo the steps of a segment, the last one first, by their records; returns the gradients of memory and read weights
+    before it."""
+    for i in tl.range(0, steps, disable_licm=True):
+        j = steps - 1 - i
+        t = start + j
+        at = (t * B + i_b) * R
+        record = records_ptr + (j * B + i_b) * RECORD
+        after = record + tl.full((), RECORD, tl.int64) * B
+        if (j + 1) % RESTART == 0:
+            m = memory_in(restarts_ptr + (j // RESTART * B + i_b) * N * W, memory, N, W, ACC, BN, BW)
+            tl.debug_barrier()
+        words = key_ptr + at * W
+        if N <= BN:
+            previous = load_slots(record, tl.arange(0, BN), N, R, ACC, BR)
+        else:
+            previous = weights
+        m, dm, dw = step_backward(
+            m, dm, weights, dw, previous, memory, dmemory, after, record,
+            work_dweights_ptr + (t % 2 * B + i_b) * R * N, work_dweights_ptr + ((t + 1) % 2 * B + i_b) * R * N,
+            dreads_ptr + at * W, words, add_ptr + at * W if HAS_ADD else words, gate_ptr + at, beta_ptr + at,
+            slots_ptr + at, record + R * N, dkey_ptr + at * W, dadd_ptr + at * W, dgate_ptr + at, dbeta_ptr + at,
+            N, W, heads, eps, HAS_BETA, HAS_ADD, SHARED, ERASE_ALL, ACC, BN, BW, BR,
+        )  # fmt: skip
+        weights = previous
+    return dm, dw
+
+
 @triton.jit(do_not_specialize=["T", "B", "checkpoint_every"])
 def lrua_sequence_bwd_kernel(
     dreads_ptr, dmemory1_ptr, dweights1_ptr,  # [T,B,R,W], [B,N,W], [B,R,N]
@@ -116,55 +194,20 @@ def lrua_sequence_bwd_kernel(
             fill_zero(dadd_ptr + at * W, R * W, ACC, BU)
     segments = (length + checkpoint_every - 1) // checkpoint_every
     for back in tl.range(0, segments, disable_licm=True):
-        start = (segments - 1 - back) * checkpoint_every
+        i_segment = segments - 1 - back
+        start = i_segment * checkpoint_every
         steps = tl.minimum(start + checkpoint_every, length) - start
-        i_copy = (start // checkpoint_every - 1) * B + i_b
-        record = records_ptr + i_b * RECORD
-        if start == 0:
-            m = memory_in(memory_ptr + i_b * N * W, memory, N, W, ACC, BN, BW)
-            weights = weights_in(previous_ptr + i_b * R * N, record, N, R, ACC, BN, BR)
-        else:
-            m = memory_in(copies_ptr + i_copy * N * W, memory, N, W, ACC, BN, BW)
-            weights = weights_in(weight_copies_ptr + i_copy * R * N, record, N, R, ACC, BN, BR)
-        tl.debug_barrier()
-        for j in tl.range(0, steps, disable_licm=True):
-            at = ((start + j) * B + i_b) * R
-            record = records_ptr + (j * B + i_b) * RECORD
-            after = record + tl.full((), RECORD, tl.int64) * B
-            words = key_ptr + at * W
-            if N <= BN:
-                store_slots(record, weights, tl.arange(0, BN), N, R, BR)
-            m, weights, _, _ = step_forward(
-                m, weights, weights, memory, memory, record, after, after, gate_ptr, gate_ptr,
-                words, add_ptr + at * W if HAS_ADD else words, gate_ptr + at, beta_ptr + at, slots_ptr + at,
-                record + R * N,
-                N, W, heads, 0.0, eps, False, HAS_BETA, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
-            )  # fmt: skip
-            if (j + 1) % RESTART == 0:
-                memory_out(m, memory, restarts_ptr + (j // RESTART * B + i_b) * N * W, N, W, ACC, BN, BW)
-        tl.debug_barrier()
-        for i in tl.range(0, steps, disable_licm=True):
-            j = steps - 1 - i
-            t = start + j
-            at = (t * B + i_b) * R
-            record = records_ptr + (j * B + i_b) * RECORD
-            after = record + tl.full((), RECORD, tl.int64) * B
-            if (j + 1) % RESTART == 0:
-                m = memory_in(restarts_ptr + (j // RESTART * B + i_b) * N * W, memory, N, W, ACC, BN, BW)
-                tl.debug_barrier()
-            words = key_ptr + at * W
-            if N <= BN:
-                previous = load_slots(record, tl.arange(0, BN), N, R, ACC, BR)
-            else:
-                previous = weights
-            m, dm, dw = step_backward(
-                m, dm, weights, dw, previous, memory, dmemory, after, record,
-                work_dweights_ptr + (t % 2 * B + i_b) * R * N, work_dweights_ptr + ((t + 1) % 2 * B + i_b) * R * N,
-                dreads_ptr + at * W, words, add_ptr + at * W if HAS_ADD else words, gate_ptr + at, beta_ptr + at,
-                slots_ptr + at, record + R * N, dkey_ptr + at * W, dadd_ptr + at * W, dgate_ptr + at, dbeta_ptr + at,
-                N, W, heads, eps, HAS_BETA, HAS_ADD, SHARED, ERASE_ALL, ACC, BN, BW, BR,
-            )  # fmt: skip
-            weights = previous
+        m, weights = recompute_segment(
+            memory_ptr, previous_ptr, copies_ptr, weight_copies_ptr, key_ptr, gate_ptr, beta_ptr, add_ptr, slots_ptr,
+            memory, records_ptr, restarts_ptr, i_b, i_segment, start, steps, B, N, W, R, heads, eps,
+            HAS_BETA, HAS_ADD, SHARED, ERASE_ALL, RESTART, ACC, RECORD, BU, BN, BW, BR,
+        )  # fmt: skip
+        dm, dw = undo_segment(
+            m, weights, dm, dw, dreads_ptr, key_ptr, gate_ptr, beta_ptr, add_ptr, slots_ptr,
+            dkey_ptr, dgate_ptr, dbeta_ptr, dadd_ptr, memory, dmemory, work_dweights_ptr, records_ptr, restarts_ptr,
+            i_b, start, steps, B, N, W, R, heads, eps,
+            HAS_BETA, HAS_ADD, SHARED, ERASE_ALL, RESTART, ACC, RECORD, BN, BW, BR,
+        )  # fmt: skip
     tl.debug_barrier()
     memory_out(dm, dmemory, dmemory_ptr + i_b * N * W, N, W, ACC, BN, BW)
     weights_out(dw, work_dweights_ptr + (B + i_b) * R * N, dprevious_ptr + i_b * R * N, N, R, ACC, BN, BR)

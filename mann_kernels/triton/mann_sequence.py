@@ -29,15 +29,7 @@ from mann_kernels.triton._step import (
     weights_out,
     weights_zero,
 )
-from mann_kernels.triton._tile import (
-    copy,
-    fill_zero,
-    length_of,
-    load_slots,
-    store_rows,
-    store_slots,
-    take,
-)
+from mann_kernels.triton._tile import copy, fill_zero, length_of, load_slots, store_rows, store_slots, take
 
 
 @triton.jit(do_not_specialize=["T", "B", "checkpoint_every"])
@@ -124,6 +116,136 @@ def mann_sequence_fwd_kernel(
     usage_out(u, usage, usage1_ptr + i_b * N, N, ACC, BU, BN)
 
 
+@triton.jit
+def recompute_segment(
+    weight_head_ptr, bias_head_ptr, c_ptr, memory_ptr, previous_ptr,  # as backward
+    output_ptr, gates_ptr, slots_ptr, c_copies_ptr, copies_ptr, weight_copies_ptr,  # as backward
+    memory, records_ptr, restarts_ptr,  # as backward; memory is this example's
+    i_b, i_segment, start, steps, B, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+    R: tl.constexpr, heads, eps: tl.constexpr,
+    KEY_STRENGTH: tl.constexpr, HAS_ADD: tl.constexpr, SQUASH: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr,
+    RESTART: tl.constexpr, ACC: tl.constexpr, RECORD: tl.constexpr,
+    BJ: tl.constexpr, BK: tl.constexpr, BU: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Run the memory's steps of a segment again from the state before it, with a record of each and copies of the memory to
+    restart from; returns memory and read weights after the last."""
+    K: tl.constexpr = H + R * W
+    weights_at: tl.constexpr = H  # in a record
+    head_at: tl.constexpr = weights_at + R * N
+    rows_at: tl.constexpr = head_at + P
+    gate_at: tl.constexpr = R * W
+    beta_at: tl.constexpr = gate_at + R
+    add_at: tl.constexpr = (beta_at + R if KEY_STRENGTH else beta_at) if HAS_ADD else 0
+    record = records_ptr + i_b * RECORD
+    if i_segment == 0:
+        copy(c_ptr + i_b * H, record, H, ACC, BK)
+        m = memory_in(memory_ptr + i_b * N * W, memory, N, W, ACC, BN, BW)
+        weights = weights_in(previous_ptr + i_b * R * N, record + weights_at, N, R, ACC, BN, BR)
+    else:
+        i_copy = (i_segment - 1) * B + i_b
+        copy(c_copies_ptr + i_copy * H, record, H, ACC, BK)
+        m = memory_in(copies_ptr + i_copy * N * W, memory, N, W, ACC, BN, BW)
+        weights = weights_in(weight_copies_ptr + i_copy * R * N, record + weights_at, N, R, ACC, BN, BR)
+    tl.debug_barrier()
+    for j in tl.range(0, steps, disable_licm=True):
+        row = (start + j) * B + i_b
+        record = records_ptr + (j * B + i_b) * RECORD
+        after = record + tl.full((), RECORD, tl.int64) * B
+        gates = gates_ptr + row * 4 * H
+        for i0 in tl.range(0, H, BK, disable_licm=True):
+            o_i = i0 + tl.arange(0, BK)
+            m_i = o_i < H
+            c = tl.load(gates + H + o_i, mask=m_i, other=0.0) * tl.load(record + o_i, mask=m_i, other=0.0)
+            c += tl.load(gates + o_i, mask=m_i, other=0.0) * tl.load(gates + 2 * H + o_i, mask=m_i, other=0.0)
+            tl.store(after + o_i, c, mask=m_i)
+        head = record + head_at
+        make_head(
+            weight_head_ptr, bias_head_ptr, output_ptr + row * K, head,
+            P, H, R, W, KEY_STRENGTH, SQUASH, ACC, BJ, BK,
+        )  # fmt: skip
+        if N <= BN:
+            store_slots(record + weights_at, weights, tl.arange(0, BN), N, R, BR)
+        m, weights, _, _ = step_forward(
+            m, weights, weights, memory, memory, record + weights_at, after + weights_at, after + weights_at,
+            head, head, head, head + add_at, head + gate_at, head + beta_at, slots_ptr + row * R, record + rows_at,
+            N, W, heads, 0.0, eps, False, KEY_STRENGTH, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
+        )  # fmt: skip
+        if (j + 1) % RESTART == 0:
+            memory_out(m, memory, restarts_ptr + (j // RESTART * B + i_b) * N * W, N, W, ACC, BN, BW)
+    tl.debug_barrier()
+    return m, weights
+
+
+@triton.jit
+def undo_segment(
+    m, weights, dm, dw,  # after the segment: memory, read weights and their gradients
+    doutput_ptr, weight_hh_ptr, weight_head_ptr, gates_ptr, slots_ptr, dgates_ptr, dhead_ptr,  # as backward
+    work, memory, dmemory,  # as backward, of this example
+    work_dweights_ptr, records_ptr, restarts_ptr,  # as backward
+    i_b, start, steps, B, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+    heads, eps: tl.constexpr,
+    KEY_STRENGTH: tl.constexpr, HAS_ADD: tl.constexpr, SQUASH: tl.constexpr, SHARED: tl.constexpr, ERASE_ALL: tl.constexpr,
+    RESTART: tl.constexpr, ACC: tl.constexpr, RECORD: tl.constexpr, SCRATCH: tl.constexpr,
+    BJ: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Undo the steps of a segment, the last one first, by their records; returns the gradients of memory and read weights
+    before it. Those of h, reads and c go to the scratch of the step before."""
+    K: tl.constexpr = H + R * W
+    dcell_at: tl.constexpr = K  # in the scratch of a step
+    dgates_at: tl.constexpr = dcell_at + H
+    dhead_at: tl.constexpr = dgates_at + 4 * H
+    dh_at: tl.constexpr = dhead_at + P
+    weights_at: tl.constexpr = H  # in a record
+    head_at: tl.constexpr = weights_at + R * N
+    rows_at: tl.constexpr = head_at + P
+    gate_at: tl.constexpr = R * W
+    beta_at: tl.constexpr = gate_at + R
+    add_at: tl.constexpr = (beta_at + R if KEY_STRENGTH else beta_at) if HAS_ADD else 0
+    for i in tl.range(0, steps, disable_licm=True):
+        j = steps - 1 - i
+        t = start + j
+        row = t * B + i_b
+        record = records_ptr + (j * B + i_b) * RECORD
+        after = record + tl.full((), RECORD, tl.int64) * B
+        if (j + 1) % RESTART == 0:
+            m = memory_in(restarts_ptr + (j // RESTART * B + i_b) * N * W, memory, N, W, ACC, BN, BW)
+        here = work + t % 2 * SCRATCH
+        there = work + (t + 1) % 2 * SCRATCH
+        for i0 in tl.range(0, R * W, BK, disable_licm=True):
+            o_i = i0 + tl.arange(0, BK)
+            dreads = tl.load(here + H + o_i, mask=o_i < R * W, other=0.0)
+            dreads += tl.load(doutput_ptr + row * K + H + o_i, mask=o_i < R * W, other=0.0).to(ACC)
+            tl.debug_barrier()  # as in make_head
+            tl.store(here + H + o_i, dreads, mask=o_i < R * W)
+        tl.debug_barrier()
+        head = record + head_at
+        dhead = here + dhead_at
+        if N <= BN:
+            previous = load_slots(record + weights_at, tl.arange(0, BN), N, R, ACC, BR)
+        else:
+            previous = weights
+        m, dm, dw = step_backward(
+            m, dm, weights, dw, previous, memory, dmemory, after + weights_at, record + weights_at,
+            work_dweights_ptr + (t % 2 * B + i_b) * R * N, work_dweights_ptr + ((t + 1) % 2 * B + i_b) * R * N,
+            here + H, head, head + add_at, head + gate_at, head + beta_at, slots_ptr + row * R, record + rows_at,
+            dhead, dhead + add_at, dhead + gate_at, dhead + beta_at,
+            N, W, heads, eps, KEY_STRENGTH, HAS_ADD, SHARED, ERASE_ALL, ACC, BN, BW, BR,
+        )  # fmt: skip
+        weights = previous
+        head_backward(head, dhead, dhead_ptr + row * P, P, R, W, KEY_STRENGTH, SQUASH, BJ)
+        lstm_backward(
+            doutput_ptr + row * K, here, weight_head_ptr, dhead,
+            gates_ptr + row * 4 * H, record, after, here + dcell_at, there + dcell_at,
+            here + dh_at, here + dgates_at, dgates_ptr + row * 4 * H, P, H, ACC, BJ, BK,
+        )  # fmt: skip
+        for k0 in tl.range(0, K, BK, disable_licm=True):
+            o_k = k0 + tl.arange(0, BK)
+            grad = vector_times(weight_hh_ptr, here + dgates_at, o_k, 4 * H, K, ACC, BJ, BK)
+            tl.store(there + o_k, grad, mask=o_k < K)
+        tl.debug_barrier()
+    return dm, dw
+
+
 @triton.jit(do_not_specialize=["T", "B", "checkpoint_every"])
 def mann_sequence_bwd_kernel(
     doutput_ptr, dh1_ptr, dc1_ptr, dreads1_ptr, dmemory1_ptr, dweights1_ptr,  # of output and the state after
@@ -152,15 +274,6 @@ def mann_sequence_bwd_kernel(
     memory = work_memory_ptr + i_b * N * W
     dmemory = work_dmemory_ptr + i_b * N * W
     dcell_at: tl.constexpr = K  # in the scratch of a step
-    dgates_at: tl.constexpr = dcell_at + H
-    dhead_at: tl.constexpr = dgates_at + 4 * H
-    dh_at: tl.constexpr = dhead_at + P
-    weights_at: tl.constexpr = H  # in a record
-    head_at: tl.constexpr = weights_at + R * N
-    rows_at: tl.constexpr = head_at + P
-    gate_at: tl.constexpr = R * W
-    beta_at: tl.constexpr = gate_at + R
-    add_at: tl.constexpr = (beta_at + R if KEY_STRENGTH else beta_at) if HAS_ADD else 0
     # the gradient of the state after step t stands in half t % 2
     last = work + (length + 1) % 2 * SCRATCH
     take(dh1_ptr + i_b * H, last, H, HAS_DH, ACC, BK)
@@ -180,87 +293,22 @@ def mann_sequence_bwd_kernel(
         fill_zero(dhead_ptr + (t * B + i_b) * P, P, ACC, BK)
     segments = (length + checkpoint_every - 1) // checkpoint_every
     for back in tl.range(0, segments, disable_licm=True):
-        start = (segments - 1 - back) * checkpoint_every
+        i_segment = segments - 1 - back
+        start = i_segment * checkpoint_every
         steps = tl.minimum(start + checkpoint_every, length) - start
-        i_copy = (start // checkpoint_every - 1) * B + i_b
-        record = records_ptr + i_b * RECORD
-        if start == 0:
-            copy(c_ptr + i_b * H, record, H, ACC, BK)
-            m = memory_in(memory_ptr + i_b * N * W, memory, N, W, ACC, BN, BW)
-            weights = weights_in(previous_ptr + i_b * R * N, record + weights_at, N, R, ACC, BN, BR)
-        else:
-            copy(c_copies_ptr + i_copy * H, record, H, ACC, BK)
-            m = memory_in(copies_ptr + i_copy * N * W, memory, N, W, ACC, BN, BW)
-            weights = weights_in(weight_copies_ptr + i_copy * R * N, record + weights_at, N, R, ACC, BN, BR)
-        tl.debug_barrier()
-        for j in tl.range(0, steps, disable_licm=True):
-            row = (start + j) * B + i_b
-            record = records_ptr + (j * B + i_b) * RECORD
-            after = record + tl.full((), RECORD, tl.int64) * B
-            gates = gates_ptr + row * 4 * H
-            for i0 in tl.range(0, H, BK, disable_licm=True):
-                o_i = i0 + tl.arange(0, BK)
-                m_i = o_i < H
-                c = tl.load(gates + H + o_i, mask=m_i, other=0.0) * tl.load(record + o_i, mask=m_i, other=0.0)
-                c += tl.load(gates + o_i, mask=m_i, other=0.0) * tl.load(gates + 2 * H + o_i, mask=m_i, other=0.0)
-                tl.store(after + o_i, c, mask=m_i)
-            head = record + head_at
-            make_head(
-                weight_head_ptr, bias_head_ptr, output_ptr + row * K, head,
-                P, H, R, W, KEY_STRENGTH, SQUASH, ACC, BJ, BK,
-            )  # fmt: skip
-            if N <= BN:
-                store_slots(record + weights_at, weights, tl.arange(0, BN), N, R, BR)
-            m, weights, _, _ = step_forward(
-                m, weights, weights, memory, memory, record + weights_at, after + weights_at, after + weights_at,
-                head, head, head, head + add_at, head + gate_at, head + beta_at, slots_ptr + row * R, record + rows_at,
-                N, W, heads, 0.0, eps, False, KEY_STRENGTH, SHARED, ERASE_ALL, ACC, BU, BN, BW, BR,
-            )  # fmt: skip
-            if (j + 1) % RESTART == 0:
-                memory_out(m, memory, restarts_ptr + (j // RESTART * B + i_b) * N * W, N, W, ACC, BN, BW)
-        tl.debug_barrier()
-        for i in tl.range(0, steps, disable_licm=True):
-            j = steps - 1 - i
-            t = start + j
-            row = t * B + i_b
-            record = records_ptr + (j * B + i_b) * RECORD
-            after = record + tl.full((), RECORD, tl.int64) * B
-            if (j + 1) % RESTART == 0:
-                m = memory_in(restarts_ptr + (j // RESTART * B + i_b) * N * W, memory, N, W, ACC, BN, BW)
-            here = work + t % 2 * SCRATCH
-            there = work + (t + 1) % 2 * SCRATCH
-            for i0 in tl.range(0, R * W, BK, disable_licm=True):
-                o_i = i0 + tl.arange(0, BK)
-                dreads = tl.load(here + H + o_i, mask=o_i < R * W, other=0.0)
-                dreads += tl.load(doutput_ptr + row * K + H + o_i, mask=o_i < R * W, other=0.0).to(ACC)
-                tl.debug_barrier()  # as in make_head
-                tl.store(here + H + o_i, dreads, mask=o_i < R * W)
-            tl.debug_barrier()
-            head = record + head_at
-            dhead = here + dhead_at
-            if N <= BN:
-                previous = load_slots(record + weights_at, tl.arange(0, BN), N, R, ACC, BR)
-            else:
-                previous = weights
-            m, dm, dw = step_backward(
-                m, dm, weights, dw, previous, memory, dmemory, after + weights_at, record + weights_at,
-                work_dweights_ptr + (t % 2 * B + i_b) * R * N, work_dweights_ptr + ((t + 1) % 2 * B + i_b) * R * N,
-                here + H, head, head + add_at, head + gate_at, head + beta_at, slots_ptr + row * R, record + rows_at,
-                dhead, dhead + add_at, dhead + gate_at, dhead + beta_at,
-                N, W, heads, eps, KEY_STRENGTH, HAS_ADD, SHARED, ERASE_ALL, ACC, BN, BW, BR,
-            )  # fmt: skip
-            weights = previous
-            head_backward(head, dhead, dhead_ptr + row * P, P, R, W, KEY_STRENGTH, SQUASH, BJ)
-            lstm_backward(
-                doutput_ptr + row * K, here, weight_head_ptr, dhead,
-                gates_ptr + row * 4 * H, record, after, here + dcell_at, there + dcell_at,
-                here + dh_at, here + dgates_at, dgates_ptr + row * 4 * H, P, H, ACC, BJ, BK,
-            )  # fmt: skip
-            for k0 in tl.range(0, K, BK, disable_licm=True):
-                o_k = k0 + tl.arange(0, BK)
-                grad = vector_times(weight_hh_ptr, here + dgates_at, o_k, 4 * H, K, ACC, BJ, BK)
-                tl.store(there + o_k, grad, mask=o_k < K)
-            tl.debug_barrier()
+        m, weights = recompute_segment(
+            weight_head_ptr, bias_head_ptr, c_ptr, memory_ptr, previous_ptr,
+            output_ptr, gates_ptr, slots_ptr, c_copies_ptr, copies_ptr, weight_copies_ptr,
+            memory, records_ptr, restarts_ptr, i_b, i_segment, start, steps, B, H, P, N, W, R, heads, eps,
+            KEY_STRENGTH, HAS_ADD, SQUASH, SHARED, ERASE_ALL, RESTART, ACC, RECORD, BJ, BK, BU, BN, BW, BR,
+        )  # fmt: skip
+        dm, dw = undo_segment(
+            m, weights, dm, dw,
+            doutput_ptr, weight_hh_ptr, weight_head_ptr, gates_ptr, slots_ptr, dgates_ptr, dhead_ptr,
+            work, memory, dmemory, work_dweights_ptr, records_ptr, restarts_ptr,
+            i_b, start, steps, B, H, P, N, W, R, heads, eps,
+            KEY_STRENGTH, HAS_ADD, SQUASH, SHARED, ERASE_ALL, RESTART, ACC, RECORD, SCRATCH, BJ, BK, BN, BW, BR,
+        )  # fmt: skip
     tl.debug_barrier()
     first = work + SCRATCH  # before step 0
     copy(first, dh_ptr + i_b * H, H, ACC, BK)

@@ -76,8 +76,8 @@ def compiled_for(target):
         found.append(Compiled(compiled, math.prod(grid), buffers))
         return compiled
 
-    def missing_on_cpu(name, stem, device, dtype):
-        return None if (name, device) == ("triton", "cpu") else missing(name, stem, device, dtype)
+    def missing_on_cpu(name, op, device, dtype):
+        return None if (name, device) == ("triton", "cpu") else missing(name, op, device, dtype)
 
     kind = _launch.Gpu(driver.target.backend == "cuda", driver.target.warp_size)
     missing = _backend.missing

@@ -190,10 +190,10 @@ def cuda_on_cpu(seed: int = 0, library: Path | None = None, csrc: Path = CSRC):
     loaded.mann_cuda_on_cpu_seed(seed)
     missing, operators = _backend.missing, _library.operators
 
-    def missing_on_cpu(name, stem, device, dtype):
+    def missing_on_cpu(name, op, device, dtype):
         if (name, device) != ("cuda", "cpu"):
-            return missing(name, stem, device, dtype)
-        return None if stem in kernels() and dtype in DTYPES else f"no CUDA kernel for {stem} in {dtype}"
+            return missing(name, op, device, dtype)
+        return None if op in kernels() and dtype in DTYPES else f"no CUDA kernel for {op} in {dtype}"
 
     _backend.missing = missing_on_cpu
     _library.operators = lambda backend: getattr(torch.ops, LIBRARY) if backend == "cuda" else operators(backend)

@@ -1,6 +1,6 @@
 """One operator of the CUDA kernels on the CPU against the reference, in a process that a sanitizer watches:
 
-python run_cuda_on_cpu.py LIBRARY STEM SEED B,N,W,R [name=value ...]
+python run_cuda_on_cpu.py LIBRARY OP SEED B,N,W,R [name=value ...]
 """
 
 import ast
@@ -10,22 +10,22 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
+from against_reference import matches  # noqa: E402
 from cuda_on_cpu import CSRC, cuda_on_cpu  # noqa: E402
-from stem import matches  # noqa: E402
 from test_properties import class_of  # noqa: E402
 
 
-def main(library, stem, seeds, size, *options):
+def main(library, op, seeds, size, *options):
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     given = dict(option.split("=") for option in options)
     given = {name: ast.literal_eval(value) for name, value in given.items()}
-    call = class_of(stem).inputs(1, *map(int, size.split(",")), **given)
+    call = class_of(op).inputs(1, *map(int, size.split(",")), **given)
     own = Path(library).parents[1] / "csrc"  # of a library with a fault
     for seed in range(int(seeds)):
         with cuda_on_cpu(seed, Path(library), own if own.exists() else CSRC):
-            matches(stem, call, torch.float32)
+            matches(op, call, torch.float32)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("has nothing to do with Triton", allow_module_level=True)
 
 import cuda_on_cpu
+from against_reference import matches, quantities
 from mutant import cuda_mutant
-from stem import matches, quantities
 from test_properties import class_of, tie, zero_rows
 
 import mann_kernels
@@ -68,11 +68,11 @@ def test_every_number_of_parts(parts, cuda):
 
 
 @pytest.mark.parametrize("size", [(2, 130, 40, 4), (1, 600, 17, 3), (2, 40, 5, 12), (1, 33, 70, 1)], ids=str)
-@pytest.mark.parametrize("stem", ["mann_sequence", "lrua_sequence"])
-def test_rows_and_columns(stem, size, cuda):
+@pytest.mark.parametrize("op", ["mann_sequence", "lrua_sequence"])
+def test_rows_and_columns(op, size, cuda):
     """Lanes to a row, rows and columns to a thread, groups of heads."""
     cuda.mann_cuda_plan(2, 1, 2, 0, 0)
-    matches(stem, class_of(stem).inputs(1, *size, T=3), torch.float32)
+    matches(op, class_of(op).inputs(1, *size, T=3), torch.float32)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -98,19 +98,19 @@ def test_gradcheck(form, cuda):
 def test_ties_across_parts(change, cuda):
     """The lowest slot first, whichever block has it."""
     cuda.mann_cuda_plan(4, 1, 4, 0, 0)
-    for stem in ("mann_sequence", "lrua_sequence"):
-        call = class_of(stem).inputs(2, 2, 18, 4, 3, T=1)
+    for op in ("mann_sequence", "lrua_sequence"):
+        call = class_of(op).inputs(2, 2, 18, 4, 3, T=1)
         change(call)
-        matches(stem, call, torch.float64)
+        matches(op, call, torch.float64)
 
 
 @pytest.mark.parametrize("every", [1, 3, 10])
 def test_segments_and_restarts(every, cuda, monkeypatch):
     cuda.mann_cuda_plan(4, 2, 2, 0, 0)
-    for stem in ("mann_sequence", "lrua_sequence"):
-        monkeypatch.setattr(importlib.import_module(f"mann_kernels.ops.{stem}"), "CHECKPOINT_EVERY", every)
-        call = class_of(stem).inputs(2, 3, 20, 6, 2, T=23, lengths=True)
-        matches(stem, call, torch.float32)
+    for op in ("mann_sequence", "lrua_sequence"):
+        monkeypatch.setattr(importlib.import_module(f"mann_kernels.ops.{op}"), "CHECKPOINT_EVERY", every)
+        call = class_of(op).inputs(2, 3, 20, 6, 2, T=23, lengths=True)
+        matches(op, call, torch.float32)
 
 
 def test_large_key_strengths(cuda):

@@ -7,8 +7,8 @@ import subprocess
 import cuda_on_cpu
 import pytest
 import torch
+from against_reference import compare, matches, quantities, run
 from coordinates import far_from_edges
-from stem import compare, matches, quantities, run
 from test_properties import class_of
 
 import mann_kernels
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.compiles,
     pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing())),
 ]
-STEMS = ("generate_fast_weights", "summarize_gradients")
+OPS = ("generate_fast_weights", "summarize_gradients")
 #: Hidden units: one; less than a part; what registers hold all sums of; apart in shared memory; not; the most.
 HIDDEN = (1, 7, 20, 24, 33, 64)
 
@@ -28,30 +28,30 @@ def cuda():
         yield library
 
 
-def inputs_of(stem, seed, count, hidden, steps, dtype=torch.float64):
+def inputs_of(op, seed, count, hidden, steps, dtype=torch.float64):
     """`count` coordinates (of each of `steps` gradients), rounded to dtype, and no choice near an edge."""
-    inputs = class_of(stem).inputs(seed, 1, 2 * count + 60, hidden, steps)
+    inputs = class_of(op).inputs(seed, 1, 2 * count + 60, hidden, steps)
     inputs = inputs.to(dtype).to(torch.float64)
-    grads = inputs["grads"].reshape(steps, -1) if stem == "summarize_gradients" else inputs["grads"].flatten()
+    grads = inputs["grads"].reshape(steps, -1) if op == "summarize_gradients" else inputs["grads"].flatten()
     inputs["grads"] = far_from_edges(grads, inputs, count)
     return inputs
 
 
 @pytest.mark.parametrize("dtype", cuda_on_cpu.DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize("stem", STEMS)
-def test_every_network(stem, hidden, dtype):
+@pytest.mark.parametrize("op", OPS)
+def test_every_network(op, hidden, dtype):
     if (hidden, dtype) == (64, torch.float64):
         pytest.skip("twice the shared memory that there is")
     for seed, (count, steps) in enumerate(((1, 1), (37, 5), (50, 9))):
-        matches(stem, inputs_of(stem, seed, count, hidden, steps, dtype), dtype)
+        matches(op, inputs_of(op, seed, count, hidden, steps, dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stem", STEMS)
-def test_more_tiles_than_warps(stem, dtype, monkeypatch):
+@pytest.mark.parametrize("op", OPS)
+def test_more_tiles_than_warps(op, dtype, monkeypatch):
     """By the letter of the tolerance rule; 132 multiprocessors have 12 warps each, or 8."""
-    compare(stem, inputs_of(stem, 3, 30_000, 5, 2, dtype), dtype)
+    compare(op, inputs_of(op, 3, 30_000, 5, 2, dtype), dtype)
 
 
 def test_states_of_many_steps(cuda):
@@ -64,63 +64,63 @@ def test_states_of_many_steps(cuda):
 
 
 @pytest.mark.parametrize("hidden", [6, 33])
-@pytest.mark.parametrize("stem", STEMS)
-def test_gradcheck(stem, hidden):
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck(op, hidden):
     """The kernels' own source in float64."""
-    call = inputs_of(stem, 5, 3, hidden, 3).with_grad()
+    call = inputs_of(op, 5, 3, hidden, 3).with_grad()
     names = [name for name, value in call.items() if isinstance(value, torch.Tensor)]
 
     def function(*values):
-        return getattr(mann_kernels, stem)(**call | dict(zip(names, values, strict=True)))
+        return getattr(mann_kernels, op)(**call | dict(zip(names, values, strict=True)))
 
     assert torch.autograd.gradcheck(function, [call[name] for name in names], atol=1e-6, fast_mode=hidden > 6)
 
 
 @pytest.mark.parametrize("hidden", [20, 33])
-@pytest.mark.parametrize("stem", STEMS)
-def test_any_schedule(stem, hidden, cuda):
+@pytest.mark.parametrize("op", OPS)
+def test_any_schedule(op, hidden, cuda):
     """Whichever thread comes first: the same bits."""
-    call = inputs_of(stem, 6, 50, hidden, 3).to(torch.float32)
-    first = quantities(getattr(mann_kernels, stem), call)
+    call = inputs_of(op, 6, 50, hidden, 3).to(torch.float32)
+    first = quantities(getattr(mann_kernels, op), call)
     for seed in range(1, 8):
         cuda.mann_cuda_on_cpu_seed(seed)
-        again = quantities(getattr(mann_kernels, stem), call)
+        again = quantities(getattr(mann_kernels, op), call)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_no_coordinates(stem):
+@pytest.mark.parametrize("op", OPS)
+def test_no_coordinates(op):
     """The weights' gradients are zero."""
-    compare(stem, class_of(stem).inputs(0, 0, 5, 20, 3), torch.float32)
+    compare(op, class_of(op).inputs(0, 0, 5, 20, 3), torch.float32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("stem", STEMS)
-def test_what_is_not_finite_stays_where_it_is(stem, value):
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_not_finite_stays_where_it_is(op, value):
     """NaN reaches the fast weight of its coordinate and no other. An infinite gradient saturates the gates of d."""
-    call = inputs_of(stem, 7, 50, 20, 3)
+    call = inputs_of(op, 7, 50, 20, 3)
     call["grads"][..., 21] = value
-    found = getattr(mann_kernels, stem)(**call.to(torch.float32))
+    found = getattr(mann_kernels, op)(**call.to(torch.float32))
     finite = found.isfinite()
     assert finite[..., [i for i in range(50) if i != 21]].all()
-    assert finite[..., 21].all() == (stem == "summarize_gradients" and value == float("inf"))
+    assert finite[..., 21].all() == (op == "summarize_gradients" and value == float("inf"))
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_too_many_hidden_units(stem):
+@pytest.mark.parametrize("op", OPS)
+def test_too_many_hidden_units(op):
     with pytest.raises(RuntimeError, match="at most 64 hidden units"):
-        getattr(mann_kernels, stem)(**class_of(stem).inputs(0, 1, 3, 65, 2).to(torch.float32))
+        getattr(mann_kernels, op)(**class_of(op).inputs(0, 1, 3, 65, 2).to(torch.float32))
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("dtype", ["float", "Bf16"])
-@pytest.mark.parametrize("stem", STEMS)
-def test_nothing_spills(stem, dtype, tmp_path):
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_spills(op, dtype, tmp_path):
     """At the paper's size; but for a few numbers of d backward, which a warp keeps 255 registers of."""
     command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "made"]
     command += ["-DMANN_D=20", f"-DMANN_STORAGE={dtype}", "-DMANN_STATES_IN_SHARED=1"]
-    command += [cuda_on_cpu.CSRC / "cuda" / f"{stem}.cu"]
+    command += [cuda_on_cpu.CSRC / "cuda" / f"{op}.cu"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = [int(bytes) for bytes in re.findall(r"(\d+) bytes spill", said)]
     assert len(spilled) >= 6, said
-    assert max(spilled) <= (100 if stem == "summarize_gradients" else 0), said
+    assert max(spilled) <= (100 if op == "summarize_gradients" else 0), said

@@ -33,21 +33,21 @@ CALLS = {
 }
 
 
-def run_in_process(kind, library, stem, seeds):
-    command = [sys.executable, RUN, library, stem, str(seeds), *CALLS[stem]]
+def run_in_process(kind, library, op, seeds):
+    command = [sys.executable, RUN, library, op, str(seeds), *CALLS[op]]
     return subprocess.run(command, env=os.environ | cuda_on_cpu.sanitized(kind), capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("stem", CALLS)
+@pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("kind", ["address", "thread"])
-def test_sanitizers_report_nothing(kind, stem):
-    ran = run_in_process(kind, cuda_on_cpu.build(kind), stem, 2)
+def test_sanitizers_report_nothing(kind, op):
+    ran = run_in_process(kind, cuda_on_cpu.build(kind), op, 2)
     assert ran.returncode == 0, ran.stderr
     assert "Sanitizer" not in ran.stderr, ran.stderr
 
 
 class Fault(NamedTuple):
-    stem: str
+    op: str
     file: str
     right: str
     wrong: str
@@ -132,9 +132,9 @@ FAULTS = {
 
 @pytest.mark.parametrize(("fault", "by"), [(name, by) for name, fault in FAULTS.items() for by in fault.said])
 def test_a_planted_fault_is_named(fault, by, tmp_path):
-    stem, file, right, wrong, said = FAULTS[fault]
+    op, file, right, wrong, said = FAULTS[fault]
     csrc = cuda_mutant(tmp_path, file, right, wrong)
-    library = cuda_on_cpu.build(by, sources=[csrc / "cuda" / f"{stem}.cpp"], csrc=csrc, folder=tmp_path)
-    ran = run_in_process(by, library, stem, 20)
+    library = cuda_on_cpu.build(by, sources=[csrc / "cuda" / f"{op}.cpp"], csrc=csrc, folder=tmp_path)
+    ran = run_in_process(by, library, op, 20)
     assert ran.returncode != 0
     assert re.search(said[by], ran.stderr), ran.stderr

@@ -3,7 +3,7 @@
 import cuda_on_cpu
 import pytest
 import torch
-from stem import compare, matches, quantities
+from against_reference import compare, matches, quantities
 from test_properties import class_of, tie, zero_rows
 
 import mann_kernels
@@ -15,7 +15,7 @@ pytestmark = [
 
 #: (B, N, W, R): odd, no multiple of a tile of examples; more slots than threads of a warp; the least there is; more than one tile.
 SIZES = ((3, 7, 5, 2), (1, 150, 20, 6), (1, 1, 1, 1), (9, 5, 3, 1))
-STEMS = (
+OPS = (
     "content_address", "lrua_step", "lrua_sequence", "mann_sequence", "augmented_linear", "augmented_conv2d",
     "generate_fast_weights", "summarize_gradients",
 )  # fmt: skip
@@ -28,9 +28,9 @@ def cuda():
         yield library
 
 
-def inputs_of(stem, seed, size, **options):
-    tests = class_of(stem)
-    if stem.endswith("sequence"):
+def inputs_of(op, seed, size, **options):
+    tests = class_of(op)
+    if op.endswith("sequence"):
         options.setdefault("T", 3)
     return tests.inputs(seed, *size, **(dict(tests.options[0]) | options))
 
@@ -38,57 +38,57 @@ def inputs_of(stem, seed, size, **options):
 def test_all_of_them_are_here(cuda):
     """Every kernel, forward and backward."""
     beside = {"generate_fast_weights_sides"}
-    assert cuda_on_cpu.kernels() == beside | {name for stem in STEMS for name in (stem, f"{stem}_backward")}
+    assert cuda_on_cpu.kernels() == beside | {name for op in OPS for name in (op, f"{op}_backward")}
 
 
 @pytest.mark.parametrize("dtype", cuda_on_cpu.DTYPES, ids=str)
-@pytest.mark.parametrize("stem", STEMS)
-def test_matches_reference(stem, dtype, request):
+@pytest.mark.parametrize("op", OPS)
+def test_matches_reference(op, dtype, request):
     """Every option with one of the sizes, every size with the last options; each with each where there is time."""
-    every = class_of(stem).options
+    every = class_of(op).options
     for seed, size in enumerate(SIZES):
         for number, options in enumerate(every):
             if request.config.getoption("--long") or number == len(every) - 1 or number % len(SIZES) == seed:
-                matches(stem, inputs_of(stem, seed, size, **options), dtype)
+                matches(op, inputs_of(op, seed, size, **options), dtype)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("stem", STEMS)
-def test_any_schedule(stem, seed, cuda):
+@pytest.mark.parametrize("op", OPS)
+def test_any_schedule(op, seed, cuda):
     """Whichever thread comes first: right, and the same bits."""
-    call = inputs_of(stem, 1, SIZES[0], **class_of(stem).options[-1]).to(torch.float32)
-    first = quantities(getattr(mann_kernels, stem), call)
+    call = inputs_of(op, 1, SIZES[0], **class_of(op).options[-1]).to(torch.float32)
+    first = quantities(getattr(mann_kernels, op), call)
     cuda.mann_cuda_on_cpu_seed(seed)
-    again = quantities(getattr(mann_kernels, stem), call)
+    again = quantities(getattr(mann_kernels, op), call)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    matches(stem, call.to(torch.float64), torch.float32)
+    matches(op, call.to(torch.float64), torch.float32)
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_gradcheck(stem):
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck(op):
     """The kernels' own source in float64."""
-    few = inputs_of(stem, 0, (1, 3, 2, 1), T=2, write="add", key_strength=True) if stem == "mann_sequence" else None
-    assert torch.autograd.gradcheck(*class_of(stem)._scalar("cpu", few), atol=1e-6)
+    few = inputs_of(op, 0, (1, 3, 2, 1), T=2, write="add", key_strength=True) if op == "mann_sequence" else None
+    assert torch.autograd.gradcheck(*class_of(op)._scalar("cpu", few), atol=1e-6)
 
 
 @pytest.mark.parametrize("change", [tie, zero_rows])
-@pytest.mark.parametrize("stem", STEMS)
-def test_ties_and_zero_rows(stem, change):
-    call = inputs_of(stem, 2, (2, 9, 4, 3), **({"T": 1} if stem.endswith("sequence") else {}))
+@pytest.mark.parametrize("op", OPS)
+def test_ties_and_zero_rows(op, change):
+    call = inputs_of(op, 2, (2, 9, 4, 3), **({"T": 1} if op.endswith("sequence") else {}))
     change(call)
-    matches(stem, call, torch.float64)
+    matches(op, call, torch.float64)
 
 
 @pytest.mark.parametrize("slots", [4000, 6000])
-@pytest.mark.parametrize("stem", ["content_address", "lrua_step"])
-def test_more_than_shared_memory_has_room_for(stem, slots):
+@pytest.mark.parametrize("op", ["content_address", "lrua_step"])
+def test_more_than_shared_memory_has_room_for(op, slots):
     """For the memory (256,000 bytes and more); for the numbers per slot of the backward pass too (312,000)."""
-    matches(stem, inputs_of(stem, 3, (1, slots, 16, 1)), torch.float32)
+    matches(op, inputs_of(op, 3, (1, slots, 16, 1)), torch.float32)
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_empty_batch(stem):
-    compare(stem, inputs_of(stem, 0, (0, 5, 3, 2)), torch.float32)
+@pytest.mark.parametrize("op", OPS)
+def test_empty_batch(op):
+    compare(op, inputs_of(op, 0, (0, 5, 3, 2)), torch.float32)
 
 
 @pytest.mark.parametrize("every", [1, 3, 256])
@@ -107,8 +107,8 @@ def test_paper_size(dtype):
     matches("mann_sequence", inputs, dtype)
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_the_kernel_is_what_runs(stem):
+@pytest.mark.parametrize("op", OPS)
+def test_the_kernel_is_what_runs(op):
     """And nothing falls back where it cannot."""
-    with pytest.raises(RuntimeError, match=f"cannot run {stem}: no CUDA kernel"):
-        getattr(mann_kernels, stem)(**class_of(stem).small.to(torch.float16))
+    with pytest.raises(RuntimeError, match=f"cannot run {op}: no CUDA kernel"):
+        getattr(mann_kernels, op)(**class_of(op).small.to(torch.float16))

@@ -7,7 +7,7 @@ import subprocess
 import cuda_on_cpu
 import pytest
 import torch
-from stem import matches, quantities, run
+from against_reference import matches, quantities, run
 from test_properties import class_of
 
 import mann_kernels
@@ -17,8 +17,8 @@ pytestmark = [
     pytest.mark.compiles,
     pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing())),
 ]
-STEMS = ("augmented_linear", "augmented_conv2d")
-SHAPES = {case.name: (stem, case.shape) for stem in STEMS for case in operators()[stem].cases(False)}
+OPS = ("augmented_linear", "augmented_conv2d")
+SHAPES = {case.name: (op, case.shape) for op in OPS for case in operators()[op].cases(False)}
 
 
 @pytest.fixture(autouse=True)
@@ -108,25 +108,25 @@ def test_tiles_of_a_product(sizes, options):
     matches("augmented_linear", linear(6, *sizes, **options), torch.float32)
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_any_schedule(stem, cuda):
+@pytest.mark.parametrize("op", OPS)
+def test_any_schedule(op, cuda):
     """Whichever thread comes first: the same bits."""
-    call = (conv if stem == "augmented_conv2d" else linear)(7, 5, 9, 12, 3).to(torch.float32)
-    first = quantities(getattr(mann_kernels, stem), call)
+    call = (conv if op == "augmented_conv2d" else linear)(7, 5, 9, 12, 3).to(torch.float32)
+    first = quantities(getattr(mann_kernels, op), call)
     for seed in range(1, 6):
         cuda.mann_cuda_on_cpu_seed(seed)
-        again = quantities(getattr(mann_kernels, stem), call)
+        again = quantities(getattr(mann_kernels, op), call)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def launches_of(cuda, name):
     """What a training step at one of the paper's shapes launches."""
-    stem, shape = SHAPES[name]
-    bench = operators()[stem]
+    op, shape = SHAPES[name]
+    bench = operators()[op]
     inputs = {key.replace("hidden", "x"): value.float() for key, value in bench.inputs(shape, 0).items()}
     leaves = {key: value.requires_grad_(shape.C > 1 or key != "x") for key, value in inputs.items()}
     with cuda_on_cpu.recorded(cuda) as launches:
-        getattr(mann_kernels, stem)(**leaves, **bench.options).sum().backward()
+        getattr(mann_kernels, op)(**leaves, **bench.options).sum().backward()
     return launches
 
 

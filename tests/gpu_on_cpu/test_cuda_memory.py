@@ -13,8 +13,8 @@ from typing import NamedTuple
 import cuda_on_cpu
 import pytest
 import torch
+from against_reference import compare, matches, quantities
 from mutant import cuda_mutant
-from stem import compare, matches, quantities
 from test_properties import class_of, tie, zero_rows
 
 import mann_kernels
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing())),
 ]
 
-STEMS = ("content_address", "lrua_step", "lrua_sequence", "mann_sequence")
+OPS = ("content_address", "lrua_step", "lrua_sequence", "mann_sequence")
 #: (B, N, W, R): odd; the least there is; a row for every thread, several tiles; the paper's W and R; many heads.
 SIZES = ((3, 7, 5, 2), (1, 1, 1, 1), (2, 700, 7, 1), (1, 200, 40, 4), (2, 40, 12, 8))
 
@@ -37,72 +37,72 @@ def cuda():
         library.mann_cuda_plan(0, 0, 0, 0, 0)
 
 
-def inputs_of(stem, seed, size, **options):
-    if stem.endswith("sequence"):
+def inputs_of(op, seed, size, **options):
+    if op.endswith("sequence"):
         options.setdefault("T", 3)
-    return class_of(stem).inputs(seed, *size, **options)
+    return class_of(op).inputs(seed, *size, **options)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("stem", STEMS)
-def test_matches_reference(stem, size):
-    every = class_of(stem).options
+@pytest.mark.parametrize("op", OPS)
+def test_matches_reference(op, size):
+    every = class_of(op).options
     for options in every if size == SIZES[0] else (every[0], every[-1]):  # a build takes seconds
-        matches(stem, inputs_of(stem, 1, size, **options), torch.float32)
+        matches(op, inputs_of(op, 1, size, **options), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stem", STEMS)
-def test_other_types(stem, dtype):
-    for options in class_of(stem).options:
-        matches(stem, inputs_of(stem, 1, SIZES[0], **options), dtype)
+@pytest.mark.parametrize("op", OPS)
+def test_other_types(op, dtype):
+    for options in class_of(op).options:
+        matches(op, inputs_of(op, 1, SIZES[0], **options), dtype)
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_more_columns_than_registers(stem):
+@pytest.mark.parametrize("op", OPS)
+def test_more_columns_than_registers(op):
     """R * W = 1,600: every warp hands on sums of its own, and loops stay loops."""
-    matches(stem, inputs_of(stem, 1, (1, 70, 200, 8), **class_of(stem).options[-1]), torch.float32)
+    matches(op, inputs_of(op, 1, (1, 70, 200, 8), **class_of(op).options[-1]), torch.float32)
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("stem", STEMS)
-def test_any_schedule(stem, seed, cuda):
+@pytest.mark.parametrize("op", OPS)
+def test_any_schedule(op, seed, cuda):
     """Whichever thread comes first: the same bits."""
-    call = inputs_of(stem, 1, (2, 300, 5, 2), **class_of(stem).options[-1]).to(torch.float32)
-    first = quantities(getattr(mann_kernels, stem), call)
+    call = inputs_of(op, 1, (2, 300, 5, 2), **class_of(op).options[-1]).to(torch.float32)
+    first = quantities(getattr(mann_kernels, op), call)
     cuda.mann_cuda_on_cpu_seed(seed)
-    again = quantities(getattr(mann_kernels, stem), call)
+    again = quantities(getattr(mann_kernels, op), call)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_gradcheck(stem):
-    few = inputs_of(stem, 0, (1, 3, 2, 1), T=2, write="add", key_strength=True) if stem == "mann_sequence" else None
-    assert torch.autograd.gradcheck(*class_of(stem)._scalar("cpu", few), atol=1e-6)
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck(op):
+    few = inputs_of(op, 0, (1, 3, 2, 1), T=2, write="add", key_strength=True) if op == "mann_sequence" else None
+    assert torch.autograd.gradcheck(*class_of(op)._scalar("cpu", few), atol=1e-6)
 
 
 @pytest.mark.parametrize("change", [tie, zero_rows])
-@pytest.mark.parametrize("stem", STEMS)
-def test_ties_and_zero_rows(stem, change):
+@pytest.mark.parametrize("op", OPS)
+def test_ties_and_zero_rows(op, change):
     """Also of slots in different tiles: the lowest index first."""
     for size in ((2, 9, 4, 3), (1, 700, 4, 3)):
-        call = inputs_of(stem, 2, size, **({"T": 1} if stem.endswith("sequence") else {}))
+        call = inputs_of(op, 2, size, **({"T": 1} if op.endswith("sequence") else {}))
         change(call)
-        matches(stem, call, torch.float64)
+        matches(op, call, torch.float64)
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_empty_batch(stem):
-    compare(stem, inputs_of(stem, 0, (0, 5, 3, 2)), torch.float32)
+@pytest.mark.parametrize("op", OPS)
+def test_empty_batch(op):
+    compare(op, inputs_of(op, 0, (0, 5, 3, 2)), torch.float32)
 
 
 @pytest.mark.parametrize("every", [1, 3, 10, 256])
-@pytest.mark.parametrize("stem", STEMS[2:])
-def test_segments_and_restarts(stem, every, monkeypatch):
-    monkeypatch.setattr(importlib.import_module(f"mann_kernels.ops.{stem}"), "CHECKPOINT_EVERY", every)
+@pytest.mark.parametrize("op", OPS[2:])
+def test_segments_and_restarts(op, every, monkeypatch):
+    monkeypatch.setattr(importlib.import_module(f"mann_kernels.ops.{op}"), "CHECKPOINT_EVERY", every)
     for dtype in (torch.float32, torch.bfloat16):
-        matches(stem, inputs_of(stem, 2, (3, 20, 6, 2), T=23, lengths=True), dtype)
-    compare(stem, inputs_of(stem, 2, (2, 12, 6, 2), T=0), torch.float32)
+        matches(op, inputs_of(op, 2, (3, 20, 6, 2), T=23, lengths=True), dtype)
+    compare(op, inputs_of(op, 2, (2, 12, 6, 2), T=0), torch.float32)
 
 
 def test_from_an_almost_empty_memory():
@@ -112,13 +112,13 @@ def test_from_an_almost_empty_memory():
     matches("mann_sequence", inputs, torch.float32)
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_rows_on_no_vector(stem):
+@pytest.mark.parametrize("op", OPS)
+def test_rows_on_no_vector(op):
     """A memory that begins in the middle of a vector is read number by number."""
-    call = inputs_of(stem, 3, (2, 9, 8, 2)).to(torch.float32)
+    call = inputs_of(op, 3, (2, 9, 8, 2)).to(torch.float32)
     whole = torch.zeros(call["memory"].numel() + 1)
     call["memory"] = whole[1:].view_as(call["memory"]).copy_(call["memory"])
-    matches(stem, call, torch.float32)
+    matches(op, call, torch.float32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -129,12 +129,12 @@ def test_usage_that_is_no_number(value):
     matches("lrua_step", call, torch.float64)
 
 
-def launches_of(cuda, stem, size, T=10, H=20):
+def launches_of(cuda, op, size, T=10, H=20):
     """Forward and backward in float32, written down instead of run."""
-    sizes = {"T": T} if stem.endswith("sequence") else {}
-    call = inputs_of(stem, 1, size, **(sizes | {"H": H} if stem == "mann_sequence" else sizes))
+    sizes = {"T": T} if op.endswith("sequence") else {}
+    call = inputs_of(op, 1, size, **(sizes | {"H": H} if op == "mann_sequence" else sizes))
     with cuda_on_cpu.recorded(cuda) as launches:
-        quantities(getattr(mann_kernels, stem), call.to(torch.float32))
+        quantities(getattr(mann_kernels, op), call.to(torch.float32))
     return launches
 
 
@@ -142,10 +142,10 @@ def launches_of(cuda, stem, size, T=10, H=20):
 MOST = {"content_address": 5, "lrua_step": 7, "lrua_sequence": 4 * 10 + 4, "mann_sequence": 9 * 10 + 7}
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_launches(cuda, stem):
-    counts = collections.Counter(launch.kernel for launch in launches_of(cuda, stem, (1, 2000, 8, 2)))
-    assert sum(counts.values()) <= MOST[stem], counts
+@pytest.mark.parametrize("op", OPS)
+def test_launches(cuda, op):
+    counts = collections.Counter(launch.kernel for launch in launches_of(cuda, op, (1, 2000, 8, 2)))
+    assert sum(counts.values()) <= MOST[op], counts
 
 
 def test_the_whole_device_is_used(cuda):
@@ -159,7 +159,7 @@ def test_the_whole_device_is_used(cuda):
 @pytest.mark.parametrize("size", [(16, 128, 40, 4), (16, 1024, 64, 4), (1, 32768, 32, 4)], ids=str)
 def test_nothing_spills(cuda, size, tmp_path):
     """What ptxas made of every kernel, at the paper's size and those of the bench with many slots."""
-    launches = [launch for stem in STEMS for launch in launches_of(cuda, stem, size, T=2, H=200)]
+    launches = [launch for op in OPS for launch in launches_of(cuda, op, size, T=2, H=200)]
     builds = sorted({(launch.source, launch.options) for launch in launches})
     for source, options in builds:
         command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "made"]
@@ -171,7 +171,7 @@ def test_nothing_spills(cuda, size, tmp_path):
 
 
 class Fault(NamedTuple):
-    stem: str
+    op: str
     #: Of its own, so that nothing compiled before is taken for it.
     width: int
     file: str
@@ -223,7 +223,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(fault, cuda, tmp_path):
-    stem, width, file, right, wrong = FAULTS[fault]
+    op, width, file, right, wrong = FAULTS[fault]
     csrc = cuda_mutant(tmp_path, file, right, wrong)
     folder = tmp_path / "kernels"
     folder.mkdir()
@@ -231,12 +231,12 @@ def test_a_planted_fault_is_seen(fault, cuda, tmp_path):
     def compile_from(source, target):
         cuda.mann_cuda_on_cpu_compiler(cuda_on_cpu.kernel_command("plain", source).encode(), str(target).encode())
 
-    call = inputs_of(stem, 1, (2, 300, width, 2))
+    call = inputs_of(op, 1, (2, 300, width, 2))
     if "usage" in call and "ties" in fault:
         call["usage"] = torch.zeros_like(call["usage"])
     compile_from(csrc, folder)
     try:
         with pytest.raises(AssertionError):
-            matches(stem, call, torch.float32)
+            matches(op, call, torch.float32)
     finally:
         compile_from(cuda_on_cpu.CSRC, cuda_on_cpu.kernel_folder(cuda_on_cpu.BUILD / "plain", cuda_on_cpu.CSRC))

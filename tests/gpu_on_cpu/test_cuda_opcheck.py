@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from against_reference import run
 from cuda_on_cpu import cuda_on_cpu, missing
-from stem import run
-from test_cuda_extension import STEMS, on_fake_gpu
+from test_cuda_extension import OPS, on_fake_gpu
 from test_properties import class_of
 from test_structure import _Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,14 +21,14 @@ def layout(result):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stem", STEMS)
-def test_opcheck(stem, dtype):
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op, dtype):
     """Nothing is written to but the outputs, and these are what the fake operator says of CUDA tensors."""
-    tests = class_of(stem)
+    tests = class_of(op)
     for options in tests.options:
         with cuda_on_cpu(), _Calls() as calls:
-            run(getattr(mann_kernels, stem), tests.inputs(1, 3, 7, 5, 2, **options).to(dtype))
-        names = [f"mann_cuda_on_cpu::{stem}", f"mann_cuda_on_cpu::{stem}_backward"]
+            run(getattr(mann_kernels, op), tests.inputs(1, 3, 7, 5, 2, **options).to(dtype))
+        names = [f"mann_cuda_on_cpu::{op}", f"mann_cuda_on_cpu::{op}_backward"]
         assert [func.name() for func, _ in calls.made] == names
         for func, args in calls.made:
             torch.library.opcheck(func, args, test_utils=("test_schema",))

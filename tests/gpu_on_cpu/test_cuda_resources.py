@@ -69,18 +69,18 @@ def spilled(cubin):
     return {name: int(stack) + int(local) for name, stack, local in found}
 
 
-def launches_of(stem, inputs):
+def launches_of(op, inputs):
     """The launches of a forward and a backward pass, none of which is run."""
     with cuda_on_cpu.cuda_on_cpu() as library, cuda_on_cpu.recorded(library) as launches:
         leaves = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
-        outputs = getattr(mann_kernels, stem)(**inputs)
+        outputs = getattr(mann_kernels, op)(**inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         sum(out.float().sum() for out in outputs if out.requires_grad).backward(inputs=leaves)
     return {(launch.source, launch.options) for launch in launches}
 
 
-def inputs_of(stem, size, dtype, **options):
-    inputs = class_of(stem).inputs(1, *size, **options).to(dtype)
+def inputs_of(op, size, dtype, **options):
+    inputs = class_of(op).inputs(1, *size, **options).to(dtype)
     for value in inputs.values():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             value.requires_grad_()
@@ -96,20 +96,20 @@ AT_PAPER = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stem", AT_PAPER)
-def test_no_spills_at_the_papers_sizes(stem, dtype, compiler):
-    size, options = AT_PAPER[stem]
-    for source, macros in launches_of(stem, inputs_of(stem, size, dtype, **options)):
+@pytest.mark.parametrize("op", AT_PAPER)
+def test_no_spills_at_the_papers_sizes(op, dtype, compiler):
+    size, options = AT_PAPER[op]
+    for source, macros in launches_of(op, inputs_of(op, size, dtype, **options)):
         failed, said = compile_for(compiler, 90, source, macros)
         assert not failed, said
         assert set(spilled(said).values()) == {0}, (source, macros, spilled(said))
 
 
-@pytest.mark.parametrize("stem", sorted(set(_backend.STEMS) - set(NO_CUDA_KERNEL)))
-def test_they_compile_for_every_target(stem, compiler, tmp_path):
+@pytest.mark.parametrize("op", sorted(set(_backend.OPS) - set(NO_CUDA_KERNEL)))
+def test_they_compile_for_every_target(op, compiler, tmp_path):
     """Hopper's own code; for what is newer, what its driver is given, by the assembler for it."""
-    inputs = inputs_of(stem, (2, 33, 9, 3), torch.float32, **class_of(stem).options[-1])
-    launches = launches_of(stem, inputs)
+    inputs = inputs_of(op, (2, 33, 9, 3), torch.float32, **class_of(op).options[-1])
+    launches = launches_of(op, inputs)
     for source, macros in launches:
         failed, said = compile_for(compiler, 90, source, macros)
         assert not failed, said

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
+from against_reference import run
 from guard import GuardError, MemoryGuard
 from mutant import mutant
-from stem import run
 from test_interpreter import inputs_of
 from test_properties import class_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,17 +24,18 @@ LAUNCHES = {"augmented_linear": 3, "augmented_conv2d": 3}
 
 
 @pytest.mark.parametrize("tile", [128, 8192])  # of a memory
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_every_access_is_sound(stem, tile, monkeypatch):
-    if tile == 128 and "memory" not in inputs_of(stem, 1, SIZE):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_every_access_is_sound(op, tile, monkeypatch, request):
+    if tile == 128 and "memory" not in inputs_of(op, 1, SIZE):
         pytest.skip("has no memory")
     monkeypatch.setattr("mann_kernels.triton._launch.TILE", tile)
-    options = class_of(stem).options
-    for each in options if tile == 8192 else options[-1:]:
-        extra = {"T": 9} if stem.endswith("sequence") and each is options[-1] else {}  # once past a restart
+    options = class_of(op).options
+    every = options if request.config.getoption("--long") else (options[0], options[-1])
+    for each in every if tile == 8192 else options[-1:]:
+        extra = {"T": 9} if op.endswith("sequence") and each is options[-1] else {}  # once past a restart
         with mann_kernels.backend("triton"), MemoryGuard() as guard:
-            run(getattr(mann_kernels, stem), inputs_of(stem, 1, SIZE, **each, **extra).to(torch.float32))
-        assert guard.launches == LAUNCHES.get(stem, 2)
+            run(getattr(mann_kernels, op), inputs_of(op, 1, SIZE, **each, **extra).to(torch.float32))
+        assert guard.launches == LAUNCHES.get(op, 2)
 
 
 def test_a_step_reads_and_writes_memory_once():
@@ -112,18 +113,18 @@ FOUND = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_planted_mistake_is_named(name, tmp_path, monkeypatch):
     # only a memory of several tiles, in a sequence, is read and written in one place
-    stem, tile = ("lrua_sequence", 128) if name == "missing barrier" else ("lrua_step", 8192)
+    op, tile = ("lrua_sequence", 128) if name == "missing barrier" else ("lrua_step", 8192)
     package = mutant(tmp_path, *MUTATIONS[name])
     monkeypatch.syspath_prepend(tmp_path)
-    module = importlib.import_module(f"{package}.{stem}")
-    monkeypatch.setitem(sys.modules, f"mann_kernels.triton.{stem}", module)
+    module = importlib.import_module(f"{package}.{op}")
+    monkeypatch.setitem(sys.modules, f"mann_kernels.triton.{op}", module)
     monkeypatch.setattr(f"{package}._launch.TILE", tile)
-    call = inputs_of(stem, 1, SIZE).to(torch.float32)
-    want = getattr(reference, stem)(**call)
+    call = inputs_of(op, 1, SIZE).to(torch.float32)
+    want = getattr(reference, op)(**call)
     with mann_kernels.backend("triton"), torch.no_grad(), MemoryGuard():
         if name in FOUND:
             with pytest.raises(Exception, match=FOUND[name]) as caught:
-                getattr(mann_kernels, stem)(**call)
+                getattr(mann_kernels, op)(**call)
             assert GuardError.__name__ in repr(caught.value)
         else:  # what was never written is NaN, and differs from the reference
             got = mann_kernels.lrua_step(**call)

@@ -5,7 +5,7 @@ Run with TRITON_INTERPRET=1, which Triton reads when a kernel is defined, so in 
 
 import pytest
 import torch
-from stem import compare, lay_out_backwards, matches, saturate
+from against_reference import compare, lay_out_backwards, matches, saturate
 from test_properties import class_of, tie, zero_rows
 
 import mann_kernels
@@ -26,87 +26,87 @@ def _triton():
         yield
 
 
-def inputs_of(stem, seed, size, **options):
-    tests = class_of(stem)
-    if stem.endswith("sequence"):
+def inputs_of(op, seed, size, **options):
+    tests = class_of(op)
+    if op.endswith("sequence"):
         options.setdefault("T", 3)
     return tests.inputs(seed, *size, **(dict(tests.options[0]) | options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_matches_reference(stem, dtype, request):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_matches_reference(op, dtype, request):
     everything = request.config.getoption("--long")
     for seed, size in enumerate(SIZES):
-        every = class_of(stem).options
+        every = class_of(op).options
         for options in every if everything or dtype == torch.float32 else every[-1:]:
-            matches(stem, inputs_of(stem, seed, size, **options), dtype)
+            matches(op, inputs_of(op, seed, size, **options), dtype)
 
 
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_ties_and_zero_rows(stem):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_ties_and_zero_rows(op):
     for change in (tie, zero_rows):
-        inputs = inputs_of(stem, 2, (2, 9, 4, 3), **({"T": 1} if stem.endswith("sequence") else {}))
+        inputs = inputs_of(op, 2, (2, 9, 4, 3), **({"T": 1} if op.endswith("sequence") else {}))
         change(inputs)
-        matches(stem, inputs, torch.float64)
+        matches(op, inputs, torch.float64)
 
 
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_non_contiguous_inputs(stem):
-    inputs = inputs_of(stem, 1, (3, 7, 5, 2), **class_of(stem).options[-1])
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_non_contiguous_inputs(op):
+    inputs = inputs_of(op, 1, (3, 7, 5, 2), **class_of(op).options[-1])
     lay_out_backwards(inputs)
-    matches(stem, inputs, torch.float64)
+    matches(op, inputs, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("stem", ["mann_sequence", "summarize_gradients"])
-def test_saturated_gates(stem, dtype):
-    inputs = inputs_of(stem, 2, (2, 9, 4, 3))
+@pytest.mark.parametrize("op", ["mann_sequence", "summarize_gradients"])
+def test_saturated_gates(op, dtype):
+    inputs = inputs_of(op, 2, (2, 9, 4, 3))
     saturate(inputs)
-    matches(stem, inputs, dtype)
+    matches(op, inputs, dtype)
 
 
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_empty_batch(stem):
-    compare(stem, inputs_of(stem, 0, (0, 5, 3, 2)), torch.float32)
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_empty_batch(op):
+    compare(op, inputs_of(op, 0, (0, 5, 3, 2)), torch.float32)
 
 
-@pytest.mark.parametrize("stem", ["lrua_sequence", "mann_sequence"])
+@pytest.mark.parametrize("op", ["lrua_sequence", "mann_sequence"])
 @pytest.mark.parametrize("every", [1, 3, 256])
-def test_segments_and_restarts(stem, every, monkeypatch):
+def test_segments_and_restarts(op, every, monkeypatch):
     import importlib
 
-    monkeypatch.setattr(importlib.import_module(f"mann_kernels.ops.{stem}"), "CHECKPOINT_EVERY", every)
-    compare(stem, inputs_of(stem, 2, (2, 12, 6, 2), T=10, lengths=True), torch.float32)
-    compare(stem, inputs_of(stem, 2, (2, 12, 6, 2), T=0), torch.float32)
+    monkeypatch.setattr(importlib.import_module(f"mann_kernels.ops.{op}"), "CHECKPOINT_EVERY", every)
+    compare(op, inputs_of(op, 2, (2, 12, 6, 2), T=10, lengths=True), torch.float32)
+    compare(op, inputs_of(op, 2, (2, 12, 6, 2), T=0), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stem", ["content_address", "memory_update", "lrua_step", "lrua_sequence", "mann_sequence"])
-def test_memory_of_many_tiles(stem, dtype, monkeypatch):
+@pytest.mark.parametrize("op", ["content_address", "memory_update", "lrua_step", "lrua_sequence", "mann_sequence"])
+def test_memory_of_many_tiles(op, dtype, monkeypatch):
     """What does not fit one tile goes another way through the kernels."""
     monkeypatch.setattr("mann_kernels.triton._launch.TILE", 128)
-    options = class_of(stem).options
+    options = class_of(op).options
     for each in options if dtype == torch.float32 else options[-1:]:
-        matches(stem, inputs_of(stem, 1, (2, 37, 5, 3), **each), dtype)
+        matches(op, inputs_of(op, 1, (2, 37, 5, 3), **each), dtype)
 
 
 @pytest.mark.parametrize("size", [(1, 65_536, 3, 2), (1, 40, 512, 16)])
-@pytest.mark.parametrize("stem", ["content_address", "lrua_step"])
-def test_large(stem, size):
+@pytest.mark.parametrize("op", ["content_address", "lrua_step"])
+def test_large(op, size):
     """As many slots and as wide as promised, on the tiles a GPU would use."""
-    compare(stem, inputs_of(stem, 1, size, **class_of(stem).options[-1]), torch.float32)
+    compare(op, inputs_of(op, 1, size, **class_of(op).options[-1]), torch.float32)
 
 
-@pytest.mark.parametrize(("stem", "most"), [("generate_fast_weights", 64), ("summarize_gradients", 61)])
-def test_hidden_units_of_the_generators(stem, most):
+@pytest.mark.parametrize(("op", "most"), [("generate_fast_weights", 64), ("summarize_gradients", 61)])
+def test_hidden_units_of_the_generators(op, most):
     """What is the most there is runs, and one more is a clear error; the blocks go around the programs of backward."""
-    compare(stem, inputs_of(stem, 1, (1, 21, most, 2)), torch.float32)
+    compare(op, inputs_of(op, 1, (1, 21, most, 2)), torch.float32)
     with pytest.raises(ValueError, match=f"at most {most} hidden units"):
-        compare(stem, inputs_of(stem, 1, (1, 3, most + 1, 2)), torch.float32)
+        compare(op, inputs_of(op, 1, (1, 3, most + 1, 2)), torch.float32)
 
 
-@pytest.mark.parametrize("stem", ["generate_fast_weights", "summarize_gradients"])
-def test_programs_take_several_blocks(stem, monkeypatch):
+@pytest.mark.parametrize("op", ["generate_fast_weights", "summarize_gradients"])
+def test_programs_take_several_blocks(op, monkeypatch):
     monkeypatch.setattr("mann_kernels.triton._coordinates.PROGRAMS", 3)
-    matches(stem, inputs_of(stem, 1, (5, 33, 6, 3)), torch.float32)
+    matches(op, inputs_of(op, 1, (5, 33, 6, 3)), torch.float32)

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from against_reference import Inputs, run
 from compiled import SHARED_MEMORY, compiled_for, resources_of
-from stem import Inputs, run
 from test_properties import class_of
 
 import mann_kernels
@@ -24,25 +24,25 @@ TARGETS = [
 ]
 
 
-def call_of(stem, batch=1, steps=2):
+def call_of(op, batch=1, steps=2):
     """A few examples at the paper's sizes; of an operator that is not MANN's, a case of its tests."""
-    if stem in OF_MANN:
+    if op in OF_MANN:
         shape = dataclasses.replace(SHAPES["paper"], B=batch, T=steps)
-        return Inputs(operators()[stem].inputs(shape, 0)).to(torch.float32)
-    return class_of(stem).inputs(0, 2, 128, 20, 1, **class_of(stem).options[0]).to(torch.float32)
+        return Inputs(operators()[op].inputs(shape, 0)).to(torch.float32)
+    return class_of(op).inputs(0, 2, 128, 20, 1, **class_of(op).options[0]).to(torch.float32)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("stem", _backend.STEMS)
-def test_compiles_and_fits(stem, target, request):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_compiles_and_fits(op, target, request):
     for dtype in ("float32", "bfloat16") if request.config.getoption("--long") else ("float32",):
         with compiled_for(target) as kernels:
-            run(getattr(mann_kernels, stem), call_of(stem).to(getattr(torch, dtype)))
+            run(getattr(mann_kernels, op), call_of(op).to(getattr(torch, dtype)))
         assert len(kernels) >= 2
         for compiled, *_ in kernels:
             label, found = f"{compiled.metadata.name}[{dtype}]", resources_of(compiled)
             assert found["shared"] <= SHARED_MEMORY[target], label
-            if stem in OF_MANN:
+            if op in OF_MANN:
                 assert found["spilled"] == 0, (label, found)
             if dtype == "float32":  # is computed in float32, which the interpreter cannot tell from TF32
                 assert "tf32" not in compiled.asm.get("ptx", ""), label
@@ -50,11 +50,11 @@ def test_compiles_and_fits(stem, target, request):
 
 def test_batch_and_time_are_in_no_key():
     """One kernel for every number of examples and of steps, 1 and multiples of 16 too."""
-    for stem in ("lrua_step", "lrua_sequence", "mann_sequence"):
+    for op in ("lrua_step", "lrua_sequence", "mann_sequence"):
         made = set()
         for batch, steps in ((1, 1), (2, 3), (16, 16)):
             with compiled_for("sm_90") as kernels:
-                run(getattr(mann_kernels, stem), call_of(stem, batch, steps))
+                run(getattr(mann_kernels, op), call_of(op, batch, steps))
             made |= {(compiled.metadata.name, compiled.hash) for compiled, *_ in kernels}
         # a step is a sequence of its own shape in its backward pass
         assert len(made) == 2, made

@@ -107,12 +107,12 @@ def run(function, inputs):
     return outputs, dict(zip(names, grads, strict=True))
 
 
-def compare(stem, inputs, dtype, kernel=None):
+def compare(op, inputs, dtype, kernel=None):
     """Outputs and all gradients of the kernel against the reference, by the tolerance rule."""
     inputs = inputs.to(dtype)
-    actual, grads = run(kernel or getattr(mann_kernels, stem), inputs)
-    same, same_grads = run(getattr(reference, stem), inputs)
-    exact, exact_grads = run(getattr(reference, stem), inputs.to(torch.float64))
+    actual, grads = run(kernel or getattr(mann_kernels, op), inputs)
+    same, same_grads = run(getattr(reference, op), inputs)
+    exact, exact_grads = run(getattr(reference, op), inputs.to(torch.float64))
     for i, tensors in enumerate(zip(actual, same, exact, strict=True)):
         if not tensors[0].is_floating_point():
             assert torch.equal(tensors[0], tensors[2]), f"output {i}: the chosen slots differ"
@@ -129,12 +129,12 @@ def quantities(function, inputs):
     return named | {f"gradient of {name}": grad for name, grad in grads.items()}
 
 
-def reference_errors(stem, inputs, dtype):
+def reference_errors(op, inputs, dtype):
     """The largest error that the reference makes in `dtype`, over inputs that differ from these by about 0.1 %."""
     if dtype == torch.float64:  # no yardstick: 10,000 eps of 1, the order of the drawn inputs
-        return {name: 1e4 * torch.finfo(dtype).eps for name in quantities(getattr(reference, stem), inputs)}
+        return {name: 1e4 * torch.finfo(dtype).eps for name in quantities(getattr(reference, op), inputs)}
     # With one slot terms of order 1 cancel, in the reference's order of sums to the bit: another order may be off by a rounding.
-    errors = dict.fromkeys(quantities(getattr(reference, stem), inputs), torch.finfo(torch.float32).eps)
+    errors = dict.fromkeys(quantities(getattr(reference, op), inputs), torch.finfo(torch.float32).eps)
     for seed in range(16):
         generator = torch.Generator().manual_seed(seed)
         near = Inputs(inputs)
@@ -143,27 +143,27 @@ def reference_errors(stem, inputs, dtype):
                 noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
                 near[name] = value * (1 + 1e-3 * noise.to(value.device))
         near = near.to(dtype)
-        exact = quantities(getattr(reference, stem), near.to(torch.float64))
-        for name, same in quantities(getattr(reference, stem), near).items():
+        exact = quantities(getattr(reference, op), near.to(torch.float64))
+        for name, same in quantities(getattr(reference, op), near).items():
             if same.is_floating_point():
                 errors[name] = max(errors[name], accuracy(same, same, exact[name]).error)
     return errors
 
 
-def matches(stem, inputs, dtype, kernel=None):
+def matches(op, inputs, dtype, kernel=None):
     """The tolerance rule; where it says no, once more with the reference's error taken over several inputs.
 
     The drawn sizes are so small that the one error of the reference can be small by luck: a gradient of a single number,
     or one that is zero because its terms cancel (a key against rows that are all alike, or of width 1).
     """
     try:
-        return compare(stem, inputs, dtype, kernel)
+        return compare(op, inputs, dtype, kernel)
     except AssertionError:
-        own = reference_errors(stem, inputs, dtype)
+        own = reference_errors(op, inputs, dtype)
     inputs = inputs.to(dtype)
-    actual = quantities(kernel or getattr(mann_kernels, stem), inputs)
-    same = quantities(getattr(reference, stem), inputs)
-    exact = quantities(getattr(reference, stem), inputs.to(torch.float64))
+    actual = quantities(kernel or getattr(mann_kernels, op), inputs)
+    same = quantities(getattr(reference, op), inputs)
+    exact = quantities(getattr(reference, op), inputs.to(torch.float64))
     for name, value in actual.items():
         if not value.is_floating_point():
             assert torch.equal(value, exact[name]), f"{name}: the chosen slots differ"
@@ -172,9 +172,21 @@ def matches(stem, inputs, dtype, kernel=None):
         assert found.error <= found.budget + 2 * own[name], f"{name}: {found}, the reference near here {own[name]:.3e}"
 
 
-def check(stem, inputs, dtype, device, kernel=None):
+def check(op, inputs, dtype, device, kernel=None):
     """On the CPU the tolerance rule to the letter; on a GPU, where other sums are drawn, with the reference's error nearby."""
-    (compare if device == "cpu" else matches)(stem, inputs.on(device), dtype, kernel)
+    (compare if device == "cpu" else matches)(op, inputs.on(device), dtype, kernel)
+
+
+class OnePercentOff(torch.autograd.Function):
+    """The identity with a gradient that is 1 % too large."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.01
 
 
 def lay_out_backwards(inputs):
@@ -192,13 +204,17 @@ def saturate(inputs):
             inputs[name] = torch.cat([sizes, -sizes]).repeat(value.numel())[: value.numel()].view_as(value)
 
 
-class StemTests:
-    """Subclasses set `stem`, `inputs(seed, size)` (float64 Inputs with options, for the sizes in `sizes`) and `bad`."""
+class OperatorTests:
+    """Subclasses set `op`, `inputs(seed, size)` (float64 Inputs with options, for the sizes in `sizes`) and `bad`."""
 
-    stem: str
+    op: str
     #: (B, N, W, R): odd, beyond one tile of slots, more heads than one group, the paper's, and the least there is.
     sizes = ((3, 7, 5, 2), (2, 129, 7, 1), (2, 33, 20, 6), (2, 300, 9, 3), (4, 128, 40, 4), (1, 1, 1, 1))
     options: tuple = ({},)
+    #: The options that test_properties draws, as far as an operator has them.
+    drawn: tuple = ()
+    #: Of an operator that chooses slots or sides: the inputs that may move without moving a tie, see test_choices.
+    movable: tuple = ()
     bad: tuple = ()
 
     def inputs(self, seed, B, N, W, R, **options):
@@ -206,7 +222,7 @@ class StemTests:
 
     @property
     def function(self):
-        return getattr(mann_kernels, self.stem)
+        return getattr(mann_kernels, self.op)
 
     @property
     def small(self):
@@ -218,7 +234,7 @@ class StemTests:
         few = device == "cuda" and dtype != torch.float32
         for seed, size in enumerate(self.sizes[::4] if few else self.sizes, start=1):
             for options in self.options:
-                check(self.stem, self.inputs(seed, *size, **options), dtype, device)
+                check(self.op, self.inputs(seed, *size, **options), dtype, device)
 
     def _scalar(self, device, inputs=None):
         inputs = (inputs or self.small).on(device).with_grad()
@@ -262,13 +278,13 @@ class StemTests:
     def test_compiles_in_one_graph_on_gpu(self):
         """With Inductor, which may round what surrounds the kernels in another way."""
         compiled = torch.compile(self.function, fullgraph=True)
-        check(self.stem, self.small, torch.float32, "cuda", compiled)
+        check(self.op, self.small, torch.float32, "cuda", compiled)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_non_contiguous_inputs(self, device):
         inputs = self.inputs(1, 3, 7, 5, 2, **self.options[-1])
         lay_out_backwards(inputs)
-        check(self.stem, inputs, torch.float64, device)
+        check(self.op, inputs, torch.float64, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_zero_rows_and_ties(self, device):
@@ -278,11 +294,11 @@ class StemTests:
                 inputs[name] = torch.zeros_like(inputs[name])
         _, grads = run(self.function, inputs.on(device))
         assert all(grad.isfinite().all() for grad in grads.values())
-        check(self.stem, inputs, torch.float64, device)
+        check(self.op, inputs, torch.float64, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_empty_batch(self, device):
-        check(self.stem, self.inputs(0, 0, 5, 3, 2, **self.options[-1]), torch.float32, device)
+        check(self.op, self.inputs(0, 0, 5, 3, 2, **self.options[-1]), torch.float32, device)
 
     @pytest.mark.parametrize("device", DEVICES)
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -292,7 +308,7 @@ class StemTests:
             if isinstance(inputs[name], torch.Tensor) and inputs[name].is_floating_point():
                 inputs[name].view(-1)[0] = value
                 outputs, _ = run(self.function, inputs)
-                for output, want in zip(outputs, run(getattr(reference, self.stem), inputs)[0], strict=True):
+                for output, want in zip(outputs, run(getattr(reference, self.op), inputs)[0], strict=True):
                     if output.is_floating_point():
                         assert not output[~want.isfinite()].isfinite().any(), f"{name}: {value} was lost"
                     else:
@@ -311,7 +327,7 @@ class StemTests:
         outputs, grads = run(self.function, inputs)
         before = torch.get_num_threads()
         try:
-            if self.stem != "mann_sequence":
+            if self.op != "mann_sequence":
                 torch.set_num_threads(threads)
             again, again_grads = run(self.function, inputs)
         finally:
@@ -329,7 +345,7 @@ class StemTests:
                 pytest.skip(f"this machine has no {isa}")
             for seed, size in enumerate(self.sizes[:4]):
                 for dtype in DTYPES:
-                    compare(self.stem, self.inputs(seed, *size, **self.options[-1]), dtype)
+                    compare(self.op, self.inputs(seed, *size, **self.options[-1]), dtype)
         finally:
             _library.cpu_isa(best)
 
@@ -345,12 +361,11 @@ class StemTests:
         from mann_kernels import _backend, _library
 
         assert _library.cpp_missing is None
-        if name == "cuda" and self.stem not in _library.cuda_kernels:
+        if name == "cuda" and self.op not in _library.cuda_kernels:
             pytest.skip("no CUDA kernel")
-        if name == "triton" and (self.stem, device, dtype) in _backend.TRITON_CANNOT:
+        if name == "triton" and (self.op, device, dtype) in _backend.TRITON_CANNOT:
             pytest.skip("no Triton kernel of this type")
-        if name != "cuda" or self.stem not in _backend.TRITON_FIRST:
-            assert _backend.select(self.stem, torch.zeros(1, device=device, dtype=dtype)) == name
+        assert _backend.select(self.op, torch.zeros(1, device=device, dtype=dtype)) == name
         with mann_kernels.backend(name):
             self.function(**self.small.to(dtype).on(device))
 
