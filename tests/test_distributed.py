@@ -88,7 +88,7 @@ def test_tasks_that_the_processes_cannot_share(alone, monkeypatch):
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_sharded_memory_is_the_whole_one(processes):
     """Outputs, state, and gradients to second order, where the ranks divide the slots and where they do not."""
     torchrun(processes, "tests/sharded.py", "equal")

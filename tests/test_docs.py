@@ -89,7 +89,7 @@ def why_no_lstm():
 @pytest.mark.parametrize(
     "name", [pytest.param("lstm", marks=pytest.mark.skipif(bool(why_no_lstm()), reason=str(why_no_lstm()))), "mann"]
 )
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_the_training_script_before_and_after(name, processes):
     """The same script, changed in its import and the line that makes the layer: compiled, under autocast, alone and by two."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []

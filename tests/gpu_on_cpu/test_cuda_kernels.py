@@ -41,7 +41,9 @@ def test_all_of_them_are_here(cuda):
     assert cuda_on_cpu.kernels() == beside | {name for op in OPS for name in (op, f"{op}_backward")}
 
 
-@pytest.mark.parametrize("dtype", cuda_on_cpu.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.long)], ids=str
+)
 @pytest.mark.parametrize("op", OPS)
 def test_matches_reference(op, dtype, request):
     """Every option with one of the sizes, every size with the last options; each with each where there is time."""

@@ -20,7 +20,7 @@ def layout(result):
     return [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in tensors]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, dtype):
     """Nothing is written to but the outputs, and these are what the fake operator says of CUDA tensors."""
