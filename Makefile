@@ -1,4 +1,4 @@
-# make bench   verify every kernel, then time it: build/bench/report.html and its pictures; twelve minutes
+# make bench   verify every kernel, then time it: build/bench/report.html and its pictures; eight minutes
 #              (with BENCH="--op mann_sequence", "sweep --variable N", ...: python -m bench with these)
 # make test    run the tests: ten minutes                (TEST="-k name" is passed on)
 # make test-long   what is too long for that: every schedule, dtype, target and planted fault, two versions of Triton
