@@ -120,12 +120,15 @@ def test_an_owner_in_one_process(tmp_path):
 def test_ctrl_c_names_resume(tmp_path):
     out = tmp_path / "run"
     call = [sys.executable, "-m", "mann_kernels.train", *TRAIN, "--updates", "1000000", "--out", str(out)]
-    process = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a shell ignores it
+    )  # fmt: skip
     while not (out / CHECKPOINT).exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    output = process.communicate()[0]
+    output = process.communicate(timeout=120)[0]
     assert process.returncode == 130
     assert "--resume goes on from the last checkpoint" in output
     assert "Traceback" not in output
