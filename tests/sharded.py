@@ -4,6 +4,7 @@ Cases: `equal` (outputs, state, gradients to second order), `bytes` (what a step
 """
 
 import gc
+import os
 import sys
 import time
 
@@ -171,3 +172,5 @@ if __name__ == "__main__":
     )
     gc.collect()  # models must be gone before their process group, or its threads and this one may wait for each other at exit
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # all is asserted; threads of gloo that outlive the interpreter would abort the process now and then
