@@ -25,7 +25,7 @@ NO_GRADIENT = 5  # the output that is the usage
 def forms(batch: int):
     """Yield every form for a batch: blocks, examples, parts, held forward, held backward."""
     powers = (1, 2, 4, 8, 16)
-    for blocks, examples, parts in itertools.product(powers, powers[:4], powers):
+    for blocks, examples, parts in itertools.product(powers[1:], powers[:4], powers):
         if examples * parts <= blocks and examples < 2 * batch:
             for held in itertools.product((0, 1), repeat=2):
                 yield blocks, examples, parts, *held

@@ -129,7 +129,7 @@ def test_ctrl_c_names_resume(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=120)[0]
-    assert process.returncode == 130
+    assert process.returncode == 130, output
     assert "--resume goes on from the last checkpoint" in output
     assert "Traceback" not in output
 

@@ -45,6 +45,13 @@ def test_imports_point_one_way():
                     assert not any(node.module.startswith(f"mann_kernels.{word}") for word in words), path
 
 
+def test_no_pragma_hangs_on_a_condition():
+    """Where an `if constexpr` does not hold, NVRTC drops the loop that its pragma stands before, and the loop after that."""
+    for path in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/*/*")]:
+        hanging = re.findall(r"^ *(?:\} )?(?:if\b.*\)|else)\n#pragma.*", path.read_text(), re.MULTILINE)
+        assert not hanging, (path, hanging)
+
+
 def test_triton_kernels_are_launched_by_keyword():
     """Two pointers swapped among sixty that are known by their place would compile."""
     launches = [

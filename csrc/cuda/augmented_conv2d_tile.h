@@ -275,12 +275,14 @@ template <typename D, typename Load, typename F> MANN_INLINE void convolve_tenso
             float numbers[2][4];
 #pragma unroll
             for (int j = 0; j < 8; ++j) numbers[j / 4][j % 4] = sum[i][j / 4][j % 4 / 2][2 * half + j % 2];
-            if constexpr (D::kSlices == 1) f(window, group, q, numbers);
-            else
+            if constexpr (D::kSlices == 1) {
+                f(window, group, q, numbers);
+            } else {
 #pragma unroll
                 for (int v = 0; v < 2; ++v)
                     parts[(slice * 8 + 2 * q + v) * D::kUnits + window + D::kWindows * group] = {
                         {numbers[v][0], numbers[v][1], numbers[v][2], numbers[v][3]}};
+            }
         }
     if constexpr (D::kSlices > 1) for_parts<D>(parts, f);
 }

@@ -104,9 +104,10 @@ MANN_INLINE void gradient_of_weight(const LinearBackward<S> &a, int64_t block, T
         });
         __syncthreads();
         add_product(sum[0], place, rows, columns);
-        if (is_slow && i0 == 0 && tid < Tile::kRows)
+        if (is_slow && i0 == 0 && tid < Tile::kRows) {
 #pragma unroll 8
             for (int k = 0; k < kLinearDepth; ++k) bias += rows[k * Tile::kRowStride + tid];
+        }
     }
     S *target = is_slow ? a.dweight : a.dfast + row * (int64_t(kO) * kI);
     if (is_slow && i0 == 0 && tid < Tile::kRows && o0 + tid < kO) a.dbias[o0 + tid] = to_storage<S>(bias);

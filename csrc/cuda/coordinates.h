@@ -60,18 +60,9 @@ MANN_INLINE void mma(float d[4], const float a[4], const float b[2]) {
 MANN_INLINE void mma(double d[4], const double a[4], const double b[2]) { mma_double(d, a, b); }
 #endif
 
-// d += the products of a's and b's n operands.
-template <int n> MANN_INLINE void multiply(T d[4], const Left (&a)[n], const Right (&b)[n]) {
-    if constexpr (kPasses == 3)
-#pragma unroll
-        for (int i = 0; i < n; ++i) mma(d, a[i].small, b[i].big), mma(d, a[i].big, b[i].small);
-#pragma unroll
-    for (int i = 0; i < n; ++i) mma(d, a[i].big, b[i].big);
-}
-
-// The same for m results of one left operand, in turn, since a product waits for the one before it.
+// d += the products of a left operand and m right ones, in turn, since a product waits for the one before it.
 template <int m, int n> MANN_INLINE void multiply_each(T (&d)[m][4], const Left (&a)[n], const Right (&b)[m][n]) {
-    if constexpr (kPasses == 3)
+    if constexpr (kPasses == 3) {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
 #pragma unroll
@@ -79,6 +70,7 @@ template <int m, int n> MANN_INLINE void multiply_each(T (&d)[m][4], const Left 
 #pragma unroll
             for (int k = 0; k < m; ++k) mma(d[k], a[i].big, b[k][i].small);
         }
+    }
 #pragma unroll
     for (int i = 0; i < n; ++i)
 #pragma unroll
@@ -281,9 +273,10 @@ template <int groups, int others, bool in_memory> struct Sums {
         const auto put = [&](int i, T x) { to[i * 32] = add ? to[i * 32] + x : x; };
         if constexpr (in_memory) {
             for (int i = 0; first && i < kOfGroups; ++i) put(i, 0);
-        } else
+        } else {
 #pragma unroll
             for (int i = 0; i < kOfGroups; ++i) put(i, kept[i / 4 / kPairs][i / 4 % kPairs][i % 4]);
+        }
 #pragma unroll
         for (int i = 0; i < others; ++i) {
 #pragma unroll

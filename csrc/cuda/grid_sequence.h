@@ -57,6 +57,9 @@ struct GridController {
     void *dgates, *dh, *dc, *dreads;           // [T, B, 4H]; of the state before the first step, out
 };
 
+// lrua_sequence's steps on clusters; false, and nothing is done, where the memory of an example is too large for one.
+bool lrua_on_clusters(Call &call, const GridSizes &s, const GridForward &a);
+bool lrua_on_clusters(Call &call, const GridSizes &s, const GridBackward &a);
 void grid_lrua_forward(Call &call, const GridSizes &s, const GridForward &a);
 void grid_lrua_backward(Call &call, const GridSizes &s, const GridBackward &a);
 void grid_mann_forward(Call &call, const GridSizes &s, GridForward a, const GridController &c);

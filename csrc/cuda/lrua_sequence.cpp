@@ -26,7 +26,6 @@ static MemoryHead<void> lrua_head(Call &call, const GridSizes &s, const Tensor &
     return head;
 }
 
-// On clusters, or step by step over the whole device where the memory of an example is too large for one.
 static MannPlan plan_of(const Call &call, const GridSizes &s) {
     const Device device = call.on();
     const MannSizes sizes{s.T, s.B, s.N, s.memory.W, s.memory.R, 0, s.memory.add, s.memory.beta, call.arith_bytes()};
@@ -40,6 +39,42 @@ static void launch(Call &call, const char *source, const char *kernel, const Gri
     build.set("MANN_KEY_STRENGTH", s.memory.beta).set("MANN_SQUASH", 0).set("MANN_SOFTPLUS", 0);
     build.set("MANN_SHARED_LRU", s.shared).set("MANN_ERASE_ALL", s.erase_all);
     call.launch(build, kernel, {s.B * plan.parts, 512, plan.parts, shared_bytes}, args);
+}
+
+bool lrua_on_clusters(Call &call, const GridSizes &s, const GridForward &a) {
+    const MannPlan plan = plan_of(call, s);
+    if (plan.blocks == 0) return false;
+    LruaForward<void> b{};
+    b.steps = int(s.T), b.batch = int(s.B), b.checkpoint_every = int(std::min<int64_t>(s.checkpoint_every, 1 << 30));
+    b.decay = s.decay, b.eps = s.eps, b.lengths = s.lengths;
+    b.key = a.head.key, b.gate = a.head.gate, b.beta = a.head.beta, b.add = a.head.add;
+    b.memory = a.memory, b.usage = a.usage, b.read_weights = a.read_weights;
+    b.reads = a.reads, b.memory1 = a.memory1, b.usage1 = a.usage1, b.read_weights1 = a.read_weights1;
+    b.saved_least_used = a.saved_least_used, b.saved_memory = a.saved_memory;
+    b.saved_read_weights = a.saved_read_weights;
+    launch(call, "lrua_sequence_forward.cu", "lrua_sequence_forward", s, plan, plan.forward_bytes, b);
+    return true;
+}
+
+bool lrua_on_clusters(Call &call, const GridSizes &s, const GridBackward &a) {
+    const MannPlan plan = plan_of(call, s);
+    if (plan.blocks == 0) return false;
+    const int64_t B = s.B, N = s.N, R = s.memory.R, W = s.memory.W, segment = std::min(s.T, s.checkpoint_every);
+    LruaBackward<void> b{};
+    b.steps = int(s.T), b.batch = int(B), b.checkpoint_every = int(std::min<int64_t>(s.checkpoint_every, 1 << 30));
+    b.eps = s.eps, b.lengths = s.lengths;
+    b.dreads = a.dreads, b.dmemory1 = a.dmemory1, b.dread_weights1 = a.dread_weights1;
+    b.key = a.head.key, b.gate = a.head.gate, b.beta = a.head.beta, b.add = a.head.add;
+    b.memory = a.memory, b.read_weights = a.read_weights, b.saved_least_used = a.saved_least_used;
+    b.saved_memory = a.saved_memory, b.saved_read_weights = a.saved_read_weights;
+    b.weights = call.scratch(segment * B * N * ((R + 3) / 4 * 4));
+    b.overwritten = call.scratch(segment * B * R * W);
+    b.restarts = call.scratch(segment / kRestartEvery * B * N * W);
+    b.means = call.scratch(segment * B * plan.parts * R);
+    b.dkey = a.dkey, b.dgate = a.dgate, b.dbeta = a.dbeta, b.dadd = a.dadd;
+    b.dmemory = a.dmemory, b.dread_weights = a.dread_weights;
+    launch(call, "lrua_sequence_backward.cu", "lrua_sequence_backward", s, plan, plan.backward_bytes, b);
+    return true;
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
@@ -67,20 +102,7 @@ lrua_sequence_cuda(Tensor memory, Tensor usage, Tensor read_weights, Tensor key,
         a.saved_least_used = out<int32_t>(saved_least_used), a.saved_memory = out(saved_memory);
         a.saved_read_weights = out(saved_read_weights);
     }
-    const MannPlan plan = plan_of(call, s);
-    if (plan.blocks == 0) {
-        grid_lrua_forward(call, s, a);
-    } else {
-        LruaForward<void> b{};
-        b.steps = int(T), b.batch = int(B), b.checkpoint_every = int(std::min<int64_t>(checkpoint_every, 1 << 30));
-        b.decay = decay, b.eps = eps, b.lengths = s.lengths;
-        b.key = a.head.key, b.gate = a.head.gate, b.beta = a.head.beta, b.add = a.head.add;
-        b.memory = a.memory, b.usage = a.usage, b.read_weights = a.read_weights;
-        b.reads = a.reads, b.memory1 = a.memory1, b.usage1 = a.usage1, b.read_weights1 = a.read_weights1;
-        b.saved_least_used = a.saved_least_used, b.saved_memory = a.saved_memory;
-        b.saved_read_weights = a.saved_read_weights;
-        launch(call, "lrua_sequence_forward.cu", "lrua_sequence_forward", s, plan, plan.forward_bytes, b);
-    }
+    if (!lrua_on_clusters(call, s, a)) grid_lrua_forward(call, s, a);
     return {reads, memory1, usage1, read_weights1, saved_least_used, saved_memory, saved_read_weights};
 }
 
@@ -111,26 +133,7 @@ lrua_sequence_backward_cuda(Tensor dreads, std::optional<Tensor> dmemory1, std::
     a.saved_read_weights = call.in_arith(saved_read_weights, "saved_read_weights", {kept, B, R, N});
     a.dkey = out(dkey), a.dgate = out(dgate), a.dbeta = beta ? out(dbeta) : nullptr;
     a.dadd = add ? out(dadd) : nullptr;
-    const MannPlan plan = plan_of(call, s);
-    if (plan.blocks == 0) {
-        grid_lrua_backward(call, s, a);
-    } else {
-        const int64_t segment = std::min(T, checkpoint_every);
-        LruaBackward<void> b{};
-        b.steps = int(T), b.batch = int(B), b.checkpoint_every = int(std::min<int64_t>(checkpoint_every, 1 << 30));
-        b.eps = eps, b.lengths = s.lengths;
-        b.dreads = a.dreads, b.dmemory1 = a.dmemory1, b.dread_weights1 = a.dread_weights1;
-        b.key = a.head.key, b.gate = a.head.gate, b.beta = a.head.beta, b.add = a.head.add;
-        b.memory = a.memory, b.read_weights = a.read_weights, b.saved_least_used = a.saved_least_used;
-        b.saved_memory = a.saved_memory, b.saved_read_weights = a.saved_read_weights;
-        b.weights = call.scratch(segment * B * N * ((R + 3) / 4 * 4)),
-        b.overwritten = call.scratch(segment * B * R * W);
-        b.restarts = call.scratch(segment / kRestartEvery * B * N * W);
-        b.means = call.scratch(segment * B * plan.parts * R);
-        b.dkey = a.dkey, b.dgate = a.dgate, b.dbeta = a.dbeta, b.dadd = a.dadd;
-        b.dmemory = a.dmemory, b.dread_weights = a.dread_weights;
-        launch(call, "lrua_sequence_backward.cu", "lrua_sequence_backward", s, plan, plan.backward_bytes, b);
-    }
+    if (!lrua_on_clusters(call, s, a)) grid_lrua_backward(call, s, a);
     return {dmemory, dread_weights, dkey, dgate, dbeta, dadd};
 }
 

@@ -48,7 +48,7 @@ int64_t shared_bytes(const MannSizes &s, const MannPlan &p, bool backward) {
 double clocks_of(const MannSizes &s, const MannPlan &p, const RowShape &shape) {
     const double E = p.examples, C = p.blocks, P = p.parts, units = double(divided(s.H, p.blocks));
     const double words = double(s.words()), head = double(s.head()), R = double(s.R);
-    const double exchange = p.blocks > 1 ? 1100 : 300, again = p.parts > 1 ? exchange : 0;
+    const double exchange = 1100, again = p.parts > 1 ? exchange : 0;
     const double memory = double(shape.slots) * words / 128,
                  shuffles = 12 * std::log2(double(shape.lanes)) * double(shape.rows);
     const double gates = 4 * units * E / 128;
@@ -115,7 +115,7 @@ MannPlan mann_plan(const MannSizes &s, int64_t shared_limit, int multiprocessors
     if (is_forced) return forced.blocks > 0 ? filled(forced) : forced;
     MannPlan best;
     double least = 0;
-    for (int blocks = 1; blocks <= 16; blocks *= 2)
+    for (int blocks = 2; blocks <= 16; blocks *= 2) // a block alone cannot send messages
         for (int examples = 1; examples <= 8 && examples <= blocks; examples *= 2)
             for (int parts = 1; examples * parts <= blocks; parts *= 2) {
                 const RowShape shape(s, parts);

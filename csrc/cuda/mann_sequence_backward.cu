@@ -241,9 +241,10 @@ struct Backward {
             for (int w = lane_of_warp(); w < W; w += kWarp) {
                 const int k = h * W + w;
                 T sum = t + 1 < owned_length ? T(0) : s.carried[k];
-                if (t + 1 < owned_length)
+                if (t + 1 < owned_length) {
 #pragma unroll
                     for (int from = 0; from < kBlocks; ++from) sum += s.dread_parts[from][k];
+                }
                 sum += s.doutput[k];
                 s.dreads[w][h] = sum;
                 mean += sum * s.output[k];

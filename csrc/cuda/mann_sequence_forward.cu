@@ -201,9 +201,10 @@ struct Forward {
             if (has_unit(n)) {
                 if (lane_of_warp() < kBlocks)
                     all.send_to(s.h[t & 1][share.first_unit() + unit(n)], lane_of_warp(), &s.h_box[t & 1]);
-                if (lane_of_warp() == 0)
+                if (lane_of_warp() == 0) {
 #pragma unroll
                     for (int e = 0; e < kExamples; ++e) s.own_h[unit(n)][e] = all.at[e];
+                }
             }
             sums[n][0] = gate; // for store_gates
         }

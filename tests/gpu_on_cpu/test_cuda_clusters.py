@@ -24,7 +24,7 @@ pytestmark = [
 
 #: Blocks, examples and parts of a cluster of mann_sequence, and whether weights are held in registers, forward and backward.
 FORMS = (
-    (1, 1, 1, 0, 0),
+    (2, 1, 1, 0, 0),
     (2, 1, 2, 1, 0),
     (4, 4, 1, 0, 1),
     (4, 2, 2, 1, 1),
@@ -61,18 +61,19 @@ def test_every_form(form, cuda):
 
 @pytest.mark.parametrize("parts", PARTS)
 def test_every_number_of_parts(parts, cuda):
-    cuda.mann_cuda_plan(1, 1, parts, 0, 0)
-    for options in class_of("lrua_sequence").options:
-        call = class_of("lrua_sequence").inputs(1, 3, 21, 9, 2, T=5, **options)
-        matches("lrua_sequence", call, torch.float32)
+    cuda.mann_cuda_plan(parts, 1, parts, 0, 0)
+    for op, steps in (("lrua_sequence", {"T": 5}), ("lrua_step", {})):
+        for options in class_of(op).options:
+            for dtype in cuda_on_cpu.DTYPES if parts == 2 else (torch.float32,):
+                matches(op, class_of(op).inputs(1, 3, 21, 9, 2, **steps, **options), dtype)
 
 
 @pytest.mark.parametrize("size", [(2, 130, 40, 4), (1, 600, 17, 3), (2, 40, 5, 12), (1, 33, 70, 1)], ids=str)
-@pytest.mark.parametrize("op", ["mann_sequence", "lrua_sequence"])
+@pytest.mark.parametrize("op", ["mann_sequence", "lrua_sequence", "lrua_step"])
 def test_rows_and_columns(op, size, cuda):
     """Lanes to a row, rows and columns to a thread, groups of heads."""
     cuda.mann_cuda_plan(2, 1, 2, 0, 0)
-    matches(op, class_of(op).inputs(1, *size, T=3), torch.float32)
+    matches(op, class_of(op).inputs(1, *size, **({} if op == "lrua_step" else {"T": 3})), torch.float32)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -91,15 +92,16 @@ def test_gradcheck(form, cuda):
     cuda.mann_cuda_plan(*form)
     few = mann(0, (1, 4, 2, 1), T=3, write="add", key_strength=True)
     assert torch.autograd.gradcheck(*class_of("mann_sequence")._scalar("cpu", few), atol=1e-6)
-    assert torch.autograd.gradcheck(*class_of("lrua_sequence")._scalar("cpu", None), atol=1e-6)
+    for op in ("lrua_sequence", "lrua_step"):
+        assert torch.autograd.gradcheck(*class_of(op)._scalar("cpu", None), atol=1e-6)
 
 
 @pytest.mark.parametrize("change", [tie, zero_rows])
 def test_ties_across_parts(change, cuda):
     """The lowest slot first, whichever block has it."""
     cuda.mann_cuda_plan(4, 1, 4, 0, 0)
-    for op in ("mann_sequence", "lrua_sequence"):
-        call = class_of(op).inputs(2, 2, 18, 4, 3, T=1)
+    for op in ("mann_sequence", "lrua_sequence", "lrua_step"):
+        call = class_of(op).inputs(2, 2, 18, 4, 3, **({} if op == "lrua_step" else {"T": 1}))
         change(call)
         matches(op, call, torch.float64)
 
@@ -212,6 +214,13 @@ def planned(cuda, limit=LIMIT, multiprocessors=132, write_add=0, key_strength=0,
     plan = (ctypes.c_int64 * 7)()
     cuda.mann_cuda_planned(numbers, ctypes.c_int64(limit), multiprocessors, plan)
     return dict(zip(("blocks", "examples", "parts", "held", "held back", "forward", "backward"), plan, strict=True))
+
+
+@pytest.mark.parametrize("B", [1, 16, 300])
+def test_blocks_that_send_messages_are_not_alone(B, cuda):
+    for H in (1, 16, 64, 200):
+        for N in (1, 4, 128, 1024):
+            assert planned(cuda, B=B, H=H, N=N, R=1, W=20)["blocks"] != 1
 
 
 def test_the_papers_size_uses_the_device(cuda):

@@ -105,6 +105,26 @@ def test_no_spills_at_the_papers_sizes(op, dtype, compiler):
         assert set(spilled(said).values()) == {0}, (source, macros, spilled(said))
 
 
+def products(cubin):
+    """Instructions of the tensor cores in each kernel of a cubin."""
+    command = [TOOLS / "nvdisasm", "--print-code", cubin]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {part.split(",")[0]: part.count("HMMA") for part in code.split(".section\t.text.")[1:]}
+
+
+@pytest.mark.parametrize("op", ["generate_fast_weights", "summarize_gradients"])
+def test_every_product_is_in_the_code(op, compiler):
+    """A product of float32 is three on tensor cores, of bfloat16 one: there is no other difference."""
+    counts = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        ((source, macros),) = launches_of(op, inputs_of(op, (1, 300, 20, 5), dtype))
+        failed, made = compile_for(compiler, 90, source, macros)
+        assert not failed, made
+        counts[dtype] = products(made)
+    assert counts[torch.float32] == {name: 3 * count for name, count in counts[torch.bfloat16].items()}
+    assert sum(counts[torch.bfloat16].values()) > 50
+
+
 @pytest.mark.parametrize("op", sorted(set(_backend.OPS) - set(NO_CUDA_KERNEL)))
 def test_they_compile_for_every_target(op, compiler, tmp_path):
     """Hopper's own code; for what is newer, what its driver is given, by the assembler for it."""
