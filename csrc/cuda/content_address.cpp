@@ -1,5 +1,8 @@
-// content_address: read weights by cosine similarity, and their backward, the slots of an example split over blocks.
-#include "memory_launch.h"
+// content_address: read weights by cosine similarity, and their backward: an example to a cluster, or its slots split
+// over the device.
+#include "rows_launch.h" // first: what the structs of arguments need
+
+#include "content_address.h"
 
 namespace mann::cuda {
 
@@ -14,9 +17,16 @@ static Tensor content_address_cuda(Tensor memory, Tensor key, std::optional<Tens
     const MemoryOptions o = address_options(memory, key, beta.has_value());
     const int64_t B = memory.size(0), N = memory.size(1), W = o.W, R = o.R;
     Tensor read_weights = call.empty({B, R, N});
+    AddressForward<void> a{eps, call.in(memory, "memory", {B, N, W}), call.in(key, "key", {B, R, W}),
+                           call.in(beta, "beta", {B, R}), out(read_weights)};
+    const GridSizes s{1, B, N, 1, o, false, false, 0, eps, nullptr};
+    if (const MannPlan on_clusters = rows_plan(call, s); on_clusters.blocks > 0) {
+        launch_rows(call, "content_address.cu", "content_address_forward", s, on_clusters, on_clusters.forward_bytes,
+                    a);
+        return read_weights;
+    }
     MemoryWrite<void> write{};
-    write.before.memory = call.in(memory, "memory", {B, N, W});
-    write.head.key = call.in(key, "key", {B, R, W}), write.head.beta = call.in(beta, "beta", {B, R});
+    write.before.memory = a.memory, write.head.key = a.key, write.head.beta = a.beta;
     const MemoryPlan plan = memory_plan(call, B, N, W, R, kMostForward, {write.before.memory});
     write.sizes = memory_sizes(plan, B, N, 1, 1), write.eps = eps;
     write.logits = call.scratch(B * R * N), write.found = call.scratch(B * plan.parts() * forward_part(o));
@@ -36,13 +46,26 @@ static std::tuple<Tensor, Tensor, Tensor> content_address_backward_cuda(Tensor d
     const MemoryOptions o = address_options(memory, key, beta.has_value());
     const int64_t B = memory.size(0), N = memory.size(1), W = o.W, R = o.R;
     Tensor dmemory = call.empty({B, N, W}), dkey = call.empty({B, R, W}), dbeta = call.empty({B, R});
+    AddressBackward<void> a{eps,
+                            call.in(dread_weights, "dread_weights", {B, R, N}),
+                            call.in(memory, "memory", {B, N, W}),
+                            call.in(key, "key", {B, R, W}),
+                            call.in(beta, "beta", {B, R}),
+                            call.in(read_weights, "read_weights", {B, R, N}),
+                            out(dmemory),
+                            out(dkey),
+                            out(dbeta)};
+    const GridSizes s{1, B, N, 1, o, false, false, 0, eps, nullptr};
+    if (const MannPlan on_clusters = rows_plan(call, s); on_clusters.blocks > 0) {
+        launch_rows(call, "content_address.cu", "content_address_backward", s, on_clusters,
+                    on_clusters.backward_bytes, a);
+        return {dmemory, dkey, dbeta};
+    }
     MemoryBackward<void> back{};
-    back.before.memory = call.in(memory, "memory", {B, N, W});
-    back.head.key = call.in(key, "key", {B, R, W}), back.head.beta = call.in(beta, "beta", {B, R});
+    back.before.memory = a.memory, back.head.key = a.key, back.head.beta = a.beta;
     const MemoryPlan plan = memory_plan(call, B, N, W, R, kMostBackward, {back.before.memory});
     back.sizes = memory_sizes(plan, B, N, 1, 1), back.eps = eps;
-    back.weights_in = call.in(read_weights, "read_weights", {B, R, N});
-    back.dweights1 = call.in(dread_weights, "dread_weights", {B, R, N});
+    back.weights_in = a.read_weights, back.dweights1 = a.dread_weights;
     back.dmemory_out = out(dmemory), back.found = call.scratch(B * plan.parts() * backward_part(o));
     MemoryUse<void> use{};
     use.sizes = back.sizes, use.choosers = plan.choosers, use.chooser_slots = plan.chooser_slots;

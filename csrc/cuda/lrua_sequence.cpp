@@ -1,8 +1,7 @@
 // lrua_sequence: the steps of the memory for keys that are known beforehand.
-#include "grid_sequence.h"
+#include "rows_launch.h" // first: what the structs of arguments need
 
 #include "lrua_sequence.h"
-#include "mann_plan.h"
 
 namespace mann::cuda {
 
@@ -26,23 +25,8 @@ static MemoryHead<void> lrua_head(Call &call, const GridSizes &s, const Tensor &
     return head;
 }
 
-static MannPlan plan_of(const Call &call, const GridSizes &s) {
-    const Device device = call.on();
-    const MannSizes sizes{s.T, s.B, s.N, s.memory.W, s.memory.R, 0, s.memory.add, s.memory.beta, call.arith_bytes()};
-    return lrua_plan(sizes, device.capability >= 90 ? device.shared_bytes : 0, device.multiprocessors);
-}
-static void launch(Call &call, const char *source, const char *kernel, const GridSizes &s, const MannPlan &plan,
-                   int64_t shared_bytes, const auto &args) {
-    Build build = call.build(source);
-    build.set("MANN_N", s.N).set("MANN_W", s.memory.W).set("MANN_R", s.memory.R).set("MANN_PARTS", plan.parts);
-    build.set("MANN_SHARED_BYTES", shared_bytes).set("MANN_WRITE_ADD", s.memory.add);
-    build.set("MANN_KEY_STRENGTH", s.memory.beta).set("MANN_SQUASH", 0).set("MANN_SOFTPLUS", 0);
-    build.set("MANN_SHARED_LRU", s.shared).set("MANN_ERASE_ALL", s.erase_all);
-    call.launch(build, kernel, {s.B * plan.parts, 512, plan.parts, shared_bytes}, args);
-}
-
 bool lrua_on_clusters(Call &call, const GridSizes &s, const GridForward &a) {
-    const MannPlan plan = plan_of(call, s);
+    const MannPlan plan = rows_plan(call, s);
     if (plan.blocks == 0) return false;
     LruaForward<void> b{};
     b.steps = int(s.T), b.batch = int(s.B), b.checkpoint_every = int(std::min<int64_t>(s.checkpoint_every, 1 << 30));
@@ -52,12 +36,12 @@ bool lrua_on_clusters(Call &call, const GridSizes &s, const GridForward &a) {
     b.reads = a.reads, b.memory1 = a.memory1, b.usage1 = a.usage1, b.read_weights1 = a.read_weights1;
     b.saved_least_used = a.saved_least_used, b.saved_memory = a.saved_memory;
     b.saved_read_weights = a.saved_read_weights;
-    launch(call, "lrua_sequence_forward.cu", "lrua_sequence_forward", s, plan, plan.forward_bytes, b);
+    launch_rows(call, "lrua_sequence_forward.cu", "lrua_sequence_forward", s, plan, plan.forward_bytes, b);
     return true;
 }
 
 bool lrua_on_clusters(Call &call, const GridSizes &s, const GridBackward &a) {
-    const MannPlan plan = plan_of(call, s);
+    const MannPlan plan = rows_plan(call, s);
     if (plan.blocks == 0) return false;
     const int64_t B = s.B, N = s.N, R = s.memory.R, W = s.memory.W, segment = std::min(s.T, s.checkpoint_every);
     LruaBackward<void> b{};
@@ -73,7 +57,7 @@ bool lrua_on_clusters(Call &call, const GridSizes &s, const GridBackward &a) {
     b.means = call.scratch(segment * B * plan.parts * R);
     b.dkey = a.dkey, b.dgate = a.dgate, b.dbeta = a.dbeta, b.dadd = a.dadd;
     b.dmemory = a.dmemory, b.dread_weights = a.dread_weights;
-    launch(call, "lrua_sequence_backward.cu", "lrua_sequence_backward", s, plan, plan.backward_bytes, b);
+    launch_rows(call, "lrua_sequence_backward.cu", "lrua_sequence_backward", s, plan, plan.backward_bytes, b);
     return true;
 }
 

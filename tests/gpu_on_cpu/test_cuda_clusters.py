@@ -62,18 +62,18 @@ def test_every_form(form, cuda):
 @pytest.mark.parametrize("parts", PARTS)
 def test_every_number_of_parts(parts, cuda):
     cuda.mann_cuda_plan(parts, 1, parts, 0, 0)
-    for op, steps in (("lrua_sequence", {"T": 5}), ("lrua_step", {})):
+    for op, steps in {"lrua_sequence": {"T": 5}, "lrua_step": {}, "content_address": {}}.items():
         for options in class_of(op).options:
             for dtype in cuda_on_cpu.DTYPES if parts == 2 else (torch.float32,):
                 matches(op, class_of(op).inputs(1, 3, 21, 9, 2, **steps, **options), dtype)
 
 
 @pytest.mark.parametrize("size", [(2, 130, 40, 4), (1, 600, 17, 3), (2, 40, 5, 12), (1, 33, 70, 1)], ids=str)
-@pytest.mark.parametrize("op", ["mann_sequence", "lrua_sequence", "lrua_step"])
+@pytest.mark.parametrize("op", ["mann_sequence", "lrua_sequence", "lrua_step", "content_address"])
 def test_rows_and_columns(op, size, cuda):
     """Lanes to a row, rows and columns to a thread, groups of heads."""
     cuda.mann_cuda_plan(2, 1, 2, 0, 0)
-    matches(op, class_of(op).inputs(1, *size, **({} if op == "lrua_step" else {"T": 3})), torch.float32)
+    matches(op, class_of(op).inputs(1, *size, **({"T": 3} if op.endswith("sequence") else {})), torch.float32)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -92,7 +92,7 @@ def test_gradcheck(form, cuda):
     cuda.mann_cuda_plan(*form)
     few = mann(0, (1, 4, 2, 1), T=3, write="add", key_strength=True)
     assert torch.autograd.gradcheck(*class_of("mann_sequence")._scalar("cpu", few), atol=1e-6)
-    for op in ("lrua_sequence", "lrua_step"):
+    for op in ("lrua_sequence", "lrua_step", "content_address"):
         assert torch.autograd.gradcheck(*class_of(op)._scalar("cpu", None), atol=1e-6)
 
 
@@ -100,8 +100,8 @@ def test_gradcheck(form, cuda):
 def test_ties_across_parts(change, cuda):
     """The lowest slot first, whichever block has it."""
     cuda.mann_cuda_plan(4, 1, 4, 0, 0)
-    for op in ("mann_sequence", "lrua_sequence", "lrua_step"):
-        call = class_of(op).inputs(2, 2, 18, 4, 3, **({} if op == "lrua_step" else {"T": 1}))
+    for op in ("mann_sequence", "lrua_sequence", "lrua_step", "content_address"):
+        call = class_of(op).inputs(2, 2, 18, 4, 3, **({"T": 1} if op.endswith("sequence") else {}))
         change(call)
         matches(op, call, torch.float64)
 
