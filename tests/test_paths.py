@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from mann_kernels._paths import PART, PathError, about, own
 from mann_kernels.evaluate import main as evaluate
 from mann_kernels.tasks import load_omniglot
 from mann_kernels.train import checkpoint as files
+from mann_kernels.train.told import interrupted_between
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ["copy", *TINY.split(), "--length", "3", "--log-every", "1", "--test-every", "1000"]
@@ -132,6 +134,30 @@ def test_ctrl_c_names_resume(tmp_path):
     assert process.returncode == 130, output
     assert "--resume goes on from the last checkpoint" in output
     assert "Traceback" not in output
+
+
+@pytest.fixture
+def ctrl_c():
+    """As Python has it, also in a background job of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_not_lost(ctrl_c, capfd):
+    """In the callback of a weak reference an exception ends nowhere; a second Ctrl-C does not wait."""
+    with interrupted_between() as check:
+        check()
+        gone = {"any"}
+        watch = weakref.ref(gone, lambda _: signal.raise_signal(signal.SIGINT))
+        del gone
+        assert watch() is None
+        with pytest.raises(KeyboardInterrupt):
+            check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert "Ctrl-C again" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # --- files that are not what they should be ---

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from mann_kernels.train import build
 from mann_kernels.train.loop import Run
 from mann_kernels.train.parallel import joined
 from mann_kernels.train.settings import MOST, OPTIMIZERS, Settings, check_number
-from mann_kernels.train.told import SEED, told
+from mann_kernels.train.told import SEED, interrupted_between, told
 
 DEFAULT: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
 #: What differs from task to task where it is not given.
@@ -138,12 +139,12 @@ def main(
             run = prepare(settings, data, out, resume)
             if tensorboard and run.processes.first:
                 log_to_tensorboard(run)
-        with told(1, interrupted):
+        with told(1, interrupted), interrupted_between() as check:
             if run.processes.first:
-                show(run, updates, minutes)
+                show(run, updates, minutes, check)
             else:
                 for _ in run.train(updates, minutes):
-                    pass
+                    check()
         del run  # before its process group, see joined
 
 
@@ -167,14 +168,15 @@ def log_to_tensorboard(run: Run) -> None:
     run.on_row = write
 
 
-def show(run: Run, updates: int, minutes: float) -> None:
-    """Train under a progress bar, and say how it ended."""
+def show(run: Run, updates: int, minutes: float, check: Callable[[], None]) -> None:
+    """Train under a progress bar, with a call of `check` after each update, and say how it ended."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[state]}"))
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=updates, completed=run.update, state="")
         began, first = time.perf_counter(), run.update
         smooth: dict[str, float] = {}
         for done in run.train(updates, minutes):
+            check()
             new: dict[str, float] = {"loss": done["loss"]} | {
                 name: total / n for name, (total, n) in done["scores"].items() if n
             }

@@ -1,7 +1,10 @@
 """How a command ends where it cannot go on: with one sentence and a status, not with a traceback."""
 
 import contextlib
-from collections.abc import Iterator
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 import typer
@@ -40,6 +43,37 @@ def told(status: int = 2, interrupted: str = "stopped") -> Iterator[None]:
         raise _ended(f"there is no memory for sizes like these: {reason_of(error)}", status) from None
     except KeyboardInterrupt:
         raise _ended(interrupted, 130) from None
+
+
+@contextlib.contextmanager
+def interrupted_between() -> Iterator[Callable[[], None]]:
+    """Within it, Ctrl-C stops the command where the function that it yields is called next; a second one at once.
+
+    The exception of a signal is raised wherever the interpreter is at the moment; in the callback of a weak reference,
+    of which saving tensors makes many, Python drops it.
+    """
+    pressed = False
+
+    def on_signal(number, frame):
+        nonlocal pressed
+        if pressed:
+            signal.default_int_handler(number, frame)
+        pressed = True
+        os.write(2, b"\nstopping after this update; Ctrl-C again stops at once\n")
+
+    def check():
+        if pressed:
+            raise KeyboardInterrupt
+
+    here = threading.current_thread() is threading.main_thread()  # only there signals can be set
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield check
+        return
+    signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def of_memory(error: BaseException) -> bool:
