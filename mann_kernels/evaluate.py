@@ -1,5 +1,6 @@
 """`python -m mann_kernels.evaluate CHECKPOINT`: a trained learner on test tasks, beside the paper's figures where there are any."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +62,7 @@ def main(
             settings = Settings(**facts["settings"])
             settings.check()
             build.check_choices(settings)
+        settings = replace(settings, device=device)
         _, test_tasks = build.tasks(settings, data)
         learner = build.learner(settings, test_tasks)
         load_weights(checkpoint, learner)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from against_reference import on_gpu
 from torch.distributions import MultivariateNormal, Normal
 
 from mann_kernels import tasks
@@ -199,3 +200,15 @@ def test_default_devices_and_dtypes(name):
         assert all(tensor.device.type == "cpu" for tensor in answers)
         for a, b in zip(answers, answer(want, torch.float32), strict=True):
             assert torch.allclose(a.double(), b.double(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["meta", on_gpu("cuda")])
+@pytest.mark.parametrize("name", [name for name in EVERY_TASK if name.startswith(("Omniglot", "FewShot"))])
+def test_made_where_the_examples_are(name, device):
+    """The same tasks of the same seed. A meta tensor has no data: whoever waited for it would fail."""
+    task, want = EVERY_TASK[name](), EVERY_TASK[name]().sample(3, generator())
+    task.examples = task.examples.to(device)
+    for a, b in zip(task.sample(3, generator()), want, strict=True):
+        if b is not None:
+            assert (a.device.type, a.dtype, a.shape) == (device, b.dtype, b.shape)
+            assert device == "meta" or torch.allclose(a.double().cpu(), b.double(), atol=1e-4)

@@ -47,7 +47,7 @@ def before(y: torch.Tensor) -> torch.Tensor:
 def _turned(pixels: torch.Tensor, angle: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """pixels [B, T, 1, h, w] turned by angle [B, T] and shifted by shift [B, T, 2], in half sides; bilinear, zero outside."""
     height, width = pixels.shape[-2:]
-    down, right = ((torch.arange(size) * 2 + 1) / size - 1 for size in (height, width))
+    down, right = ((torch.arange(size, device=pixels.device) * 2 + 1) / size - 1 for size in (height, width))
     right, down = right.repeat(height), down.repeat_interleave(width)
     cos, sin = angle.cos()[..., None], angle.sin()[..., None]
     # The source of each pixel. Faster than affine_grid, which multiplies a 3 x 2 matrix for each image.
@@ -62,7 +62,7 @@ class OmniglotEpisodes:
     Every episode of a batch has classes, labels and examples of its own, drawn without replacement.
 
     Args:
-        examples: uint8 [classes, examples of each, 1, side, side], 255 is ink.
+        examples: uint8 [classes, examples of each, 1, side, side], 255 is ink; episodes are made on their device.
         ways: classes of an episode.
         length: its steps; None is 10 * ways.
         labels: "onehot" or "string", five characters of five letters each, [.., 25].
@@ -103,9 +103,26 @@ class OmniglotEpisodes:
         self.output_size = ways if labels == "onehot" else CHARACTERS * LETTERS
         self.input_size = examples.shape[-2:].numel() + self.output_size
 
-    @on_cpu
     def sample(self, B: int, generator: torch.Generator) -> Episodes:
-        """B independent episodes; y is the label [T, B], or the string's five letters [T, B, 5]."""
+        """B independent episodes on the device of the examples; y is the label [T, B], or the string's five letters [T, B, 5]."""
+        device = self.examples.device
+        label, example, place, letters = (drawn.to(device) for drawn in self._draw(B, generator))
+        pixels = numbers(self.examples.flatten(0, 1)[example]) / 255
+        if self.augment or self.turns:
+            pixels = _turned(pixels, place[..., 0], place[..., 1:])
+        known = F.one_hot(label, self.ways)
+        presentation = known.cumsum(1).gather(2, label[..., None])[..., 0]
+        y = label
+        if self.labels == "string":
+            y, known = letters, F.one_hot(letters, LETTERS).flatten(2)
+        x = torch.cat([pixels.flatten(2), numbers(known)], 2).transpose(0, 1)
+        x[..., -self.output_size :] = before(x[..., -self.output_size :])
+        return Episodes(x, y.transpose(0, 1), presentation.t())
+
+    @on_cpu
+    def _draw(self, B, generator):
+        """All that is random, drawn where the generator is, the same for every device: labels and examples [B, T], angle and
+        shift [B, T, 3], letters [B, T, 5]; the last two empty where they have no use."""
         number, each = self.examples.shape[:2]
         classes = uniform(B, number, generator=generator).topk(self.ways).indices
         order = uniform(B, self.ways, each, generator=generator)
@@ -115,35 +132,21 @@ class OmniglotEpisodes:
             chosen = chosen.flatten(1).gather(1, shuffle)
         else:
             chosen = order.flatten(1).topk(self.length).indices
-        label, example = chosen // each, chosen % each  # [B, T]
-        images = self.examples.flatten(0, 1)[classes.gather(1, label) * each + example]
-        pixels = self._seen(images, label, generator).flatten(2)
-        known = F.one_hot(label, self.ways)
-        presentation = known.cumsum(1).gather(2, label[..., None])[..., 0]
-        y, known = (label, known) if self.labels == "onehot" else self._strings(label, generator)
-        x = torch.cat([pixels, numbers(known)], 2).transpose(0, 1)
-        x[..., -self.output_size :] = before(x[..., -self.output_size :])
-        return Episodes(x, y.transpose(0, 1), presentation.t())
+        label, example = chosen // each, chosen % each
+        place = torch.zeros(*label.shape, 3) if self.augment or self.turns else torch.empty(0)
+        if self.augment:
+            place[..., 0] = (uniform(*label.shape, generator=generator) * 2 - 1) * (math.pi / 16)
+            place[..., 1:] = (uniform(*label.shape, 2, generator=generator) * 2 - 1) * (2 * 10 / 105)
+        if self.turns:
+            turns = torch.randint(4, (B, self.ways), generator=generator)
+            place[..., 0] += turns.gather(1, label) * (math.pi / 2)
+        letters = self._strings(label, generator) if self.labels == "string" else torch.empty(0)
+        return label, classes.gather(1, label) * each + example, place, letters
 
     def _strings(self, label, generator):
-        """Distinct strings for the classes of an episode: letters [B, T, 5] and five-hot [B, T, 25]."""
+        """Distinct strings for the classes of an episode: letters [B, T, 5]."""
         codes = uniform(label.shape[0], LETTERS**CHARACTERS, generator=generator).topk(self.ways).indices
-        letters = codes.gather(1, label)[..., None] // LETTERS ** torch.arange(CHARACTERS) % LETTERS
-        return letters, F.one_hot(letters, LETTERS).flatten(2)
-
-    def _seen(self, images, label, generator):
-        """uint8 [B, T, 1, h, w] -> float in 0..1, turned and shifted; one interpolation for all of it."""
-        pixels = numbers(images) / 255
-        if not (self.augment or self.turns):
-            return pixels
-        angle, shift = torch.zeros(label.shape), torch.zeros(*label.shape, 2)
-        if self.augment:
-            angle = (uniform(*label.shape, generator=generator) * 2 - 1) * (math.pi / 16)
-            shift = (uniform(*label.shape, 2, generator=generator) * 2 - 1) * (2 * 10 / 105)
-        if self.turns:
-            turns = torch.randint(4, (label.shape[0], self.ways), generator=generator)
-            angle = angle + turns.gather(1, label) * (math.pi / 2)
-        return _turned(pixels, angle, shift)
+        return codes.gather(1, label)[..., None] // LETTERS ** torch.arange(CHARACTERS) % LETTERS
 
     def loss(self, output: torch.Tensor, episodes: Episodes) -> torch.Tensor:
         """Cross-entropy per step (a string's is the sum over its characters), from output [T, B, output_size]."""

@@ -33,7 +33,8 @@ class FewShotTasks:
     """Draws tasks from examples that are sorted by class.
 
     Args:
-        examples: [classes, examples of each, ...], uint8 (then 0..255 becomes 0..1) or floating point.
+        examples: [classes, examples of each, ...], uint8 (then 0..255 becomes 0..1) or floating point; tasks are made on their
+            device.
         ways: classes of a task.
         shots: support examples of each class of a task.
         queries: query examples of each class of a task.
@@ -58,31 +59,41 @@ class FewShotTasks:
         self.examples, self.ways, self.shots, self.queries, self.turns = examples, ways, shots, queries, turns
         self.input_size, self.output_size = examples.shape[2:].numel(), ways
 
-    @on_cpu
     def sample(self, G: int, generator: torch.Generator) -> Tasks:
         """G independent tasks: classes, labels 0..ways-1 and examples drawn uniformly without replacement.
 
         The support examples are ordered shot by shot, with the classes in order of their labels within each; so are the queries.
         """
-        number, each = self.examples.shape[:2]
-        classes = uniform(G, number, generator=generator).argsort(-1)[:, None, : self.ways]
-        chosen = uniform(G, each, self.ways, generator=generator).argsort(1)[:, : self.shots + self.queries]
+        device = self.examples.device
+        classes, chosen, turns = (drawn.to(device) for drawn in self._draw(G, generator))
         x = self.examples[classes, chosen]
-        x = self._turned(x, generator) if self.turns else x
+        x = self._turned(x, turns) if self.turns else x
         x = numbers(x) / 255 if x.dtype == torch.uint8 else x
-        y = torch.arange(self.ways).expand(chosen.shape)
+        y = torch.arange(self.ways, device=device).expand(chosen.shape)
         halves = (
             tensor[:, part].flatten(1, 2) for part in (slice(self.shots), slice(self.shots, None)) for tensor in (x, y)
         )
         return Tasks(*halves)
 
-    def _turned(self, x, generator):
+    @on_cpu
+    def _draw(self, G, generator):
+        """All that is random, drawn where the generator is: classes [G, 1, ways], examples [G, examples of a class, ways],
+        quarter turns [G, ways]."""
+        number, each = self.examples.shape[:2]
+        classes = uniform(G, number, generator=generator).argsort(-1)[:, None, : self.ways]
+        chosen = uniform(G, each, self.ways, generator=generator).argsort(1)[:, : self.shots + self.queries]
+        turns = torch.randint(4, (G, self.ways), generator=generator) if self.turns else torch.empty(0)
+        return classes, chosen, turns
+
+    def _turned(self, x, turns):
         """x [G, examples of a class, ways, ..., side, side], each class of each task turned as a whole."""
-        turns = torch.randint(4, (len(x), self.ways), generator=generator)
-        by_class = x.transpose(1, 2)
-        for quarters in range(1, 4):
-            by_class[turns == quarters] = by_class[turns == quarters].rot90(quarters, (-2, -1))
-        return x
+        side = x.shape[-1]
+        pixel = torch.arange(side * side, device=x.device).view(side, side)
+        source = torch.stack([pixel.rot90(quarters).flatten() for quarters in range(4)])[
+            turns
+        ]  # [G, ways, side * side]
+        source = source.view(len(x), 1, self.ways, *(1 for _ in x.shape[3:-2]), side * side)
+        return x.flatten(-2).gather(-1, source.expand(*x.shape[:-2], -1)).view(x.shape)
 
     def loss(self, output: torch.Tensor, tasks: Tasks) -> torch.Tensor:
         """Mean cross-entropy of the queries, from logits [G, ways*queries, ways]."""

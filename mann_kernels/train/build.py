@@ -1,8 +1,9 @@
 """From settings to tasks and a learner."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from mann_kernels.modules import MetaNet
@@ -24,6 +25,7 @@ from mann_kernels.train.settings import OPTIMIZERS, ROTATIONS, SCHEDULES, TRAIN_
 
 EPISODES = ("copy", "associative-recall", "gp-regression", "omniglot")
 HALVES = ("sinusoid", "few-shot")
+OnDevice = TypeVar("OnDevice", nn.Module, torch.Tensor)
 #: What is made of Omniglot, and the side of its images.
 OF_OMNIGLOT = {"omniglot": 20, "few-shot": 28}
 TASKS = EPISODES + HALVES
@@ -37,7 +39,11 @@ LEARNERS = (*RECURRENT, "feedforward", *METANETS, *CONTEXTS, "multi-task")
 
 
 def tasks(settings: Settings, data: Path | None) -> tuple:
-    """Training and test tasks; where there are classes, of different ones."""
+    """Training and test tasks; where there are classes, of different ones. What is made of images is on the settings' device.
+
+    Raises:
+        ValueError: data that is not given, or a device that is not there.
+    """
     s = settings
     if s.task == "copy":
         return Copy(s.length, s.bits, shorter=True), Copy(s.length, s.bits)
@@ -53,7 +59,7 @@ def tasks(settings: Settings, data: Path | None) -> tuple:
         raise ValueError(f"--data: got none, and {s.task} is made of Omniglot, {omniglot.WANT}; without data: {free}")
 
     def images(split: str):
-        return load_omniglot(data, split, OF_OMNIGLOT[s.task], s.split_seed)
+        return on_device(load_omniglot(data, split, OF_OMNIGLOT[s.task], s.split_seed), s.device)
 
     if s.task == "omniglot":
         sizes: dict[str, Any] = {"ways": s.ways, "length": s.length, "labels": s.labels, "counts": s.counts}
@@ -80,10 +86,10 @@ def check_choices(settings: Settings) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: got {got!r}, want one of {', '.join(words)}")
 
 
-def on_device(module: nn.Module, device: str) -> nn.Module:
-    """The module moved there; ValueError where there is no such device."""
+def on_device(what: OnDevice, device: str) -> OnDevice:
+    """The module or tensor moved there; ValueError where there is no such device."""
     try:
-        return module.to(device)
+        return what.to(device)
     except (AssertionError, RuntimeError) as error:  # a torch without CUDA asserts
         raise ValueError(f"--device: got {device!r}: {str(error).splitlines()[0]}") from None
 
