@@ -34,13 +34,40 @@ def check_layer(x, weight, fast, mix, bias, layer: tuple[str, ...], example: tup
             raise ValueError(f"an augmented layer needs at least one of each size: got {letter}=0")
 
 
-def canonical(x, weight, fast, mix, tasks: bool):
-    """x [G,L,...], fast [G,S,...] and mix [G,L,S] (or None, then S = 1) of the operators: views, but for an x that cannot be one.
+class Form:
+    """How the operators take a layer: x [G, L, ...], fast [G, S, ...] and mix [G, L, S], or None, and then S = 1.
 
-    tasks: whether x has a dimension of tasks.
+    What goes in is a view, but for an x of several tasks that share one fast weight where it cannot be one. What comes out, `y`
+    and the gradients, loses the dimension that its own had not, in place: it would otherwise be a view, which cannot be written
+    to, and a node of its own in the graph.
     """
-    if mix is not None:
-        return (x, fast, mix) if tasks else (x.unsqueeze(0), fast.unsqueeze(0), mix.unsqueeze(0))
-    if fast.dim() == weight.dim():
-        return (x.flatten(0, 1) if tasks else x).unsqueeze(0), fast.unsqueeze(0).unsqueeze(0), None
-    return x if tasks else x.unsqueeze(1), fast.unsqueeze(1), None
+
+    def __init__(self, x, weight, fast, mix, tasks: bool):
+        self.shared = mix is None and fast.dim() == weight.dim()
+        self.tasks = tasks
+        self.joined = self.shared and tasks
+        #: The dimensions that are put in: of x, mix and y; of fast.
+        self.of_x = None if tasks and not self.shared else 1 if mix is None and not self.shared else 0
+        self.of_fast = None if mix is not None and tasks else 0 if mix is not None or self.shared else 1
+
+    def rows(self, x):
+        """x, or the gradient of y."""
+        x = x.flatten(0, 1) if self.joined else x
+        return x if self.of_x is None else x.unsqueeze(self.of_x)
+
+    def memory(self, fast):
+        fast = fast.unsqueeze(0) if self.shared else fast
+        return fast if self.of_fast is None else fast.unsqueeze(self.of_fast)
+
+    def rows_back_(self, y, x):
+        """y, or the gradient of x."""
+        if self.joined:
+            return y.view(*x.shape[:2], *y.shape[2:])
+        return y if self.of_x is None else y.squeeze_(self.of_x)
+
+    def memory_back_(self, dfast):
+        dfast = dfast if self.of_fast is None else dfast.squeeze_(self.of_fast)
+        return dfast.squeeze_(0) if self.shared else dfast
+
+    def mix_back_(self, dmix):
+        return dmix if self.tasks else dmix.squeeze_(0)

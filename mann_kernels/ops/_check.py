@@ -20,20 +20,20 @@ OPTIONS = {
 
 def same_kind(**tensors: torch.Tensor | None) -> None:
     """All are tensors of one floating dtype on one device (None is skipped)."""
-    first_name, first = None, None
+    first_name = dtype = device = None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, want a torch.Tensor")
-        if not tensor.is_floating_point():
+        if dtype is not tensor.dtype and not tensor.is_floating_point():
             raise TypeError(f"{name}: got dtype {tensor.dtype}, want a floating-point dtype")
-        if first is None:
-            first_name, first = name, tensor
-        if tensor.dtype != first.dtype:
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, want {first.dtype}, the dtype of {first_name}")
-        if tensor.device != first.device:
-            raise ValueError(f"{name}: got device {tensor.device}, want {first.device}, the device of {first_name}")
+        if first_name is None:
+            first_name, dtype, device = name, tensor.dtype, tensor.device
+        elif tensor.dtype is not dtype:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, want {dtype}, the dtype of {first_name}")
+        elif tensor.device != device:
+            raise ValueError(f"{name}: got device {tensor.device}, want {device}, the device of {first_name}")
 
 
 def shape(sizes: dict[str, int], name: str, tensor: torch.Tensor | None, *want: str) -> None:

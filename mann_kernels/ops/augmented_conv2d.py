@@ -6,7 +6,7 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast
-from mann_kernels.ops._augment import ACTIVATION, activation_of, canonical, check_layer, keeps_slopes
+from mann_kernels.ops._augment import ACTIVATION, Form, activation_of, check_layer, keeps_slopes
 from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, reference_vjp
 
 
@@ -59,33 +59,37 @@ def _chosen(codes, y, pool: bool, activation: str) -> dict:
 class _AugmentedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, fast, mix, bias, padding, activation, pool, save, backend):
-        """-> y as the operator gives it: an output that is a view could not be written to."""
-        images, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 5)
+        """-> y; of several tasks that share one fast weight as the operator gives it, see Form."""
+        form = Form(x, weight, fast, mix, x.dim() == 5)
+        images, mix_rows = form.rows(x), None if mix is None else form.rows(mix)
         y, codes, slopes = _library.operators(backend).augmented_conv2d(
-            images, weight, fast_rows, mix_rows, bias, padding, ACTIVATION.index(activation), pool, save
+            images, weight, form.memory(fast), mix_rows, bias, padding, ACTIVATION.index(activation), pool, save
         )
         keep(ctx, backend, x, weight, fast, mix, bias, codes, slopes)
         ctx.options = {"padding": padding, "activation": activation, "pool": pool}
-        return y
+        return y if form.joined else form.rows_back_(y, x)
 
     @staticmethod
     @_autocast.off
     def backward(ctx, dy):
         *inputs, codes, slopes = kept(ctx)
         if by_reference(dy):
-            dy = dy.reshape(*inputs[0].shape[:-3], *dy.shape[2:])
+            dy = dy.reshape(*inputs[0].shape[:-3], *dy.shape[-3:])
             chosen = _chosen(codes, dy, ctx.options["pool"], ctx.options["activation"])
             function = functools.partial(reference.augmented_conv2d, **chosen, **ctx.options)
             return *reference_vjp(function, inputs, (dy,)), *[None] * 5
         x, weight, fast, mix, bias = inputs
-        images, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 5)
+        form = Form(x, weight, fast, mix, x.dim() == 5)
+        images, mix_rows = form.rows(x), None if mix is None else form.rows(mix)
+        dy = dy if form.joined else form.rows(dy)
         need_dx = ctx.needs_input_grad[0]
         dx, dweight, dfast, dmix, dbias = _library.operators(ctx.backend).augmented_conv2d_backward(
-            *(dy, images, weight, fast_rows, mix_rows, codes, slopes),
+            *(dy, images, weight, form.memory(fast), mix_rows, codes, slopes),
             *(ctx.options["padding"], ctx.options["pool"], need_dx),
         )
-        dmix, dbias = None if mix is None else dmix.view(mix.shape), None if bias is None else dbias
-        return dx.view(x.shape) if need_dx else None, dweight, dfast.view(fast.shape), dmix, dbias, *[None] * 5
+        dmix, dbias = None if mix is None else form.mix_back_(dmix), None if bias is None else dbias
+        dx = form.rows_back_(dx, x) if need_dx else None
+        return dx, dweight, form.memory_back_(dfast), dmix, dbias, *[None] * 5
 
 
 @_autocast.in_low_type
@@ -145,4 +149,4 @@ def augmented_conv2d(
         return reference.augmented_conv2d(x, weight, fast, mix, bias, padding=padding, activation=function, pool=pool)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, fast, mix, bias))
     y = _AugmentedConv2d.apply(x, weight, fast, mix, bias, padding, function, bool(pool), save, backend)
-    return y.view(*x.shape[:-3], *y.shape[2:])
+    return y if y.shape[:-3] == x.shape[:-3] else y.view(*x.shape[:-3], *y.shape[2:])

@@ -6,7 +6,7 @@ import torch
 
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast
-from mann_kernels.ops._augment import ACTIVATION, activation_of, canonical, check_layer
+from mann_kernels.ops._augment import ACTIVATION, Form, activation_of, check_layer
 from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, reference_vjp
 
 
@@ -37,14 +37,15 @@ _library.define(
 class _AugmentedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, fast, mix, bias, activation, save, backend):
-        """-> y as the operator gives it: an output that is a view could not be written to."""
-        rows, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 3)
+        """-> y; of several tasks that share one fast weight as the operator gives it, see Form."""
+        form = Form(x, weight, fast, mix, x.dim() == 3)
+        mix_rows = None if mix is None else form.rows(mix)
         y, slopes = _library.operators(backend).augmented_linear(
-            rows, weight, fast_rows, mix_rows, bias, ACTIVATION.index(activation), save
+            form.rows(x), weight, form.memory(fast), mix_rows, bias, ACTIVATION.index(activation), save
         )
         keep(ctx, backend, x, weight, fast, mix, bias, slopes)
         ctx.activation = activation
-        return y
+        return y if form.joined else form.rows_back_(y, x)
 
     @staticmethod
     @_autocast.off
@@ -56,12 +57,13 @@ class _AugmentedLinear(torch.autograd.Function):
             function = functools.partial(reference.augmented_linear, activation=ctx.activation, sides=sides)
             return *reference_vjp(function, inputs, (dy,)), None, None, None
         x, weight, fast, mix, bias = inputs
-        rows, fast_rows, mix_rows = canonical(x, weight, fast, mix, x.dim() == 3)
+        form = Form(x, weight, fast, mix, x.dim() == 3)
+        mix_rows = None if mix is None else form.rows(mix)
         dx, dweight, dfast, dmix, dbias = _library.operators(ctx.backend).augmented_linear_backward(
-            dy, rows, weight, fast_rows, mix_rows, slopes
+            dy if form.joined else form.rows(dy), form.rows(x), weight, form.memory(fast), mix_rows, slopes
         )
-        dmix, dbias = None if mix is None else dmix.view(mix.shape), None if bias is None else dbias
-        return dx.view(x.shape), dweight, dfast.view(fast.shape), dmix, dbias, None, None, None
+        dmix, dbias = None if mix is None else form.mix_back_(dmix), None if bias is None else dbias
+        return form.rows_back_(dx, x), dweight, form.memory_back_(dfast), dmix, dbias, None, None, None
 
 
 @_autocast.in_low_type
@@ -107,4 +109,4 @@ def augmented_linear(
         return reference.augmented_linear(x, weight, fast, mix, bias, activation=function)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, fast, mix, bias))
     y = _AugmentedLinear.apply(x, weight, fast, mix, bias, function, save, backend)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if y.shape[:-1] == x.shape[:-1] else y.view(*x.shape[:-1], weight.shape[0])
