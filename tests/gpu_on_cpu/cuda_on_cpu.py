@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 #: By the sanitizers: flags of the kernels, flags of the runtime, the shared libraries that must come first.
 KINDS = {
-    "plain": ("-O2", "-O2", ()),
+    "plain": ("-O1", "-O2", ()),
     "address": (
         "-O1 -g1 -fsanitize=address,undefined -fno-omit-frame-pointer",
         "-O2 -DMANN_ASAN",
@@ -49,13 +49,18 @@ OF_KERNELS = "-fno-strict-aliasing -fno-math-errno -fno-ipa-icf -DMANN_CUDA_ON_C
 OF_ENTRIES = f"-DMANN_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020a000000000000ULL -DMANN_LIBRARY={LIBRARY} -DMANN_KEY=CPU"
 
 
+#: What every kernel includes first; compiled beforehand, since that is half of the work.
+HEADER = "cuda_on_cpu.h"
+
+
 def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def kernel_command(kind: str, csrc: Path = CSRC) -> str:
-    """What compiles a file of kernels, up to the folder that it stands in."""
-    return f"{compiler()} -shared {FLAGS} {KINDS[kind][0]} {OF_KERNELS} -I{HERE} {csrc / 'cuda'}"
+def kernel_command(kind: str, csrc: Path = CSRC, folder: Path = BUILD) -> str:
+    """What compiles a file of kernels, up to the folder that it stands in; `folder` as build was given it."""
+    flags = f"{FLAGS} {KINDS[kind][0]} {OF_KERNELS} -include {folder / kind / HEADER}"
+    return f"{compiler()} -shared {flags} -I{HERE} {csrc / 'cuda'}"
 
 
 def kernel_folder(folder: Path, csrc: Path) -> Path:
@@ -78,6 +83,8 @@ def ninja_file(kind: str, sources: list[Path], csrc: Path, library: Path) -> str
         "rule link",
         # symbolic: with several of these libraries in a process, each calls its own runtime
         f"  command = {compiler()} -shared -Wl,-Bsymbolic {sanitize} $in {paths} -ltorch_cpu -ldl -o $out",
+        f"build {library.parent / HEADER}.gch: compile {HERE / HEADER}",
+        f"  flags = {kernel_flags} {OF_KERNELS}-header",
     ]
     objects = []
     for source in [*sorted(HERE.glob("cuda_on_cpu_*.cpp")), *sources]:
@@ -138,7 +145,7 @@ def load(library: Path, csrc: Path = CSRC) -> ctypes.CDLL:
     torch.ops.load_library(str(library))
     kind, folder = library.parent.name, kernel_folder(library.parent, csrc)
     folder.mkdir(parents=True, exist_ok=True)
-    loaded.mann_cuda_on_cpu_compiler(kernel_command(kind, csrc).encode(), str(folder).encode())
+    loaded.mann_cuda_on_cpu_compiler(kernel_command(kind, csrc, library.parent.parent).encode(), str(folder).encode())
     loaded.mann_cuda_on_cpu_record.restype = ctypes.c_char_p
     return loaded
 
