@@ -115,7 +115,9 @@ def test_every_operator_has_a_bench():
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize(("quick", "passes"), [(False, {"fwd", "fwd+bwd"}), (True, {"fwd+bwd"})])
+@pytest.mark.parametrize(
+    ("quick", "passes"), [(False, {"fwd", "fwd+bwd"}), pytest.param(True, {"fwd+bwd"}, marks=pytest.mark.long)]
+)
 def test_rows_of_timings(quick, passes, monkeypatch):
     monkeypatch.setattr(devices.Cpu, "seconds", 0.3)
     rows = harness.time_case(ADDRESS, Case("tiny", TINY), CPU, "float32", 1, quick)

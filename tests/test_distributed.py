@@ -31,7 +31,7 @@ def torchrun(processes, *command):
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("case", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_several_processes_train_as_one(case):
     torchrun(2, "tests/parallel.py", case)
 

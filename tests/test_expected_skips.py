@@ -33,7 +33,7 @@ def test_a_kernel_that_must_be_there_is_not_skipped():
     )
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "1")])
+@pytest.mark.parametrize("workers", [pytest.param((), marks=pytest.mark.long), ("-n", "1")])
 def test_a_skip_that_nobody_expects_fails_the_run(workers, tmp_path):
     (tmp_path / "test_it.py").write_text("import pytest\ndef test_it():\n    pytest.skip('my kernel is gone')\n")
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
