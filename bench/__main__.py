@@ -14,7 +14,7 @@ from bench.devices import devices, why_no_gpu
 from bench.groups import is_ours
 from bench.operators import operators
 from bench.run import Run, Selection, with_kernels
-from bench.tables import fits_table, sweep_table, timings_table
+from bench.tables import calls_table, fits_table, sweep_table, timings_table
 
 
 class Device(Enum):
@@ -181,6 +181,23 @@ def sweep_command(
         run.code = run.code or 1
     if run.code:
         raise typer.Exit(run.code)
+
+
+@app.command("calls")
+def calls_command(
+    op: Annotated[list[str] | None, typer.Option(help="One operator; may be repeated.")] = None,
+    device: DeviceOption = None,
+):
+    """Time what a call of an operator costs beside its kernels: checks, autograd, dispatch."""
+    from bench import calls
+
+    benches = [bench for bench in chosen(None, op, None) if bench.ours is None]
+    torch.set_num_threads(1)
+    rows = []
+    for place in usable(None if device is None else device.value):
+        for bench in with_kernels(benches, place, console):
+            rows.append((place.type, bench.op, calls.row(bench, place)))
+    console.print(calls_table(rows, calls.PARTS))
 
 
 @app.command("report")

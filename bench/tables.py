@@ -51,6 +51,19 @@ def timings_table(rows):
     return table
 
 
+def calls_table(rows, parts):
+    """Lay out microseconds of the parts of a call, by device and operator."""
+    table = Table(title="A training step at the smallest size: microseconds")
+    for column in ("device", "op"):
+        table.add_column(column, no_wrap=True)
+    for column in (*parts, "in all"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for device, op, found in rows:
+        table.add_row(device, op, *(number(value, ".1f") for value in (*found.values(), sum(found.values()))))
+    table.caption = "; ".join(f"{part}: {what}" for part, what in parts.items())
+    return table
+
+
 def sweep_table(rows):
     """Lay out a sweep by size and value: time and memory, or why there is none."""
     table = Table(title="Growth: a training step")

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import mann_kernels
 from bench import __main__ as front
+from bench import calls as call_costs
 from bench import bench_metanet_update, devices, harness, operators, run, store
 from bench.bench_content_address import address
 from bench.mann import SHAPES, Shape
@@ -126,6 +127,17 @@ def test_rows_of_timings(quick, passes, monkeypatch):
     assert all(row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] for row in rows)
     assert {(row["device"], row["note"]) for row in rows} == {("cpu", None)}
     assert all((row["of_ours"] == 1) == (row["contestant"] == "mann_kernels") for row in rows)
+
+
+def test_what_a_call_costs(monkeypatch):
+    """The parts add up to forward and backward pass; the operators alone are those of the package, in order."""
+    monkeypatch.setattr(call_costs, "TURNS", 3)
+    found = call_costs.row(ADDRESS, CPU)
+    assert found.keys() == call_costs.PARTS.keys()
+    assert found["operator"] > 0 and found["backward"] > 0 and found["checks"] > 0
+    with call_costs.Recorded() as record:
+        harness.Work(ADDRESS, ADDRESS.inputs(TINY, 0), torch.float32).train(mann_kernels.content_address)
+    assert [call[0]._opname for call in record.calls] == ["content_address", "content_address_backward"]
 
 
 def test_saved_bytes_of_a_known_graph():
