@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import mann_kernels
 from bench import __main__ as front
-from bench import calls as call_costs
 from bench import bench_metanet_update, devices, harness, operators, run, store
+from bench import calls as call_costs
 from bench.bench_content_address import address
 from bench.mann import SHAPES, Shape
 from bench.operators import Case
