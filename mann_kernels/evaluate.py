@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mann_kernels._paths import about
-from mann_kernels.modules import MANN
-from mann_kernels.tasks import PRESENTATIONS, GPRegression, OmniglotEpisodes
+from mann_kernels.modules import MANN, MetaNet
+from mann_kernels.tasks import PRESENTATIONS, FewShotTasks, GPRegression, OmniglotEpisodes
 from mann_kernels.train import build
 from mann_kernels.train.checkpoint import UNREADABLE, load_weights, read_facts, write_atomically
 from mann_kernels.train.log import as_png, plot_log, read_log
@@ -47,6 +47,9 @@ def main(
     augment: Annotated[
         bool, typer.Option("--augment", help="omniglot: turn and shift the images as in training, as the paper does.")
     ] = False,
+    ways: Annotated[
+        int | None, typer.Option(min=2, help="few-shot: classes of a test task, at most as many as in training.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures: the training, and one task.")] = None,
 ):
@@ -64,6 +67,11 @@ def main(
             build.check_choices(settings)
         settings = replace(settings, device=device)
         _, test_tasks = build.tasks(settings, data)
+        if ways is not None:
+            if not isinstance(test_tasks, FewShotTasks):
+                raise ValueError(f"--ways: got {ways} for {settings.task}, want it for few-shot")
+            if ways > settings.ways:
+                raise ValueError(f"--ways: got {ways}, want at most {settings.ways}, the classes it was trained on")
         learner = build.learner(settings, test_tasks)
         load_weights(checkpoint, learner)
         build.on_device(learner, device)
@@ -73,10 +81,15 @@ def main(
                 plots.mkdir(parents=True, exist_ok=True)
     if isinstance(test_tasks, OmniglotEpisodes):
         test_tasks.augment, test_tasks.turns = augment, augment or turns
+    if ways is not None:
+        test_tasks.ways = ways
+        if isinstance(learner, MetaNet):
+            learner.fewer_classes = True
     torch.set_num_threads(settings.threads)
     with told(status=1):
         found = measure(learner, test_tasks, tasks, seed, device)
         images = ", augmented" if augment else ", turned" if turns else ""
+        images += f" of {ways} classes" if ways is not None else ""
         show(found, settings, facts["update"], f"{tasks} test tasks{images}")
         if rows and plots is not None:
             with about(checkpoint.parent / "log.csv", "cannot be drawn"):

@@ -106,6 +106,19 @@ def test_omniglot_splits(tmp_path):
     assert 0 <= x.min() < x.max() <= 1
 
 
+def test_lakes_split(tmp_path):
+    path = write_packed(tmp_path / "small.npz")
+    file = np.load(path)
+    for number, split in enumerate(omniglot.LAKE_SPLITS):
+        want = file["images"][file["class_split"] == number]
+        assert np.array_equal(load_omniglot(path, split)[:, :, 0].numpy(), want)
+        with pytest.raises(ValueError, match=f"seed: got 1 for '{split}', want None"):
+            load_omniglot(path, split, seed=1)
+    np.savez(tmp_path / "lacks.npz", images=file["images"], class_vinyals=file["class_vinyals"])
+    with pytest.raises(ValueError, match="cannot read `images` and `class_split` from it"):
+        load_omniglot(tmp_path / "lacks.npz", "lake-background")
+
+
 def test_a_split_of_ones_own(tmp_path):
     """Drawn by a seed: every class is in one part, in the file's shares, and not where the file has it."""
     path = write_packed(tmp_path / "small.npz")
@@ -171,7 +184,9 @@ def test_a_folder_of_drawings(tmp_path, inner, monkeypatch):
         folder.mkdir(parents=True)
         for n, one in enumerate(drawn):
             image.fromarray(~one).save(folder / f"0001_{n + 1:02}.png")
-    for split, classes in (("train", [0, 1]), ("validation", [2]), ("background", [0, 1, 2]), ("test", [3])):
+    parts = {"train": [0, 1], "validation": [2], "background": [0, 1, 2], "test": [3]}
+    parts |= {"lake-background": [0, 1, 2], "lake-evaluation": [3]}
+    for split, classes in parts.items():
         images = load_omniglot(tmp_path, split)
         assert images.dtype == torch.uint8
         assert np.array_equal(images[:, :, 0].numpy(), ink[classes] * 255)

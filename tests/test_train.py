@@ -295,6 +295,9 @@ def test_an_option_wins_over_its_protocol(tmp_path, monkeypatch):
         "classes",
         0.5,
     )
+    lake = [*call[:3], "--queries", "4", "--ways", "4", "--class-split", "lake"]
+    lake = run_of(monkeypatch, *lake, "--out", str(tmp_path / "d"))
+    assert [len(tasks.examples) for tasks in (lake.train_tasks, lake.test_tasks)] == [4 * 16, 4 * 8]
     result = invoke("copy", "--protocol", "original", "--out", str(tmp_path / "c"))
     assert result.exit_code == 2
     assert "--protocol: got 'original' for copy" in " ".join(result.output.replace("│", " ").split())
@@ -398,6 +401,32 @@ def test_evaluation_of_fifteen_classes_augmented_or_not(tmp_path, monkeypatch, m
     assert result.output.splitlines()[0].rstrip().endswith(title)
     assert all(number in result.output for number in ("62.6", "79.3", "86.6", "88.7", "95.3", "43.4"))
     assert "93.1" not in result.output  # of 5 classes
+
+
+@pytest.mark.parametrize("learner", ["metanet", "context-recurrent"])
+def test_fewer_classes_than_in_training(tmp_path, monkeypatch, learner):
+    """Tasks of 3 classes for a learner of 4, of which one is never right."""
+    from mann_kernels import evaluate
+
+    data, out = write_packed(tmp_path / "small.npz"), tmp_path / "run"
+    call = ["few-shot", "--data", str(data), "--out", str(out), "--learner", learner, "--ways", "4", "--queries", "2"]
+    result = invoke(*call, "--updates", "1", "--tasks-per-update", "1", "--test-tasks", "2", "--interim-tasks", "2")
+    assert result.exit_code == 0, result.output
+    seen, keep = [], evaluate.measure
+    monkeypatch.setattr(
+        evaluate, "measure", lambda learner, tasks, *rest: seen.append(tasks) or keep(learner, tasks, *rest)
+    )
+    call = (str(out), "--data", str(data), "--tasks", "2", "--ways")
+    result = invoke(*call, "3", command=evaluate.main)
+    assert result.exit_code == 0, result.output
+    assert "2 test tasks of 3 classes" in " ".join(result.output.split())
+    batch = seen[0].sample(2, torch.Generator())
+    assert batch.support_x.shape[1] == 3
+    last = torch.zeros(2, 6, 4).index_fill(2, torch.tensor(3), 1.0)
+    assert seen[0].scores(last, batch)["accuracy"][0].tolist() == [2, 2]  # the first of those that count
+    result = invoke(*call, "5", command=evaluate.main)
+    assert result.exit_code == 2
+    assert "--ways: got 5, want at most 4" in " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.mark.compiles

@@ -5,8 +5,8 @@ import torch
 from mann_kernels.modules.state import MetaNetState
 
 
-def check_support(support_x, support_y, ways: int) -> None:
-    """Examples [S, ...] or [G, S, ...] and their labels [S] or [G, S], each class at least once in each task."""
+def check_support(support_x, support_y, ways: int, fewer: bool) -> None:
+    """Examples [S, ...] or [G, S, ...] and their labels [S] or [G, S]; unless `fewer`, each class at least once in each task."""
     for name, value in {"support_x": support_x, "support_y": support_y}.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
@@ -24,7 +24,7 @@ def check_support(support_x, support_y, ways: int) -> None:
         raise ValueError("support_x: got an empty support set, want at least one example of each class")
     if not _readable(support_y):
         return
-    present = (support_y.unsqueeze(-1) == torch.arange(ways, device=support_y.device)).any(-2)
+    present = fewer | (support_y.unsqueeze(-1) == torch.arange(ways, device=support_y.device)).any(-2)
     known = (support_y >= 0) & (support_y < ways)
     if bool(present.all() & known.all()):  # one question, and so one wait for a GPU
         return

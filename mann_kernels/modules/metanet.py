@@ -195,7 +195,13 @@ class MetaNet(nn.Module):
     The loss of the embedding is cross-entropy where each class has one support example, else the contrastive loss
     (Chopra et al. 2005) of random pairs (eq. 6 and 7), `D^2/2` for a pair of one class and `max(0, margin - D)^2/2` for
     another, D the distance of the keys.
+
+    Attributes:
+        fewer_classes: set to True, support sets may lack classes, with one example of each that is there: a network for
+            `ways` classes in tasks of fewer.
     """
+
+    fewer_classes: bool = False
 
     def __init__(
         self, base_learner: AugmentedSequential, embedding: AugmentedSequential, embedding_head: nn.Module, *,
@@ -295,7 +301,7 @@ class MetaNet(nn.Module):
 
         generator: draws the pairs of the contrastive loss (on the CPU); None is torch's own.
         """
-        check_support(support_x, support_y, self.ways)
+        check_support(support_x, support_y, self.ways, self.fewer_classes)
         if self._create_graph:
             refuse_freed_weights(self)
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
@@ -355,7 +361,7 @@ class MetaNet(nn.Module):
 
     def _embedding_gradients(self, x, y, generator):
         """The examples [G, T, m, ...] of the T losses of the embedding and the function to those losses (eq. 2, 3, 6, 7)."""
-        if x.shape[1] == self.ways:
+        if x.shape[1] <= self.ways:  # one example of each, of all classes or fewer
             chunks, labels = self._in_chunks(x, y)
             losses = cross_entropy(labels)
 

@@ -100,6 +100,6 @@ class FewShotTasks:
         return F.cross_entropy(output.flatten(0, 1), tasks.query_y.flatten())
 
     def scores(self, output: torch.Tensor, tasks: Tasks) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Right answers and queries of each task [G]."""
-        right = output.argmax(-1) == tasks.query_y
+        """Right answers and queries of each task [G]. Of a learner that knows more classes the first `ways` count."""
+        right = output[..., : self.ways].argmax(-1) == tasks.query_y
         return {"accuracy": (right.sum(-1), torch.full((len(right),), right.shape[1], device=right.device))}

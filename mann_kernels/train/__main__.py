@@ -78,6 +78,9 @@ def main(
         str | None,
         typer.Option(help="few-shot: fixed, the usual split, or original, that of MetaNet's code; other options win."),
     ] = None,
+    class_split: Annotated[
+        str, typer.Option(help="Of Omniglot: vinyals, the usual one, or lake, 964 classes for training and 659.")
+    ] = DEFAULT["class_split"],
     split_seed: Annotated[
         int | None, typer.Option(**SEED, help="Draw Omniglot's classes for training and testing anew, with this seed.")
     ] = None,

@@ -21,7 +21,7 @@ from mann_kernels.tasks import (
     with_rotations,
 )
 from mann_kernels.train import learners
-from mann_kernels.train.settings import OPTIMIZERS, ROTATIONS, SCHEDULES, TRAIN_SPLITS, Settings
+from mann_kernels.train.settings import CLASS_SPLITS, OPTIMIZERS, ROTATIONS, SCHEDULES, TRAIN_SPLITS, Settings
 
 EPISODES = ("copy", "associative-recall", "gp-regression", "omniglot")
 HALVES = ("sinusoid", "few-shot")
@@ -61,11 +61,12 @@ def tasks(settings: Settings, data: Path | None) -> tuple:
     def images(split: str):
         return on_device(load_omniglot(data, split, OF_OMNIGLOT[s.task], s.split_seed), s.device)
 
+    train_split = "background" if s.task == "omniglot" else s.train_split
+    splits = tuple(omniglot.LAKE_SPLITS) if s.class_split == "lake" else (train_split, "test")
+    train, test = (images(split) for split in splits)
     if s.task == "omniglot":
         sizes: dict[str, Any] = {"ways": s.ways, "length": s.length, "labels": s.labels, "counts": s.counts}
-        train, test = (images(split) for split in ("background", "test"))
         return OmniglotEpisodes(train, **sizes, augment=True, turns=True), OmniglotEpisodes(test, **sizes)
-    train, test = (images(split) for split in (s.train_split, "test"))
     numbers = s.ways, s.shots, s.queries
     if s.rotations == "tasks":
         return FewShotTasks(train, *numbers, turns=True), FewShotTasks(test, *numbers)
@@ -80,7 +81,7 @@ def check_choices(settings: Settings) -> None:
     """
     known = {"task": TASKS, "learner": LEARNERS, "labels": LABELS, "counts": COUNTS}
     known |= {"optimizer": tuple(OPTIMIZERS), "schedule": SCHEDULES}
-    known |= {"train_split": TRAIN_SPLITS, "rotations": ROTATIONS}
+    known |= {"class_split": CLASS_SPLITS, "train_split": TRAIN_SPLITS, "rotations": ROTATIONS}
     for name, words in known.items():
         if (got := getattr(settings, name)) not in words:
             raise ValueError(f"--{name.replace('_', '-')}: got {got!r}, want one of {', '.join(words)}")

@@ -14,6 +14,8 @@ OPTIMIZERS = {
 SCHEDULES = ("constant", "cosine")
 #: What few-shot tasks for training are made of, of load_omniglot's splits.
 TRAIN_SPLITS = ("train", "background")
+#: Whose split of Omniglot's classes in those for training and those for the test.
+CLASS_SPLITS = ("vinyals", "lake")
 #: What the quarter turns of a character are in few-shot tasks, see Settings.
 ROTATIONS = ("classes", "tasks")
 
@@ -60,6 +62,7 @@ class Settings:
     length: int = 50
     labels: str = "onehot"
     counts: str = "random"
+    class_split: str = "vinyals"  # of Omniglot; or "lake"
     split_seed: int | None = None
     train_split: str = "train"  # of few-shot; "background" has the validation classes too
     rotations: str = (
