@@ -3,7 +3,8 @@
 # make test    run the tests: ten minutes                (TEST="-k name" is passed on)
 # make test-long   what is too long for that: every schedule, dtype, target and planted fault, two versions of Triton
 # make test-gpu    on a machine with a GPU: the tests marked gpu, then compute-sanitizer over every kernel
-# make reproduce DATA=FILE   train MANN and LSTM on Omniglot and print the paper's table beside ours (hours; goes on where it was)
+# make reproduce DATA=FILE   train on Omniglot and print a paper's table beside ours (hours; goes on where it was); TABLE=mann-onehot,
+#              mann-strings, metanet, regression
 # make test-wheel TORCH=2.13.0   build the sdist and from it the wheel, and try that beside this torch (minutes; for others downloads)
 # make sanitize, verify-gpu, verify-sharded, docs, lint, format, wheel, clean
 # Everything is set up first, in .venv; a second call finds it done.
@@ -76,17 +77,40 @@ test-gpu: setup
 	for tool in memcheck racecheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) tests/every_kernel.py || exit 1; done
 
-# Santoro et al. 2016, table 1: 5 classes, one-hot labels, the paper's sizes, tested on the paper's 423 classes, upright and then with
-# the training's augmentation as in the paper. A second call goes on from the last checkpoint.
-OMNIGLOT := omniglot --data $(DATA) --resume --updates 100000 --schedule cosine --schedule-updates 50000 \
-    --log-every 100 --test-every 1000 --interim-tasks 200 --test-tasks 2000
+# A second call goes on from the last checkpoint. The tables are:
+#   mann-onehot   Santoro et al. 2016, table 1: 5 classes, one-hot labels, the paper's sizes; MANN and LSTM
+#   mann-strings  table 2: labels of five characters, 5 classes
+#   metanet       Munkhdalai & Yu 2017, Omniglot, 5-way 1-shot, by the protocol of its code
+#   regression    Gaussian processes in one dimension, beside the exact process; needs no data
+# MANN is tested on the paper's 423 classes, upright and then with the training's augmentation as in the paper.
+TABLE ?= mann-onehot
+TRAIN := $(RUN) -m mann_kernels.train
+EVALUATE := $(RUN) -m mann_kernels.evaluate
+OFTEN := --resume --schedule cosine --log-every 100 --test-every 1000 --interim-tasks 200 --test-tasks 2000
+WRITES := --write add --key-strength
+ON := build/reproduce
+.PHONY: reproduce-mann-onehot reproduce-mann-strings reproduce-metanet reproduce-regression
 reproduce: setup
-	@test -n "$(DATA)" || { echo "make reproduce DATA=FILE: want Omniglot, see mann_kernels.tasks.load_omniglot"; exit 1; }
-	$(RUN) -m mann_kernels.train $(OMNIGLOT) --out build/reproduce/mann --write add --key-strength
-	$(RUN) -m mann_kernels.train $(OMNIGLOT) --out build/reproduce/lstm --learner lstm
+	@test -n "$(DATA)" -o "$(TABLE)" = regression || { \
+	    echo "make reproduce DATA=FILE: want Omniglot, see mann_kernels.tasks.load_omniglot"; exit 1; }
+	@$(MAKE) --no-print-directory reproduce-$(TABLE)
+reproduce-mann-onehot: ONEHOT := omniglot --data $(DATA) $(OFTEN) --updates 100000 --schedule-updates 50000
+reproduce-mann-onehot:
+	$(TRAIN) $(ONEHOT) --out $(ON)/mann $(WRITES)
+	$(TRAIN) $(ONEHOT) --out $(ON)/lstm --learner lstm
 	@for run in mann lstm; do \
-	    $(RUN) -m mann_kernels.evaluate build/reproduce/$$run --data $(DATA) --plots build/reproduce/$$run; \
-	    $(RUN) -m mann_kernels.evaluate build/reproduce/$$run --data $(DATA) --augment; done
+	    $(EVALUATE) $(ON)/$$run --data $(DATA) --plots $(ON)/$$run; $(EVALUATE) $(ON)/$$run --data $(DATA) --augment; done
+reproduce-mann-strings:
+	$(TRAIN) omniglot --data $(DATA) $(OFTEN) --labels string --updates 60000 --out $(ON)/strings $(WRITES)
+	$(EVALUATE) $(ON)/strings --data $(DATA) --plots $(ON)/strings
+	$(EVALUATE) $(ON)/strings --data $(DATA) --augment
+reproduce-metanet:
+	$(TRAIN) few-shot --data $(DATA) $(OFTEN) --protocol original --updates 60000 --out $(ON)/metanet
+	$(EVALUATE) $(ON)/metanet --data $(DATA) --plots $(ON)/metanet
+reproduce-regression:
+	$(TRAIN) gp-regression $(OFTEN) --hidden-size 128 --num-slots 64 --slot-size 32 --num-heads 2 --updates 30000 \
+	    --out $(ON)/regression $(WRITES)
+	$(EVALUATE) $(ON)/regression --plots $(ON)/regression
 
 # What can be known of the GPU kernels without a GPU: that they compile and fit every target, their numbers as source, that every
 # access is sound; with both versions of Triton, and for the CUDA kernels under sanitizers.

@@ -134,7 +134,7 @@ def test_what_a_call_costs(monkeypatch):
     monkeypatch.setattr(call_costs, "TURNS", 3)
     found = call_costs.row(ADDRESS, CPU)
     assert found.keys() == call_costs.PARTS.keys()
-    assert found["operator"] > 0 and found["backward"] > 0 and found["checks"] > 0
+    assert min(found["operator"], found["backward"], found["checks"]) > 0
     with call_costs.Recorded() as record:
         harness.Work(ADDRESS, ADDRESS.inputs(TINY, 0), torch.float32).train(mann_kernels.content_address)
     assert [call[0]._opname for call in record.calls] == ["content_address", "content_address_backward"]

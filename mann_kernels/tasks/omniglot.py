@@ -16,8 +16,9 @@ LAKE_SPLITS = {"lake-background": (0,), "lake-evaluation": (1,)}
 VALIDATION_FROM, TEST_FROM, CLASSES = 1028, 1200, 1623
 WANT = (
     "want one of: an .npz with `images` (uint8 [classes, drawers, side, side], 255 is ink, or 105 x 105 packed by "
-    "np.packbits) and `class_vinyals` (0 train, 1 validation, 2 test; for Lake's split `class_split`, 0 and 1); the root that torchvision.datasets.Omniglot downloaded to; "
-    "the folder where images_background.zip and images_evaluation.zip of github.com/brendenlake/omniglot are unpacked"
+    "np.packbits) and `class_vinyals` (0 train, 1 validation, 2 test; for Lake's split `class_split`, 0 and 1); the root that "
+    "torchvision.datasets.Omniglot downloaded to; the folder where images_background.zip and images_evaluation.zip of "
+    "github.com/brendenlake/omniglot are unpacked"
 )
 
 
@@ -125,7 +126,7 @@ def _from_folder(root: Path, halves: list[Path], key: str):
     if len(shapes) != 1 or shapes == {(0,)}:
         got = f"{len(folders)} classes" if images else f"only {len(folders)} classes"
         raise PathError(f"{root}: got {got} of {sorted(shapes)} drawings, want 1623 classes of 20 drawings of one size")
-    part = np.repeat(np.uint8([0, 1]), [len(of_one) for of_one in of_half])
+    part = np.repeat(np.arange(2, dtype=np.uint8), [len(of_one) for of_one in of_half])
     return np.array(images, np.uint8), part if key == "class_split" else _in_shares(len(folders))
 
 
