@@ -24,6 +24,11 @@ def _device_type(values) -> str | None:
 _AVAILABLE = frozenset(name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name))
 
 
+def _is_off_everywhere() -> bool:
+    """Whether autocast is off for every device, asked quickly; unknown, and so False, in a graph that is being compiled."""
+    return not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled()
+
+
 def _is_on(device: str | None) -> bool:
     return device in _AVAILABLE and torch.is_autocast_enabled(device)
 
@@ -39,6 +44,8 @@ def _rule(function: Operator, dtype_of, stays_on: bool = False) -> Operator:
 
     @functools.wraps(function)
     def cast(*args: Any, **kwargs: Any) -> Any:
+        if _is_off_everywhere():
+            return function(*args, **kwargs)
         device = _device_type((*args, *kwargs.values()))
         if device is None or not _is_on(device):
             return function(*args, **kwargs)
@@ -80,6 +87,8 @@ def off(backward):
 
     @functools.wraps(backward)
     def plain(ctx, *grads):
+        if _is_off_everywhere():
+            return backward(ctx, *grads)
         device = _device_type(grads)
         if not _is_on(device):
             return backward(ctx, *grads)
