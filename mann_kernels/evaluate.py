@@ -48,7 +48,8 @@ def main(
         bool, typer.Option("--augment", help="omniglot: turn and shift the images as in training, as the paper does.")
     ] = False,
     ways: Annotated[
-        int | None, typer.Option(min=2, help="few-shot: classes of a test task, at most as many as in training.")
+        int | None,
+        typer.Option(min=2, max=MOST, help="few-shot: classes of a test task, at most as many as in training."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures: the training, and one task.")] = None,

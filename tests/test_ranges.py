@@ -113,11 +113,11 @@ def test_options_of_training(name, option, tmp_path):
         assert not (tmp_path / value).exists()
 
 
-@pytest.mark.parametrize("option", ["--tasks", "--seed"])
+@pytest.mark.parametrize("option", ["--tasks", "--seed", "--ways"])
 def test_options_of_evaluation(option, tmp_path):
     from mann_kernels.evaluate import main as evaluate
 
-    assert set(options_of(evaluate).values()) == {"--tasks", "--seed"}
+    assert set(options_of(evaluate).values()) == {"--tasks", "--seed", "--ways"}
     for value in ("nan", "-1", "18446744073709551616"):
         result = invoke(str(tmp_path), option, value, command=evaluate)
         assert result.exit_code == 2
