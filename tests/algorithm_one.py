@@ -34,9 +34,10 @@ class AlgorithmOne:
         return self.Q[2] @ h if fast is None else self.Q[2] @ h + fast[2] @ h
 
     def b(self, x, fast=None):
-        h = self.features(x, self.W, fast)
-        h = self.hidden(lambda w: w @ h, self.W[2], None if fast is None else fast[2])
-        return self.W[3] @ h if fast is None else self.W[3] @ h + fast[3] @ h
+        W = self.W if fast is None or not self.net.fast_only else [torch.zeros_like(w) for w in self.W]
+        h = self.features(x, W, fast)
+        h = self.hidden(lambda w: w @ h, W[2], None if fast is None else fast[2])
+        return W[3] @ h if fast is None else W[3] @ h + fast[3] @ h
 
     def gradient(self, loss, weights):
         grads = torch.autograd.grad(loss, weights, create_graph=self.second_order, retain_graph=True)

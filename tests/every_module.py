@@ -78,6 +78,7 @@ MODULES = {
     "MetaNet of second order": (lambda: metanet(second_order=True), IMAGES, classify),
     "MetaNet of variant +": (lambda: metanet("metanet+"), IMAGES, classify),
     "MetaNet of mean gradients": (lambda: metanet(summarizer="mean"), IMAGES, classify),
+    "MetaNet of fast weights alone": (lambda: metanet(fast_only=True), IMAGES, classify),
     "MetaNet of variant -": (lambda: metanet("metanet-"), IMAGES, classify),
     "LSTM": (lambda: compat.LSTM(3, 5, **MEMORY), (4, 2, 3), None),
     "DNC": (lambda: compat.DNC(3, 5, nr_cells=7, cell_size=4), (2, 4, 3), None),

@@ -94,10 +94,11 @@ def test_algorithm_one_in_chunks():
     )
 
 
+@pytest.mark.parametrize("options", [{"summarizer": "mean"}, {"fast_only": True}], ids=str)
 @pytest.mark.parametrize("second_order", [False, True])
 @pytest.mark.parametrize("variant", ["metanet", "metanet+"])
-def test_algorithm_one_with_the_mean_of_the_gradients(variant, second_order):
-    metanet = small(variant, summarizer="mean", second_order=second_order)
+def test_algorithm_one_changed(variant, second_order, options):
+    metanet = small(variant, second_order=second_order, **options)
     x, y, queries = draw()
     plain = AlgorithmOne(metanet, second_order)
     want = torch.stack([plain(*task) for task in zip(x, y, queries, strict=True)])

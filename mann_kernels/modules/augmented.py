@@ -82,7 +82,8 @@ class AugmentedLinear(_Augmented, nn.Linear):
             "hidden": `act(x W^T + b) + act(x F^T)`, and `act(x W^T + b)` without fast weights.
         activation: "relu", "gelu", "tanh" or "identity", of the hidden form.
 
-    Shapes: x, fast and mix as in mann_kernels.augmented_linear; without fast x is [..., in_features].
+    Shapes: x, fast and mix as in mann_kernels.augmented_linear; without fast x is [..., in_features]. With `slow=False` fast weights
+    stand alone, without W and b.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it wants.
@@ -103,12 +104,14 @@ class AugmentedLinear(_Augmented, nn.Linear):
         fast: torch.Tensor | None = None,
         mix: torch.Tensor | None = None,
         *,
+        slow: bool = True,
         tape: Tape | None = None,
     ) -> torch.Tensor:
         self._checked(fast, mix)
         if fast is None:
             return self._slow_only(x, tape)
-        return augmented_linear(x, self.weight, fast, mix, self.bias, form=self.form, activation=self.activation)
+        weight, bias = (self.weight, self.bias) if slow else (torch.zeros_like(self.weight), None)
+        return augmented_linear(x, weight, fast, mix, bias, form=self.form, activation=self.activation)
 
     @property
     def fast_shape(self) -> torch.Size:
@@ -172,18 +175,20 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
         fast: torch.Tensor | None = None,
         mix: torch.Tensor | None = None,
         *,
+        slow: bool = True,
         tape: Tape | None = None,
     ) -> torch.Tensor:
         self._checked(fast, mix)
         if fast is None:
             return self._slow_only(x, tape)
+        weight, bias = (self.weight, self.bias) if slow else (torch.zeros_like(self.weight), None)
         options: dict[str, Any] = {
             "padding": self.padding[0],
             "form": self.form,
             "activation": self.activation,
             "pool": self.pool,
         }
-        return augmented_conv2d(x, self.weight, fast, mix, self.bias, **options)
+        return augmented_conv2d(x, weight, fast, mix, bias, **options)
 
     @property
     def fast_shape(self) -> torch.Size:
@@ -218,7 +223,7 @@ class AugmentedSequential(nn.Sequential):
 
     `forward(x, fast, mix)`: x [G, L, ...]; fast is None or a sequence with one tensor for each augmented layer, in order:
     [G, *weight.shape], one for each task, or with mix [G, L, S] the rows [G, S, *weight.shape] of a memory. The other
-    layers see [G*L, ...].
+    layers see [G*L, ...]. With `slow=False` the augmented layers have fast weights alone.
     """
 
     def __init__(self, *layers: nn.Module):
@@ -248,6 +253,7 @@ class AugmentedSequential(nn.Sequential):
         fast: Sequence[torch.Tensor] | None = None,
         mix: torch.Tensor | None = None,
         *,
+        slow: bool = True,
         tape: Tape | None = None,
     ) -> torch.Tensor:
         rest = None if fast is None else list(fast)
@@ -260,7 +266,7 @@ class AugmentedSequential(nn.Sequential):
             elif rest is None:
                 x, ours = layer(x, tape=tape), True
             else:
-                x, ours = layer(x, rest.pop(0), mix), False
+                x, ours = layer(x, rest.pop(0), mix, slow=slow), False
         return x
 
     @staticmethod

@@ -33,6 +33,7 @@ class MetaNetOptions(TypedDict, total=False):
     summary_steps: int
     summarizer: str
     shared_generators: bool
+    fast_only: bool
     hidden_size: int
     p: float
     margin: float
@@ -177,6 +178,8 @@ class MetaNet(nn.Module):
             mean, so that their order does not matter (section 3.1 of the paper, which found that it converges worse).
         shared_generators: one m and one d as in the paper; without it one of each for convolutions and one for linear
             layers, as in the original code.
+        fast_only: the base learner predicts with fast weights alone; its slow ones only make the gradients that those come
+            from. An ablation of the paper, which did not converge.
         hidden_size: units of m and d.
         p: of the gradients' preprocessing in m and d.
         margin: of the contrastive loss.
@@ -206,14 +209,19 @@ class MetaNet(nn.Module):
     def __init__(
         self, base_learner: AugmentedSequential, embedding: AugmentedSequential, embedding_head: nn.Module, *,
         variant: str = "metanet", second_order: bool = False, summary_steps: int = 5, summarizer: str = "lstm",
-        shared_generators: bool = False, hidden_size: int = 20, p: float = 7.0, margin: float = 1.0, eps: float = 1e-6,
+        shared_generators: bool = False, fast_only: bool = False, hidden_size: int = 20, p: float = 7.0,
+        margin: float = 1.0, eps: float = 1e-6,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
         known_options(variant=variant, summarizer=summarizer)
         at_least_one(summary_steps=summary_steps)
         number("margin", margin, 0)
-        for name, value in {"second_order": second_order, "shared_generators": shared_generators}.items():
+        for name, value in {
+            "second_order": second_order,
+            "shared_generators": shared_generators,
+            "fast_only": fast_only,
+        }.items():
             flag(name, value)
         for name, network in {"base_learner": base_learner, "embedding": embedding}.items():
             if not isinstance(network, AugmentedSequential):
@@ -222,7 +230,7 @@ class MetaNet(nn.Module):
                 raise ValueError(f"{name}: got no augmented layer, want at least one")
         self.base_learner, self.embedding, self.embedding_head = base_learner, embedding, embedding_head
         self.variant, self.second_order, self.summary_steps, self.margin = variant, second_order, summary_steps, margin
-        self.summarizer, self.shared_generators = summarizer, shared_generators
+        self.summarizer, self.shared_generators, self.fast_only = summarizer, shared_generators, fast_only
         self.memory = FastWeightMemory(eps=eps)
         options: dict[str, Any] = {"p": p, "device": device, "dtype": dtype}
         summarized = {"metanet-": [], "metanet": [embedding], "metanet+": [embedding, base_learner]}[variant]
@@ -340,7 +348,7 @@ class MetaNet(nn.Module):
         mix = self.memory(state.index, self._key(query_x, state.task_fast))
         if self.variant == "metanet+":
             mix = F.pad(mix, (0, 1), value=1.0)
-        logits = self.base_learner(query_x, self.base_learner.split(state.memory), mix)
+        logits = self.base_learner(query_x, self.base_learner.split(state.memory), mix, slow=not self.fast_only)
         return logits.squeeze(0) if alone else logits
 
     @property
@@ -396,7 +404,8 @@ class MetaNet(nn.Module):
     def extra_repr(self) -> str:
         text = f"variant={self.variant!r}, second_order={self.second_order}, summary_steps={self.summary_steps}"
         text += f", summarizer={self.summarizer!r}"
-        return f"{text}, shared_generators={self.shared_generators}, margin={self.margin}"
+        text += f", shared_generators={self.shared_generators}, fast_only={self.fast_only}"
+        return f"{text}, margin={self.margin}"
 
 
 def _reset(generator: nn.Module, last: Any) -> None:

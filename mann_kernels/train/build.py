@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mann_kernels.modules import MetaNet
+from mann_kernels.modules.metanet import MetaNetOptions
 from mann_kernels.tasks import (
     COUNTS,
     LABELS,
@@ -30,7 +31,14 @@ OnDevice = TypeVar("OnDevice", nn.Module, torch.Tensor)
 OF_OMNIGLOT = {"omniglot": 20, "few-shot": 28}
 TASKS = EPISODES + HALVES
 RECURRENT = ("mann", "mann-feedforward", "lstm")
-METANETS = ("metanet", "metanet-", "metanet+")
+#: With the options that each has.
+METANETS: dict[str, MetaNetOptions] = {
+    "metanet": {},
+    "metanet-": {"variant": "metanet-"},
+    "metanet+": {"variant": "metanet+"},
+    "metanet-mean": {"summarizer": "mean"},
+    "metanet-fast-only": {"fast_only": True},
+}
 CONTEXTS = ("context-mean", "context-recurrent")
 #: The learners of each task.
 FITTING: dict[str, tuple[str, ...]] = dict.fromkeys(EPISODES, (*RECURRENT, "feedforward"))
@@ -105,7 +113,7 @@ def learner(settings: Settings, task) -> nn.Module:
     if s.learner not in FITTING[s.task]:
         raise ValueError(f"--learner: got {s.learner!r}, want for {s.task} one of {', '.join(FITTING[s.task])}")
     if s.learner in METANETS:
-        return MetaNet.omniglot(s.ways, variant=s.learner)
+        return MetaNet.omniglot(s.ways, **METANETS[s.learner])
     if s.learner == "multi-task":
         return learners.Decoder(task.input_size, task.descriptor_size, task.output_size, s.hidden_size)
     if s.learner in CONTEXTS:
