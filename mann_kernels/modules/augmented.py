@@ -82,8 +82,8 @@ class AugmentedLinear(_Augmented, nn.Linear):
             "hidden": `act(x W^T + b) + act(x F^T)`, and `act(x W^T + b)` without fast weights.
         activation: "relu", "gelu", "tanh" or "identity", of the hidden form.
 
-    Shapes: x, fast and mix as in mann_kernels.augmented_linear; without fast x is [..., in_features]. With `slow=False` fast weights
-    stand alone, without W and b.
+    Shapes: x, fast and mix as in mann_kernels.augmented_linear; without fast x is [..., in_features]. With `slow=False` fast
+    weights stand alone, without W and b.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it wants.
