@@ -1,5 +1,6 @@
 """More than one process: each case is a script that torchrun starts, and that fails where a rank's numbers are wrong."""
 
+import copy
 import itertools
 import os
 import subprocess
@@ -11,6 +12,7 @@ import runs
 import torch
 from packed import write_packed
 from safetensors.torch import load_file
+from test_metanet import VARIANTS, draw, small
 from test_train import invoke
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -137,3 +139,27 @@ def test_a_state_that_is_not_sharded(alone):
     output, after = layer(x, state)
     assert output.shape == (2, 1, 6)
     assert all(type(a) is type(b) for a, b in zip(after, state, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shots", [1, 2])
+def test_metanet_in_distributed_data_parallel_with_its_defaults(variant, shots):
+    """Three updates: its second complains of a parameter that took no part in the first."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for second_order in (False, True):
+            metanet, (x, y, queries) = small(variant, second_order=second_order), draw(shots=shots)
+            alone = copy.deepcopy(metanet)
+            wrapped = torch.nn.parallel.DistributedDataParallel(metanet)
+            for _ in range(3):
+                for module in (wrapped, alone):
+                    module.zero_grad()
+                    module(x, y, queries, generator=torch.Generator().manual_seed(0)).square().sum().backward()
+                    torch.optim.SGD(module.parameters(), 1e-3).step()
+            for a, b in zip(metanet.parameters(), alone.parameters(), strict=True):
+                assert torch.equal(a, b)
+            head = alone.embedding_head[1].weight.grad
+            assert (head is None) == (not second_order or variant == "metanet-" or shots == 2)
+    finally:
+        dist.destroy_process_group()

@@ -427,29 +427,3 @@ def test_a_quantized_part_is_named():
     two = draw(shots=2)[:2]
     found = quantized(two[0].float(), two[1], queries, generator=torch.Generator().manual_seed(0))
     assert torch.equal(found, metanet(two[0].float(), two[1], queries, generator=torch.Generator().manual_seed(0)))
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shots", [1, 2])
-def test_distributed_data_parallel_with_its_defaults(variant, shots):
-    """Three updates: its second complains of a parameter that took no part in the first."""
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        for second_order in (False, True):
-            metanet, (x, y, queries) = small(variant, second_order=second_order), draw(shots=shots)
-            alone = copy.deepcopy(metanet)
-            wrapped = DistributedDataParallel(metanet)
-            for _ in range(3):
-                for module in (wrapped, alone):
-                    module.zero_grad()
-                    module(x, y, queries, generator=torch.Generator().manual_seed(0)).square().sum().backward()
-                    torch.optim.SGD(module.parameters(), 1e-3).step()
-            for a, b in zip(metanet.parameters(), alone.parameters(), strict=True):
-                assert torch.equal(a, b)
-            head = alone.embedding_head[1].weight.grad
-            assert (head is None) == (not second_order or variant == "metanet-" or shots == 2)
-    finally:
-        dist.destroy_process_group()
