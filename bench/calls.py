@@ -1,4 +1,4 @@
-"""What a call costs beside its kernels: microseconds of validation, autograd and dispatch, at the smallest sizes there are."""
+"""Measures what a call costs beside its kernels: microseconds of checks, autograd and dispatch, at the smallest size."""
 
 import statistics
 import time
@@ -35,7 +35,7 @@ class Recorded(TorchDispatchMode):
 
 
 def recorded(call: Callable) -> Callable:
-    """A function that calls the operators that `call` calls, and nothing else."""
+    """Return a function that calls the operators that `call` calls, and nothing else."""
     with Recorded() as record:
         call()
 
@@ -48,7 +48,7 @@ def recorded(call: Callable) -> Callable:
 
 
 def microseconds(calls: dict[str, Callable], device) -> dict[str, float]:
-    """The host's time of each call, in turns."""
+    """Measure the host's time of each call, in turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(TURNS):
         for name, call in calls.items():
@@ -61,7 +61,7 @@ def microseconds(calls: dict[str, Callable], device) -> dict[str, float]:
 
 
 def row(bench: Bench, device, dtype: str = "float32") -> dict[str, float]:
-    """Microseconds of PARTS in a training step of an operator, at the first size that it is verified on."""
+    """Measure PARTS in microseconds, in a training step of an operator, at the first size that it is verified on."""
     tensors = bench.inputs(bench.verified[0], 0)
     work = harness.Work(bench, tensors, DTYPES[dtype], device.device)
     function, values = bench.kernel(), list(work.tensors.values())

@@ -138,7 +138,7 @@ def test_ctrl_c_names_resume(tmp_path):
 
 @pytest.fixture
 def ctrl_c():
-    """As Python has it, also in a background job of a shell, which ignores it."""
+    """Give SIGINT the handler that Python has: a background job of a shell ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

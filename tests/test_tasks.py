@@ -205,7 +205,7 @@ def test_default_devices_and_dtypes(name):
 @pytest.mark.parametrize("device", ["meta", on_gpu("cuda")])
 @pytest.mark.parametrize("name", [name for name in EVERY_TASK if name.startswith(("Omniglot", "FewShot"))])
 def test_made_where_the_examples_are(name, device):
-    """The same tasks of the same seed. A meta tensor has no data: whoever waited for it would fail."""
+    """Images on another device give the same tasks. A meta tensor has no data: what waited for it would fail."""
     task, want = EVERY_TASK[name](), EVERY_TASK[name]().sample(3, generator())
     task.examples = task.examples.to(device)
     for a, b in zip(task.sample(3, generator()), want, strict=True):

@@ -1,8 +1,7 @@
 // content_address on clusters: the memory's step of rows.h with nothing to write, an example to a cluster.
 #include "content_address.h"
-#include "rows_backward.h"
-
 #include "parts.h"
+#include "rows_backward.h"
 
 namespace mann::cuda {
 

@@ -13,7 +13,7 @@ constexpr int H = MANN_H, kBlocks = MANN_BLOCKS, kExamples = MANN_EXAMPLES;
 constexpr int kUnits = (H + kBlocks - 1) / kBlocks; // of a block; the last blocks may have fewer
 constexpr int kRecurrent = H + kWords;
 constexpr int kOwners = kExamples * kParts; // blocks that have a memory
-static_assert(kBlocks > 1); // launched alone, a block that sends is at an illegal instruction
+static_assert(kBlocks > 1); // on an H100 a block that was launched alone stopped with an illegal instruction
 static_assert(kOwners <= kBlocks && (kExamples & (kExamples - 1)) == 0 && kExamples <= 8);
 
 struct alignas(2 * sizeof(T)) Two {

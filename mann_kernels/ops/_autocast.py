@@ -25,7 +25,7 @@ _AVAILABLE = frozenset(name for name in ("cpu", "cuda", "xpu", "mps") if torch.a
 
 
 def _is_off_everywhere() -> bool:
-    """Whether autocast is off for every device, asked quickly; unknown, and so False, in a graph that is being compiled."""
+    """Say quickly whether autocast is off for every device; False in a graph that is being compiled, where it is unknown."""
     return not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled()
 
 

@@ -58,7 +58,7 @@ def compiler() -> str:
 
 
 def kernel_command(kind: str, csrc: Path = CSRC, folder: Path = BUILD) -> str:
-    """What compiles a file of kernels, up to the folder that it stands in; `folder` as build was given it."""
+    """Return the command that compiles a file of kernels, up to the folder of the file; `folder` as build was given it."""
     flags = f"{FLAGS} {KINDS[kind][0]} {OF_KERNELS} -include {folder / kind / HEADER}"
     return f"{compiler()} -shared {flags} -I{HERE} {csrc / 'cuda'}"
 
