@@ -57,8 +57,8 @@ static std::tuple<Tensor, Tensor, Tensor> content_address_backward_cuda(Tensor d
                             out(dbeta)};
     const GridSizes s{1, B, N, 1, o, false, false, 0, eps, nullptr};
     if (const MannPlan on_clusters = rows_plan(call, s); on_clusters.blocks > 0) {
-        launch_rows(call, "content_address.cu", "content_address_backward", s, on_clusters,
-                    on_clusters.backward_bytes, a);
+        launch_rows(call, "content_address.cu", "content_address_backward", s, on_clusters, on_clusters.backward_bytes,
+                    a);
         return {dmemory, dkey, dbeta};
     }
     MemoryBackward<void> back{};

@@ -81,8 +81,7 @@ MANN_KERNEL(content_address_backward, MANN_BOUNDS(kThreads, 1), AddressBackward<
     if constexpr (kParts > 1) { // a share of the sums to every block
         for (int i = thread_again(); i < kSent / 4 * kParts; i += kThreads) {
             const int p = i % (kSent / 4), to = i / (kSent / 4);
-            send(&s.dhead_parts[rows.part][4 * p], to, &s.dhead_box,
-                 reinterpret_cast<const Four<T> *>(s.own_dhead)[p]);
+            send(&s.dhead_parts[rows.part][4 * p], to, &s.dhead_box, reinterpret_cast<const Four<T> *>(s.own_dhead)[p]);
         }
         mailbox_wait(&s.dhead_box, 0);
     }
