@@ -16,6 +16,7 @@ def keeps_slopes(activation: int) -> bool:
     return ACTIVATION[activation] in ("gelu", "tanh")
 
 
+@_check.once
 def check_layer(x, weight, fast, mix, bias, layer: tuple[str, ...], example: tuple[str, ...]) -> None:
     """The tensors of a layer whose weight has the sizes `layer` and whose examples have the sizes `example`."""
     sizes: dict[str, int] = {}

@@ -1,6 +1,8 @@
 """Validation shared by the public functions: an error names the argument, what it got and what it wants."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -16,6 +18,34 @@ OPTIONS = {
     "variant": ("metanet-", "metanet", "metanet+"),
     "summarizer": ("lstm", "mean"),
 }
+
+
+#: Signatures that `once` remembers of a function; then it begins anew.
+MOST_REMEMBERED = 1000
+
+
+def once(check: Callable[..., None]) -> Callable[..., None]:
+    """Make `check(*tensors and options)` remember what passed: it depends on shapes, dtypes and devices alone, and most calls
+    are like one before."""
+    passed: set[tuple] = set()
+
+    @functools.wraps(check)
+    def checked(*given) -> None:
+        if torch.compiler.is_compiling():
+            return check(*given)
+        try:
+            signature = tuple([(t.shape, t.dtype, t.device) if isinstance(t, torch.Tensor) else t for t in given])
+            if signature in passed:
+                return None
+        except TypeError:  # a symbolic size, or what is no tensor
+            return check(*given)
+        check(*given)
+        if len(passed) >= MOST_REMEMBERED:
+            passed.clear()
+        passed.add(signature)
+        return None
+
+    return checked
 
 
 def same_kind(**tensors: torch.Tensor | None) -> None:
@@ -115,7 +145,7 @@ def at_least_one(**sizes: int) -> None:
             raise ValueError(f"{name}: got {size}, want at least 1")
 
 
-def step_lengths(sizes: dict[str, int], lengths: torch.Tensor | None, device: torch.device) -> None:
+def step_lengths(lengths: torch.Tensor | None, batch: int, device: torch.device) -> None:
     """lengths [B] counts the real steps of each example. Its values are not read here (that would synchronise a GPU):
     below 0 means no step at all and above T means all steps, in every implementation."""
     if lengths is None:
@@ -125,4 +155,4 @@ def step_lengths(sizes: dict[str, int], lengths: torch.Tensor | None, device: to
         raise TypeError(f"lengths: got {got}, want an int64 tensor [B]")
     if lengths.device != device:
         raise ValueError(f"lengths: got device {lengths.device}, want {device}")
-    shape(sizes, "lengths", lengths, "B")
+    shape({"B": batch}, "lengths", lengths, "B")

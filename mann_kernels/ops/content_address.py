@@ -44,6 +44,16 @@ class _ContentAddress(torch.autograd.Function):
         return dmemory, dkey, None if beta is None else dbeta, None, None
 
 
+@_check.once
+def _check_tensors(memory, key, beta):
+    sizes: dict[str, int] = {}
+    _check.same_kind(memory=memory, key=key, beta=beta)
+    _check.shape(sizes, "memory", memory, "B", "N", "W")
+    _check.shape(sizes, "key", key, "B", "R", "W")
+    _check.shape(sizes, "beta", beta, "B", "R")
+    _check.not_empty(sizes, "N", "W", "R")
+
+
 @_autocast.in_float32
 def content_address(
     memory: torch.Tensor, key: torch.Tensor, beta: torch.Tensor | None = None, *, eps: float = 1e-6
@@ -65,12 +75,7 @@ def content_address(
 
     float32, float64 and bfloat16 (float32 arithmetic) run fused on the CPU. Differentiable twice.
     """
-    sizes: dict[str, int] = {}
-    _check.same_kind(memory=memory, key=key, beta=beta)
-    _check.shape(sizes, "memory", memory, "B", "N", "W")
-    _check.shape(sizes, "key", key, "B", "R", "W")
-    _check.shape(sizes, "beta", beta, "B", "R")
-    _check.not_empty(sizes, "N", "W", "R")
+    _check_tensors(memory, key, beta)
     _check.eps_of_cosine(eps)
     backend = _backend.select("content_address", memory)
     if backend == "reference":

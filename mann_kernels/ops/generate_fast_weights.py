@@ -68,6 +68,21 @@ class _GenerateFastWeights(torch.autograd.Function):
         return *_library.operators(ctx.backend).generate_fast_weights_backward(dfast, *inputs, ctx.p), None, None
 
 
+@_check.once
+def _check_tensors(grads, weight1, bias1, weight2, bias2, weight3, bias3):
+    _check.same_kind(
+        grads=grads, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2, weight3=weight3, bias3=bias3
+    )
+    sizes = {"1": 1, "2": 2}
+    _check.shape(sizes, "weight1", weight1, "D", "2")
+    _check.shape(sizes, "bias1", bias1, "D")
+    _check.shape(sizes, "weight2", weight2, "D", "D")
+    _check.shape(sizes, "bias2", bias2, "D")
+    _check.shape(sizes, "weight3", weight3, "1", "D")
+    _check.shape(sizes, "bias3", bias3, "1")
+    _check.not_empty(sizes, "D")
+
+
 @_autocast.in_float32
 def generate_fast_weights(
     grads: torch.Tensor,
@@ -100,20 +115,10 @@ def generate_fast_weights(
     Differentiable twice, grads included. The backward pass computes the hidden layers again: only the inputs are kept.
     Weight gradients are sums over all coordinates in one fixed order, so they repeat bit for bit.
     """
-    weights = {
-        "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2, "weight3": weight3, "bias3": bias3,
-    }  # fmt: skip
-    _check.same_kind(grads=grads, **weights)
-    sizes = {"1": 1, "2": 2}
-    _check.shape(sizes, "weight1", weight1, "D", "2")
-    _check.shape(sizes, "bias1", bias1, "D")
-    _check.shape(sizes, "weight2", weight2, "D", "D")
-    _check.shape(sizes, "bias2", bias2, "D")
-    _check.shape(sizes, "weight3", weight3, "1", "D")
-    _check.shape(sizes, "bias3", bias3, "1")
-    _check.not_empty(sizes, "D")
+    weights = (weight1, bias1, weight2, bias2, weight3, bias3)
+    _check_tensors(grads, *weights)
     _check.preprocessing(p)
     backend = _backend.select("generate_fast_weights", grads)
     if backend == "reference":
-        return reference.generate_fast_weights(grads, *weights.values(), p=p)
-    return _GenerateFastWeights.apply(grads.reshape(-1), *weights.values(), p, backend).view(grads.shape)
+        return reference.generate_fast_weights(grads, *weights, p=p)
+    return _GenerateFastWeights.apply(grads.reshape(-1), *weights, p, backend).view(grads.shape)

@@ -7,7 +7,7 @@ import torch
 from mann_kernels import _backend, _library, reference
 from mann_kernels.ops import _autocast, _check
 from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, reference_vjp
-from mann_kernels.ops.lrua_step import check_options, check_state
+from mann_kernels.ops.lrua_step import check_options, check_tensors
 
 #: Backward goes by segments of so many steps. Forward keeps the state between two segments; backward takes the steps of a
 #: segment again from there, then undoes them one by one. The scratch memory of backward grows with it, what is kept shrinks.
@@ -147,14 +147,8 @@ def lrua_sequence(
     Kept for the backward pass, beside the inputs: R slot numbers per step and example, and a copy of memory and read
     weights every CHECKPOINT_EVERY steps. The backward pass recomputes the steps between two checkpoints, then undoes the writes.
     """
-    sizes: dict[str, int] = {}
-    _check.same_kind(memory=memory, usage=usage, read_weights=read_weights, key=key, gate=gate, beta=beta, add=add)
-    check_state(sizes, memory, usage, read_weights)
-    _check.shape(sizes, "key", key, "T", "B", "R", "W")
-    _check.shape(sizes, "gate", gate, "T", "B", "R")
-    _check.shape(sizes, "beta", beta, "T", "B", "R")
-    _check.shape(sizes, "add", add, "T", "B", "R", "W")
-    _check.step_lengths(sizes, lengths, memory.device)
+    check_tensors(memory, usage, read_weights, key, gate, beta, add, ("T",))
+    _check.step_lengths(lengths, memory.shape[0], memory.device)
     check_options(lru, erase, decay, eps)
     options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
     inputs = (memory, usage, read_weights, key, gate, beta, add)

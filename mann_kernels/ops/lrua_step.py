@@ -100,19 +100,25 @@ def lrua_step(
         TypeError: a tensor that is not floating point, or not of the dtype of the others.
         ValueError: a shape, device or option that does not fit; more heads than slots.
     """
-    sizes: dict[str, int] = {}
-    _check.same_kind(memory=memory, usage=usage, read_weights=read_weights, key=key, gate=gate, beta=beta, add=add)
-    check_state(sizes, memory, usage, read_weights)
-    _check.shape(sizes, "key", key, "B", "R", "W")
-    _check.shape(sizes, "gate", gate, "B", "R")
-    _check.shape(sizes, "beta", beta, "B", "R")
-    _check.shape(sizes, "add", add, "B", "R", "W")
+    check_tensors(memory, usage, read_weights, key, gate, beta, add)
     check_options(lru, erase, decay, eps)
     options = {"lru": lru, "erase": erase, "decay": decay, "eps": eps}
     backend = _backend.select("lrua_step", memory)
     if backend == "reference":
         return reference.lrua_step(memory, usage, read_weights, key, gate, beta, add, **options)
     return _LruaStep.apply(memory, usage, read_weights, key, gate, beta, add, *options.values(), backend)
+
+
+@_check.once
+def check_tensors(memory, usage, read_weights, key, gate, beta, add, steps: tuple[str, ...] = ()) -> None:
+    """The tensors of one step, or with a dimension before B of `steps`, fit each other."""
+    sizes: dict[str, int] = {}
+    _check.same_kind(memory=memory, usage=usage, read_weights=read_weights, key=key, gate=gate, beta=beta, add=add)
+    check_state(sizes, memory, usage, read_weights)
+    _check.shape(sizes, "key", key, *steps, "B", "R", "W")
+    _check.shape(sizes, "gate", gate, *steps, "B", "R")
+    _check.shape(sizes, "beta", beta, *steps, "B", "R")
+    _check.shape(sizes, "add", add, *steps, "B", "R", "W")
 
 
 def check_state(sizes: dict[str, int], memory, usage, read_weights) -> None:

@@ -50,6 +50,17 @@ class _LruaWriteWeights(torch.autograd.Function):
         return None, dread_weights, dgate, None, None
 
 
+@_check.once
+def _check_tensors(usage, read_weights, gate):
+    sizes: dict[str, int] = {}
+    _check.same_kind(usage=usage, read_weights=read_weights, gate=gate)
+    _check.shape(sizes, "usage", usage, "B", "N")
+    _check.shape(sizes, "read_weights", read_weights, "B", "R", "N")
+    _check.shape(sizes, "gate", gate, "B", "R")
+    _check.not_empty(sizes, "N", "R")
+    _check.heads_fit(sizes)
+
+
 @_autocast.in_float32
 def lrua_write_weights(
     usage: torch.Tensor, read_weights: torch.Tensor, gate: torch.Tensor, *, lru: str = "per_head"
@@ -70,13 +81,7 @@ def lrua_write_weights(
         TypeError: a tensor that is not floating point, or not of the dtype of the others.
         ValueError: a shape, device or option that does not fit; more heads than slots.
     """
-    sizes: dict[str, int] = {}
-    _check.same_kind(usage=usage, read_weights=read_weights, gate=gate)
-    _check.shape(sizes, "usage", usage, "B", "N")
-    _check.shape(sizes, "read_weights", read_weights, "B", "R", "N")
-    _check.shape(sizes, "gate", gate, "B", "R")
-    _check.not_empty(sizes, "N", "R")
-    _check.heads_fit(sizes)
+    _check_tensors(usage, read_weights, gate)
     _check.known_options(lru=lru)
     backend = _backend.select("lrua_write_weights", usage)
     if backend == "reference":

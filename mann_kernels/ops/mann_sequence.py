@@ -135,6 +135,32 @@ def _weight_grads(needs, x, h, reads, output, weight_ih, dgates, dhead):
     return dx, dweight_ih, dweight_hh, dbias, dweight_head, dbias_head
 
 
+@_check.once
+def _check_tensors(
+    x, h, c, reads, memory, usage, read_weights, weight_ih, weight_hh, bias, weight_head, bias_head, key_strength, write
+):
+    sizes: dict[str, int] = {}
+    _check.same_kind(
+        x=x, h=h, c=c, reads=reads, memory=memory, usage=usage, read_weights=read_weights, weight_ih=weight_ih,
+        weight_hh=weight_hh, bias=bias, weight_head=weight_head, bias_head=bias_head,
+    )  # fmt: skip
+    check_state(sizes, memory, usage, read_weights)
+    _check.shape(sizes, "x", x, "T", "B", "I")
+    _check.shape(sizes, "h", h, "B", "H")
+    _check.shape(sizes, "c", c, "B", "H")
+    _check.not_empty(sizes, "H")
+    _check.shape(sizes, "reads", reads, "B", "R", "W")
+    words = sizes["R"] * sizes["W"]
+    sizes["4H"] = 4 * sizes["H"]
+    sizes["H+R*W"] = sizes["H"] + words
+    sizes["P"] = words + sizes["R"] + sizes["R"] * key_strength + words * (write == "add")
+    _check.shape(sizes, "weight_ih", weight_ih, "4H", "I")
+    _check.shape(sizes, "weight_hh", weight_hh, "4H", "H+R*W")
+    _check.shape(sizes, "bias", bias, "4H")
+    _check.shape(sizes, "weight_head", weight_head, "P", "H")
+    _check.shape(sizes, "bias_head", bias_head, "P")
+
+
 @_autocast.around_float32
 def mann_sequence(
     x: torch.Tensor,
@@ -197,30 +223,11 @@ def mann_sequence(
     copy of c, memory and read weights every CHECKPOINT_EVERY steps. The backward pass takes the memory's steps between two
     copies again, then undoes the writes.
     """
-    sizes: dict[str, int] = {}
     inputs = (x, h, c, reads, memory, usage, read_weights, weight_ih, weight_hh, bias, weight_head, bias_head)
-    _check.same_kind(
-        x=x, h=h, c=c, reads=reads, memory=memory, usage=usage, read_weights=read_weights, weight_ih=weight_ih,
-        weight_hh=weight_hh, bias=bias, weight_head=weight_head, bias_head=bias_head,
-    )  # fmt: skip
-    check_state(sizes, memory, usage, read_weights)
-    _check.shape(sizes, "x", x, "T", "B", "I")
-    _check.shape(sizes, "h", h, "B", "H")
-    _check.shape(sizes, "c", c, "B", "H")
-    _check.not_empty(sizes, "H")
-    _check.shape(sizes, "reads", reads, "B", "R", "W")
     _check.known_options(write=write, squash=squash)
     check_options(lru, erase, decay, eps)
-    words = sizes["R"] * sizes["W"]
-    sizes["4H"] = 4 * sizes["H"]
-    sizes["H+R*W"] = sizes["H"] + words
-    sizes["P"] = words + sizes["R"] + sizes["R"] * key_strength + words * (write == "add")
-    _check.shape(sizes, "weight_ih", weight_ih, "4H", "I")
-    _check.shape(sizes, "weight_hh", weight_hh, "4H", "H+R*W")
-    _check.shape(sizes, "bias", bias, "4H")
-    _check.shape(sizes, "weight_head", weight_head, "P", "H")
-    _check.shape(sizes, "bias_head", bias_head, "P")
-    _check.step_lengths(sizes, lengths, x.device)
+    _check_tensors(*inputs, bool(key_strength), write)
+    _check.step_lengths(lengths, x.shape[1], x.device)
     options = {
         "write": write, "key_strength": key_strength, "squash": squash,
         "lru": lru, "erase": erase, "decay": decay, "eps": eps,

@@ -43,6 +43,22 @@ class _MemoryUpdate(torch.autograd.Function):
         return *grads, None, None, None
 
 
+@_check.once
+def _check_tensors(memory, write_weights, add, least_used):
+    sizes: dict[str, int] = {}
+    _check.same_kind(memory=memory, write_weights=write_weights, add=add)
+    _check.shape(sizes, "memory", memory, "B", "N", "W")
+    _check.shape(sizes, "write_weights", write_weights, "B", "R", "N")
+    _check.shape(sizes, "add", add, "B", "R", "W")
+    if not isinstance(least_used, torch.Tensor) or least_used.dtype not in (torch.int32, torch.int64):
+        got = least_used.dtype if isinstance(least_used, torch.Tensor) else type(least_used).__name__
+        raise TypeError(f"least_used: got {got}, want an int32 or int64 tensor [B, R]")
+    if least_used.device != memory.device:
+        raise ValueError(f"least_used: got device {least_used.device}, want {memory.device}, the device of memory")
+    _check.shape(sizes, "least_used", least_used, "B", "R")
+    _check.not_empty(sizes, "N", "W", "R")
+
+
 @_autocast.in_float32
 def memory_update(
     memory: torch.Tensor,
@@ -69,18 +85,7 @@ def memory_update(
         ValueError: a shape, device or option that does not fit.
         RuntimeError: an index of least_used outside [0, N).
     """
-    sizes: dict[str, int] = {}
-    _check.same_kind(memory=memory, write_weights=write_weights, add=add)
-    _check.shape(sizes, "memory", memory, "B", "N", "W")
-    _check.shape(sizes, "write_weights", write_weights, "B", "R", "N")
-    _check.shape(sizes, "add", add, "B", "R", "W")
-    if not isinstance(least_used, torch.Tensor) or least_used.dtype not in (torch.int32, torch.int64):
-        got = least_used.dtype if isinstance(least_used, torch.Tensor) else type(least_used).__name__
-        raise TypeError(f"least_used: got {got}, want an int32 or int64 tensor [B, R]")
-    if least_used.device != memory.device:
-        raise ValueError(f"least_used: got device {least_used.device}, want {memory.device}, the device of memory")
-    _check.shape(sizes, "least_used", least_used, "B", "R")
-    _check.not_empty(sizes, "N", "W", "R")
+    _check_tensors(memory, write_weights, add, least_used)
     _check.known_options(erase=erase)
     backend = _backend.select("memory_update", memory)
     if backend == "reference":

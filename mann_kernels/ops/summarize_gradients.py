@@ -42,6 +42,23 @@ class _SummarizeGradients(torch.autograd.Function):
         return *_library.operators(ctx.backend).summarize_gradients_backward(dfast, *inputs, ctx.p), None, None
 
 
+@_check.once
+def _check_tensors(grads, weight_ih, weight_hh, bias, weight_out, bias_out):
+    _check.same_kind(
+        grads=grads, weight_ih=weight_ih, weight_hh=weight_hh, bias=bias, weight_out=weight_out, bias_out=bias_out
+    )
+    if grads.dim() == 0 or grads.shape[0] == 0:
+        raise ValueError(f"grads: got shape {list(grads.shape)}, want [T, ...] with at least one support gradient (T)")
+    sizes = {"1": 1, "2": 2}
+    _check.shape(sizes, "weight_out", weight_out, "1", "D")
+    _check.shape(sizes, "bias_out", bias_out, "1")
+    _check.not_empty(sizes, "D")
+    sizes["4D"] = 4 * sizes["D"]
+    _check.shape(sizes, "weight_ih", weight_ih, "4D", "2")
+    _check.shape(sizes, "weight_hh", weight_hh, "4D", "D")
+    _check.shape(sizes, "bias", bias, "4D")
+
+
 @_autocast.in_float32
 def summarize_gradients(
     grads: torch.Tensor,
@@ -75,25 +92,11 @@ def summarize_gradients(
     Differentiable twice, grads included. The backward pass computes the states again: only the inputs are kept. Weight
     gradients are sums over all coordinates in one fixed order, so they repeat bit for bit.
     """
-    weights = {
-        "weight_ih": weight_ih, "weight_hh": weight_hh, "bias": bias, "weight_out": weight_out, "bias_out": bias_out,
-    }  # fmt: skip
-    _check.same_kind(grads=grads, **weights)
-    if grads.dim() == 0 or grads.shape[0] == 0:
-        raise ValueError(f"grads: got shape {list(grads.shape)}, want [T, ...] with at least one support gradient (T)")
-    sizes = {"1": 1, "2": 2}
-    _check.shape(sizes, "weight_out", weight_out, "1", "D")
-    _check.shape(sizes, "bias_out", bias_out, "1")
-    _check.not_empty(sizes, "D")
-    sizes["4D"] = 4 * sizes["D"]
-    _check.shape(sizes, "weight_ih", weight_ih, "4D", "2")
-    _check.shape(sizes, "weight_hh", weight_hh, "4D", "D")
-    _check.shape(sizes, "bias", bias, "4D")
+    weights = (weight_ih, weight_hh, bias, weight_out, bias_out)
+    _check_tensors(grads, *weights)
     _check.preprocessing(p)
     backend = _backend.select("summarize_gradients", grads)
     if backend == "reference":
-        return reference.summarize_gradients(grads, *weights.values(), p=p)
-    fast = _SummarizeGradients.apply(
-        grads.flatten(1) if grads.dim() > 1 else grads[:, None], *weights.values(), p, backend
-    )
+        return reference.summarize_gradients(grads, *weights, p=p)
+    fast = _SummarizeGradients.apply(grads.flatten(1) if grads.dim() > 1 else grads[:, None], *weights, p, backend)
     return fast.view(grads.shape[1:])

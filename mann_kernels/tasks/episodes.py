@@ -44,15 +44,15 @@ def before(y: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros_like(y[:1]), y[:-1]])
 
 
-def _turned(pixels: torch.Tensor, angle: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """pixels [B, T, 1, h, w] turned by angle [B, T] and shifted by shift [B, T, 2], in half sides; bilinear, zero outside."""
+def _placed(pixels: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """pixels [B, T, 1, h, w] by place [B, T, 2, 3], which maps (right, down, 1) of each pixel to its source, in half sides;
+    bilinear, zero outside."""
     height, width = pixels.shape[-2:]
     down, right = ((torch.arange(size, device=pixels.device) * 2 + 1) / size - 1 for size in (height, width))
     right, down = right.repeat(height), down.repeat_interleave(width)
-    cos, sin = angle.cos()[..., None], angle.sin()[..., None]
-    # The source of each pixel. Faster than affine_grid, which multiplies a 3 x 2 matrix for each image.
-    where = torch.stack([cos * right - sin * down + shift[..., :1], sin * right + cos * down + shift[..., 1:]], -1)
-    where = where.view(-1, height, width, 2)
+    # Faster than affine_grid, which multiplies a 3 x 2 matrix for each image.
+    where = (place[..., :1] * right + place[..., 1:2] * down + place[..., 2:]).transpose(-2, -1)
+    where = where.reshape(-1, height, width, 2)
     return F.grid_sample(pixels.flatten(0, 1), where, align_corners=False).view(pixels.shape)
 
 
@@ -70,6 +70,8 @@ class OmniglotEpisodes:
             or "equal".
         augment: turn each image by up to pi/16 and shift it by up to 10/105 of its side, as in the paper.
         turns: turn each class of an episode by 0, 90, 180 or 270 degrees.
+        warps: mirror one class of an episode in two, stretch each by up to a third along either axis, and shear it by up to
+            0.3: classes that there are none of. Not in the paper.
 
     Raises:
         ValueError: naming the argument that does not fit the examples or the others.
@@ -85,6 +87,7 @@ class OmniglotEpisodes:
         counts: str = "random",
         augment: bool = False,
         turns: bool = False,
+        warps: bool = False,
     ):
         length = 10 * ways if length is None else length
         for name, value, known in (("labels", labels, LABELS), ("counts", counts, COUNTS)):
@@ -98,7 +101,7 @@ class OmniglotEpisodes:
         if counts == "equal" and length % ways:
             raise ValueError(f"length: got {length}, want a multiple of ways={ways} for equal counts")
         self.examples, self.ways, self.length = examples, ways, length
-        self.labels, self.counts, self.augment, self.turns = labels, counts, augment, turns
+        self.labels, self.counts, self.augment, self.turns, self.warps = labels, counts, augment, turns, warps
         self.most = length // ways if counts == "equal" else min(length, examples.shape[1])
         self.output_size = ways if labels == "onehot" else CHARACTERS * LETTERS
         self.input_size = examples.shape[-2:].numel() + self.output_size
@@ -108,8 +111,8 @@ class OmniglotEpisodes:
         device = self.examples.device
         label, example, place, letters = (drawn.to(device) for drawn in self._draw(B, generator))
         pixels = numbers(self.examples.flatten(0, 1)[example]) / 255
-        if self.augment or self.turns:
-            pixels = _turned(pixels, place[..., 0], place[..., 1:])
+        if place.numel():
+            pixels = _placed(pixels, place)
         known = F.one_hot(label, self.ways)
         presentation = known.cumsum(1).gather(2, label[..., None])[..., 0]
         y = label
@@ -121,8 +124,8 @@ class OmniglotEpisodes:
 
     @on_cpu
     def _draw(self, B, generator):
-        """All that is random, drawn where the generator is, the same for every device: labels and examples [B, T], angle and
-        shift [B, T, 3], letters [B, T, 5]; the last two empty where they have no use."""
+        """All that is random, drawn where the generator is, the same for every device: labels and examples [B, T], the
+        place of each image [B, T, 2, 3], letters [B, T, 5]; the last two empty where they have no use."""
         number, each = self.examples.shape[:2]
         classes = uniform(B, number, generator=generator).topk(self.ways).indices
         order = uniform(B, self.ways, each, generator=generator)
@@ -133,15 +136,33 @@ class OmniglotEpisodes:
         else:
             chosen = order.flatten(1).topk(self.length).indices
         label, example = chosen // each, chosen % each
-        place = torch.zeros(*label.shape, 3) if self.augment or self.turns else torch.empty(0)
-        if self.augment:
-            place[..., 0] = (uniform(*label.shape, generator=generator) * 2 - 1) * (math.pi / 16)
-            place[..., 1:] = (uniform(*label.shape, 2, generator=generator) * 2 - 1) * (2 * 10 / 105)
-        if self.turns:
-            turns = torch.randint(4, (B, self.ways), generator=generator)
-            place[..., 0] += turns.gather(1, label) * (math.pi / 2)
+        place = self._places(label, generator) if self.augment or self.turns or self.warps else torch.empty(0)
         letters = self._strings(label, generator) if self.labels == "string" else torch.empty(0)
         return label, classes.gather(1, label) * each + example, place, letters
+
+    def _places(self, label, generator):
+        """Turns, shifts and warps of the images of an episode: [B, T, 2, 3], see _placed."""
+
+        def within(limit, *shape):
+            return (uniform(*shape, generator=generator) * 2 - 1) * limit
+
+        B = label.shape[0]
+        angle, shift = torch.zeros(label.shape), torch.zeros(*label.shape, 2)
+        if self.augment:
+            angle = within(math.pi / 16, *label.shape)
+            shift = within(2 * 10 / 105, *label.shape, 2)
+        if self.turns:
+            turns = torch.randint(4, (B, self.ways), generator=generator)
+            angle += turns.gather(1, label) * (math.pi / 2)
+        sin, cos = angle.sin(), angle.cos()
+        place = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
+        if self.warps:
+            mirrored = torch.randint(2, (B, self.ways), generator=generator) * 2 - 1
+            along, across = within(math.log(4 / 3), 2, B, self.ways).exp()
+            shear = within(0.3, B, self.ways)
+            warp = torch.stack([mirrored * along, shear, torch.zeros_like(shear), across], -1)
+            place = warp[torch.arange(B)[:, None], label].unflatten(-1, (2, 2)) @ place
+        return torch.cat([place, shift[..., None]], -1)
 
     def _strings(self, label, generator):
         """Distinct strings for the classes of an episode: letters [B, T, 5]."""

@@ -74,7 +74,9 @@ def tasks(settings: Settings, data: Path | None) -> tuple:
     train, test = (images(split) for split in splits)
     if s.task == "omniglot":
         sizes: dict[str, Any] = {"ways": s.ways, "length": s.length, "labels": s.labels, "counts": s.counts}
-        return OmniglotEpisodes(train, **sizes, augment=True, turns=True), OmniglotEpisodes(test, **sizes)
+        return OmniglotEpisodes(train, **sizes, augment=True, turns=True, warps=s.warps), OmniglotEpisodes(
+            test, **sizes
+        )
     numbers = s.ways, s.shots, s.queries
     if s.rotations == "tasks":
         return FewShotTasks(train, *numbers, turns=True), FewShotTasks(test, *numbers)

@@ -68,6 +68,7 @@ class Settings:
     rotations: str = (
         "classes"  # of few-shot: classes of their own; or of "tasks": of each character of one, in training alone
     )
+    warps: bool = False  # of omniglot's training
     bits: int = 8
     dimensions: int = 1
     # the learner: the paper's sizes
