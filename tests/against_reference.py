@@ -315,10 +315,20 @@ class OperatorTests:
                         assert ((output >= 0) & (output < 5)).all()
 
     def test_bad_input(self):
+        self.function(**self.small)  # after what is right: checks that passed are remembered
         for change, error, message in self.bad:
             inputs = self.small
             with pytest.raises(error, match=message):
                 self.function(**{**inputs, **change(inputs)})
+
+    def test_every_tensor_of_another_kind(self):
+        self.function(**self.small)
+        for name, value in self.small.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                others = ((value.float(), "dtype"), (value.to("meta"), "device"), (value.tolist(), name))
+                for other, message in others:
+                    with pytest.raises((TypeError, ValueError), match=message):
+                        self.function(**{**self.small, name: other})
 
     @pytest.mark.parametrize(("device", "threads"), [("cpu", 1), ("cpu", 2), on_gpu("cuda", 1)])
     def test_repeatable(self, device, threads):

@@ -13,8 +13,9 @@ MANN_KERNEL(augmented_conv2d_finish, AugmentedConv2dBackwardArgs)
 namespace mann {
 
 static ConvShape conv_shape(const Tensor &x, const Tensor &weight, const Tensor &fast, int64_t padding, bool pool) {
-    STD_TORCH_CHECK(x.dim() == 5 && weight.dim() == 4 && fast.dim() == 6, "augmented_conv2d: wrong dimensions");
-    const ConvShape s{x.size(2), x.size(3), x.size(4), weight.size(0), weight.size(2), padding, pool};
+    STD_TORCH_CHECK((x.dim() == 4 || x.dim() == 5) && weight.dim() == 4 && fast.dim() == x.dim() + 1,
+                    "augmented_conv2d: wrong dimensions");
+    const ConvShape s{x.size(-3), x.size(-2), x.size(-1), weight.size(0), weight.size(2), padding, pool};
     STD_TORCH_CHECK(s.C > 0 && s.O > 0 && s.k > 0 && padding >= 0 && s.height() > 0 && s.width() > 0,
                     "augmented_conv2d: nothing to convolve");
     return s;
@@ -26,9 +27,10 @@ static std::tuple<Tensor, Tensor, Tensor> augmented_conv2d_cpu(Tensor x, Tensor 
                                                                bool save) {
     Call call(x);
     const ConvShape s = conv_shape(x, weight, fast, padding, pool);
-    const int64_t G = x.size(0), L = x.size(1), S = fast.size(1), P = s.pooled_pixels();
+    const bool tasks = x.dim() == 5;
+    const int64_t G = tasks ? x.size(0) : 1, L = x.size(-4), S = fast.size(-5), P = s.pooled_pixels();
     STD_TORCH_CHECK(S > 0 && (mix || S == 1), "augmented_conv2d: rows without a mixture");
-    Tensor y = call.empty({G, L, s.O, s.pooled_height(), s.pooled_width()});
+    Tensor y = call.empty(of_tasks(tasks, {G, L, s.O, s.pooled_height(), s.pooled_width()}));
     Tensor codes = save ? call.empty({G, L, P, s.O}, ScalarType::Byte) : call.empty({0}, ScalarType::Byte);
     const bool keep = save && (activation == kGelu || activation == kTanh);
     Tensor slopes = keep ? call.empty({2, G, L, P, s.O}, call.arithmetic()) : call.empty({0}, call.arithmetic());
@@ -52,11 +54,12 @@ augmented_conv2d_backward_cpu(Tensor dy, Tensor x, Tensor weight, Tensor fast, s
                               Tensor slopes, int64_t padding, bool pool, bool need_dx) {
     Call call(x);
     const ConvShape s = conv_shape(x, weight, fast, padding, pool);
-    const int64_t G = x.size(0), L = x.size(1), S = fast.size(1), P = s.pooled_pixels();
+    const bool tasks = x.dim() == 5;
+    const int64_t G = tasks ? x.size(0) : 1, L = x.size(-4), S = fast.size(-5), P = s.pooled_pixels();
     STD_TORCH_CHECK(S > 0 && (mix || S == 1), "augmented_conv2d: rows without a mixture");
-    Tensor dx = need_dx ? call.empty({G, L, s.C, s.H, s.W}) : call.empty({0});
-    Tensor dweight = call.empty({s.O, s.C, s.k, s.k}), dfast = call.empty({G, S, s.O, s.C, s.k, s.k});
-    Tensor dmix = mix ? call.empty({G, L, S}) : call.empty({0}), dbias = call.empty({s.O});
+    Tensor dx = need_dx ? call.empty(of_tasks(tasks, {G, L, s.C, s.H, s.W})) : call.empty({0});
+    Tensor dweight = call.empty({s.O, s.C, s.k, s.k}), dfast = call.empty(of_tasks(tasks, {G, S, s.O, s.C, s.k, s.k}));
+    Tensor dmix = mix ? call.empty(of_tasks(tasks, {G, L, S})) : call.empty({0}), dbias = call.empty({s.O});
     AugmentedConv2dBackwardArgs args{};
     args.shape = s, args.G = G, args.L = L, args.S = S, args.examples = G * L;
     args.dy = call.in(dy, "dy", {G, L, s.O, s.pooled_height(), s.pooled_width()});

@@ -217,9 +217,11 @@ namespace mann {
 
 template <typename Args>
 static Args linear_args(const Tensor &x, const Tensor &weight, const Tensor &fast, bool mixed) {
-    STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2 && fast.dim() == 4, "augmented_linear: wrong dimensions");
+    STD_TORCH_CHECK((x.dim() == 2 || x.dim() == 3) && weight.dim() == 2 && fast.dim() == x.dim() + 1,
+                    "augmented_linear: wrong dimensions");
     Args args{};
-    args.G = x.size(0), args.L = x.size(1), args.I = x.size(2), args.O = weight.size(0), args.S = fast.size(1);
+    args.G = x.dim() == 3 ? x.size(0) : 1, args.L = x.size(-2), args.I = x.size(-1);
+    args.O = weight.size(0), args.S = fast.size(-3);
     STD_TORCH_CHECK(args.I > 0 && args.O > 0 && args.S > 0 && (mixed || args.S == 1),
                     "augmented_linear: an empty layer, or rows without a mixture");
     return args;
@@ -230,7 +232,8 @@ static std::tuple<Tensor, Tensor> augmented_linear_cpu(Tensor x, Tensor weight, 
     Call call(x);
     auto args = linear_args<AugmentedLinearArgs>(x, weight, fast, mix.has_value());
     const auto [G, L, S, I, O] = std::tuple{args.G, args.L, args.S, args.I, args.O};
-    Tensor y = call.empty({G, L, O});
+    const bool tasks = x.dim() == 3;
+    Tensor y = call.empty(of_tasks(tasks, {G, L, O}));
     const bool keep = save && activation != kIdentity;
     Tensor slopes = keep ? call.empty({2, G, L, O}, call.arithmetic()) : call.empty({0}, call.arithmetic());
     args.activation = activation;
@@ -251,8 +254,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> augmented_linear_backw
     Call call(x);
     auto args = linear_args<AugmentedLinearBackwardArgs>(x, weight, fast, mix.has_value());
     const auto [G, L, S, I, O] = std::tuple{args.G, args.L, args.S, args.I, args.O};
-    Tensor dx = call.empty({G, L, I}), dweight = call.empty({O, I}), dfast = call.empty({G, S, O, I});
-    Tensor dmix = mix ? call.empty({G, L, S}) : call.empty({0}), dbias = call.empty({O});
+    const bool tasks = x.dim() == 3;
+    Tensor dx = call.empty(of_tasks(tasks, {G, L, I})), dfast = call.empty(of_tasks(tasks, {G, S, O, I}));
+    Tensor dweight = call.empty({O, I}), dbias = call.empty({O});
+    Tensor dmix = mix ? call.empty(of_tasks(tasks, {G, L, S})) : call.empty({0});
     args.dy = call.in(dy, "dy", {G, L, O});
     args.x = call.in(x, "x", {G, L, I});
     args.weight = call.in(weight, "weight", {O, I});

@@ -19,13 +19,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "../tensors.h"
 #include "kernel.h"
 
 namespace mann {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Sizes = std::initializer_list<int64_t>;
 
 // Memory that nothing is written to yet. Large blocks in large pages, where the system has them: a step touches memory
 // far apart.
@@ -71,9 +71,7 @@ class Call {
     // The data of a contiguous tensor of this type and these sizes: what memory safety needs, whoever calls.
     const void *in(const Tensor &tensor, ScalarType dtype, const char *name, Sizes sizes) {
         STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype for the C++ kernel");
-        const auto got = tensor.sizes();
-        STD_TORCH_CHECK(got.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), got.begin()), name,
-                        ": wrong shape for the C++ kernel");
+        STD_TORCH_CHECK(fits(tensor, sizes), name, ": wrong shape for the C++ kernel");
         if (!tensor.is_contiguous()) {
             kept_.push_back(torch::stable::contiguous(tensor));
             return kept_.back().const_data_ptr();
@@ -84,18 +82,12 @@ class Call {
     const void *in(const std::optional<Tensor> &tensor, const char *name, Sizes sizes) {
         return tensor ? in(*tensor, dtype_, name, sizes) : nullptr;
     }
-    // Rows [G, S] of numbers that may lie apart: only the dimensions after the first two must be contiguous.
+    // Rows [G, S] of numbers that may lie apart.
     FastRows rows(const Tensor &tensor, const char *name, Sizes sizes) {
-        STD_TORCH_CHECK(tensor.dim() == int64_t(sizes.size()), name, ": wrong shape for the C++ kernel");
-        int64_t inner = 1;
-        bool contiguous = true;
-        for (int64_t d = tensor.dim() - 1; d > 1; inner *= tensor.size(d--))
-            contiguous &= tensor.size(d) == 1 || tensor.stride(d) == inner;
-        if (!contiguous) return {in(tensor, name, sizes), tensor.size(1) * inner, inner};
-        const auto got = tensor.sizes();
-        STD_TORCH_CHECK(tensor.scalar_type() == dtype_ && std::equal(sizes.begin(), sizes.end(), got.begin()), name,
+        STD_TORCH_CHECK(tensor.scalar_type() == dtype_ && fits(tensor, sizes), name,
                         ": wrong dtype or shape for the C++ kernel");
-        return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+        const RowStrides strides = row_strides(tensor, sizes);
+        return {strides.contiguous ? tensor.const_data_ptr() : in(tensor, name, sizes), strides.task, strides.row};
     }
     const int64_t *lengths(const std::optional<Tensor> &tensor, int64_t batch) {
         return tensor ? static_cast<const int64_t *>(in(*tensor, ScalarType::Long, "lengths", {batch})) : nullptr;

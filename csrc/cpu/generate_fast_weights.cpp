@@ -173,11 +173,12 @@ namespace mann {
 
 static FastWeightsArgs hidden_layers_args(Call &call, const Tensor &grads, const Tensor &weight1, const Tensor &bias1,
                                           const Tensor &weight2, const Tensor &bias2, double p) {
-    STD_TORCH_CHECK(grads.dim() == 1 && bias1.dim() == 1, "generate_fast_weights: wrong number of dimensions");
+    STD_TORCH_CHECK(bias1.dim() == 1, "generate_fast_weights: wrong number of dimensions");
     FastWeightsArgs args{};
-    const int64_t P = args.P = grads.size(0), D = args.D = bias1.size(0);
+    args.P = grads.numel();
+    const int64_t D = args.D = bias1.size(0);
     args.p = p;
-    args.grads = call.in(grads, "grads", {P});
+    args.grads = call.in(grads, "grads", grads.sizes());
     args.weight1 = call.in(weight1, "weight1", {D, 2}), args.bias1 = call.in(bias1, "bias1", {D});
     args.weight2 = call.in(weight2, "weight2", {D, D}), args.bias2 = call.in(bias2, "bias2", {D});
     return args;
@@ -206,7 +207,7 @@ static Tensor generate_fast_weights_cpu(Tensor grads, Tensor weight1, Tensor bia
                                         Tensor weight3, Tensor bias3, double p) {
     Call call(grads);
     FastWeightsArgs args = fast_weights_args(call, grads, weight1, bias1, weight2, bias2, weight3, bias3, p);
-    Tensor fast = call.empty({args.P});
+    Tensor fast = call.empty(grads.sizes());
     args.fast = out(fast);
     call.run(generate_fast_weights_pick(), &args, chunks_of(args.P), fast_weights_scratch(args),
              double(args.P) * args.packed());
@@ -219,10 +220,10 @@ generate_fast_weights_backward_cpu(Tensor dfast, Tensor grads, Tensor weight1, T
     Call call(grads);
     FastWeightsArgs args = fast_weights_args(call, grads, weight1, bias1, weight2, bias2, weight3, bias3, p);
     const int64_t P = args.P, D = args.D, chunks = chunks_of(P);
-    Tensor dgrads = call.empty({P}), dweight1 = call.empty({D, 2}), dbias1 = call.empty({D});
+    Tensor dgrads = call.empty(grads.sizes()), dweight1 = call.empty({D, 2}), dbias1 = call.empty({D});
     Tensor dweight2 = call.empty({D, D}), dbias2 = call.empty({D}), dweight3 = call.empty({1, D});
     Tensor dbias3 = call.empty({1});
-    args.dfast = call.in(dfast, "dfast", {P});
+    args.dfast = call.in(dfast, "dfast", grads.sizes());
     args.dgrads = out(dgrads), args.dweight1 = out(dweight1), args.dbias1 = out(dbias1);
     args.dweight2 = out(dweight2), args.dbias2 = out(dbias2), args.dweight3 = out(dweight3), args.dbias3 = out(dbias3);
     args.sums = call.scratch(chunks * args.packed());

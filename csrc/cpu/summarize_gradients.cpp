@@ -187,12 +187,13 @@ namespace mann {
 
 static SummarizeArgs summarize_args(Call &call, const Tensor &grads, const Tensor &weight_ih, const Tensor &weight_hh,
                                     const Tensor &bias, const Tensor &weight_out, const Tensor &bias_out, double p) {
-    STD_TORCH_CHECK(grads.dim() == 2 && weight_hh.dim() == 2, "summarize_gradients: wrong number of dimensions");
+    STD_TORCH_CHECK(grads.dim() > 0 && weight_hh.dim() == 2, "summarize_gradients: wrong number of dimensions");
     SummarizeArgs args{};
-    const int64_t T = args.T = grads.size(0), P = args.P = grads.size(1), D = args.D = weight_hh.size(1);
-    STD_TORCH_CHECK(T > 0, "summarize_gradients: no gradients");
+    STD_TORCH_CHECK(grads.size(0) > 0, "summarize_gradients: no gradients");
+    args.T = grads.size(0), args.P = grads.numel() / args.T;
+    const int64_t D = args.D = weight_hh.size(1);
     args.p = p;
-    args.grads = call.in(grads, "grads", {T, P});
+    args.grads = call.in(grads, "grads", grads.sizes());
     args.weight_ih = call.in(weight_ih, "weight_ih", {4 * D, 2});
     args.weight_hh = call.in(weight_hh, "weight_hh", {4 * D, D});
     args.bias = call.in(bias, "bias", {4 * D});
@@ -205,7 +206,7 @@ static Tensor summarize_gradients_cpu(Tensor grads, Tensor weight_ih, Tensor wei
                                       Tensor bias_out, double p) {
     Call call(grads);
     SummarizeArgs args = summarize_args(call, grads, weight_ih, weight_hh, bias, weight_out, bias_out, p);
-    Tensor fast = call.empty({args.P});
+    Tensor fast = call.empty(rest(grads.sizes()));
     args.fast = out(fast);
     call.run(summarize_gradients_pick(), &args, chunks_of(args.P), summarize_scratch(args),
              double(args.T) * args.P * args.packed());
@@ -218,9 +219,9 @@ summarize_gradients_backward_cpu(Tensor dfast, Tensor grads, Tensor weight_ih, T
     Call call(grads);
     SummarizeArgs args = summarize_args(call, grads, weight_ih, weight_hh, bias, weight_out, bias_out, p);
     const int64_t T = args.T, P = args.P, D = args.D, chunks = chunks_of(P);
-    Tensor dgrads = call.empty({T, P}), dweight_ih = call.empty({4 * D, 2}), dweight_hh = call.empty({4 * D, D});
+    Tensor dgrads = call.empty(grads.sizes()), dweight_ih = call.empty({4 * D, 2}), dweight_hh = call.empty({4 * D, D});
     Tensor dbias = call.empty({4 * D}), dweight_out = call.empty({1, D}), dbias_out = call.empty({1});
-    args.dfast = call.in(dfast, "dfast", {P});
+    args.dfast = call.in(dfast, "dfast", rest(grads.sizes()));
     args.dgrads = out(dgrads), args.dweight_ih = out(dweight_ih), args.dweight_hh = out(dweight_hh);
     args.dbias = out(dbias), args.dweight_out = out(dweight_out), args.dbias_out = out(dbias_out);
     args.sums = call.scratch(chunks * args.packed());

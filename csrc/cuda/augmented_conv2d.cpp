@@ -43,9 +43,10 @@ struct ConvCall {
     ConvCall(const Tensor &x, const Tensor &weight, const Tensor &fast, const std::optional<Tensor> &mix, int64_t pad,
              bool pool)
         : call(x), padding(pad) {
-        STD_TORCH_CHECK(x.dim() == 5 && weight.dim() == 4 && fast.dim() == 6, "augmented_conv2d: wrong dimensions");
-        const int64_t G = x.size(0), L = x.size(1), C = x.size(2), H = x.size(3), W = x.size(4);
-        const int64_t O = weight.size(0), k = weight.size(2), rows = fast.size(1), limit = int64_t(1) << 28;
+        STD_TORCH_CHECK((x.dim() == 4 || x.dim() == 5) && weight.dim() == 4 && fast.dim() == x.dim() + 1,
+                        "augmented_conv2d: wrong dimensions");
+        const int64_t G = x.dim() == 5 ? x.size(0) : 1, L = x.size(-4), C = x.size(-3), H = x.size(-2), W = x.size(-1);
+        const int64_t O = weight.size(0), k = weight.size(2), rows = fast.size(-5), limit = int64_t(1) << 28;
         STD_TORCH_CHECK(C > 0 && O > 0 && k > 0 && pad >= 0 && H + 2 * pad >= k && W + 2 * pad >= k,
                         "augmented_conv2d: nothing to convolve");
         STD_TORCH_CHECK(rows > 0 && (mix || rows == 1), "augmented_conv2d: rows without a mixture");
@@ -112,7 +113,7 @@ static std::tuple<Tensor, Tensor, Tensor> augmented_conv2d_cuda(Tensor x, Tensor
     ConvCall of(x, weight, fast, mix, padding, pool);
     const ConvShape &s = of.shape;
     const int64_t G = of.layer.G, L = of.layer.L, P = s.pooled(), O = s.O;
-    Tensor y = of.call.empty({G, L, O, s.pooled_height(), s.pooled_width()});
+    Tensor y = of.call.empty(of_tasks(x.dim() == 5, {G, L, O, s.pooled_height(), s.pooled_width()}));
     Tensor codes = of.call.empty({0}, ScalarType::Byte), slopes = of.call.empty({0}, of.call.arithmetic());
     if (save) codes = of.call.empty({G, L, P, O}, ScalarType::Byte);
     const bool keep = save && (activation == kGelu || activation == kTanh);
@@ -211,9 +212,10 @@ augmented_conv2d_backward_cuda(Tensor dy, Tensor x, Tensor weight, Tensor fast, 
     ConvCall of(x, weight, fast, mix, padding, pool);
     const ConvShape &s = of.shape;
     const int64_t G = of.layer.G, L = of.layer.L, P = s.pooled(), O = s.O, C = s.C, k = s.k, rows = of.layer.rows;
-    Tensor dx = need_dx ? of.call.empty({G, L, C, s.H, s.W}) : of.call.empty({0});
-    Tensor dweight = of.call.empty({O, C, k, k}), dfast = of.call.empty({G, rows, O, C, k, k});
-    Tensor dmix = mix ? of.call.empty({G, L, rows}) : of.call.empty({0}), dbias = of.call.empty({O});
+    const bool tasks = x.dim() == 5;
+    Tensor dx = of.call.empty(need_dx ? of_tasks(tasks, {G, L, C, s.H, s.W}) : Sizes{0});
+    Tensor dweight = of.call.empty({O, C, k, k}), dfast = of.call.empty(of_tasks(tasks, {G, rows, O, C, k, k}));
+    Tensor dmix = of.call.empty(mix ? of_tasks(tasks, {G, L, rows}) : Sizes{0}), dbias = of.call.empty({O});
     ConvOutputGradient<void> all{of.call.in(dy, "dy", {G, L, O, s.pooled_height(), s.pooled_width()}), nullptr, nullptr,
                                  G * L * P * O};
     all.codes = static_cast<const uint8_t *>(of.call.in(codes, "codes", {G, L, P, O}, ScalarType::Byte));

@@ -10,8 +10,10 @@ using Layer = AugmentedLayer<void>;
 // The layer of a call; rows of fast may lie apart, what is inside one may not.
 static Layer layer_of(Call &call, const Tensor &x, const Tensor &weight, const Tensor &fast,
                       const std::optional<Tensor> &mix) {
-    STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2 && fast.dim() == 4, "augmented_linear: wrong dimensions");
-    const int64_t G = x.size(0), L = x.size(1), I = x.size(2), O = weight.size(0), rows = fast.size(1);
+    STD_TORCH_CHECK((x.dim() == 2 || x.dim() == 3) && weight.dim() == 2 && fast.dim() == x.dim() + 1,
+                    "augmented_linear: wrong dimensions");
+    const int64_t G = x.dim() == 3 ? x.size(0) : 1, L = x.size(-2), I = x.size(-1), O = weight.size(0);
+    const int64_t rows = fast.size(-3);
     STD_TORCH_CHECK(I > 0 && O > 0 && rows > 0 && (mix || rows == 1),
                     "augmented_linear: an empty layer, or rows without a mixture");
     const int64_t limit = int64_t(1) << 31, tiles = LinearTile(false).tiles(O, I);
@@ -44,9 +46,9 @@ static std::tuple<Tensor, Tensor> augmented_linear_cuda(Tensor x, Tensor weight,
                                                         std::optional<Tensor> bias, int64_t activation, bool save) {
     Call call(x);
     const Layer layer = layer_of(call, x, weight, fast, mix);
-    const int64_t G = layer.G, L = layer.L, I = x.size(2), O = weight.size(0);
+    const int64_t G = layer.G, L = layer.L, I = x.size(-1), O = weight.size(0);
     const bool keep = save && activation != kIdentity, large = is_large(layer, O);
-    Tensor y = call.empty({G, L, O}), slopes = call.empty({0}, call.arithmetic());
+    Tensor y = call.empty(of_tasks(x.dim() == 3, {G, L, O})), slopes = call.empty({0}, call.arithmetic());
     if (keep) slopes = call.empty({2, G, L, O}, call.arithmetic());
     const LinearTile tile(large);
     const Build build = build_for(call, "augmented_linear.cu", I, O, large).set("MANN_ACTIVATION", activation);
@@ -61,9 +63,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> augmented_linear_backw
                                                                                          Tensor slopes) {
     Call call(x);
     const Layer layer = layer_of(call, x, weight, fast, mix);
-    const int64_t G = layer.G, L = layer.L, I = x.size(2), O = weight.size(0), rows = layer.rows;
-    Tensor dx = call.empty({G, L, I}), dweight = call.empty({O, I}), dfast = call.empty({G, rows, O, I});
-    Tensor dmix = mix ? call.empty({G, L, rows}) : call.empty({0}), dbias = call.empty({O});
+    const int64_t G = layer.G, L = layer.L, I = x.size(-1), O = weight.size(0), rows = layer.rows;
+    const bool tasks = x.dim() == 3;
+    Tensor dx = call.empty(of_tasks(tasks, {G, L, I})), dfast = call.empty(of_tasks(tasks, {G, rows, O, I}));
+    Tensor dweight = call.empty({O, I}), dbias = call.empty({O});
+    Tensor dmix = mix ? call.empty(of_tasks(tasks, {G, L, rows})) : call.empty({0});
     const bool large = is_large(layer, I);
     const LinearTile tile(large);
     const int64_t parts = ceil_div(I, tile.columns()), x_blocks = G * tile.tiles(L, I);

@@ -15,8 +15,8 @@ int64_t blocks_of(const Call &call, int64_t count) {
 }
 
 int64_t hidden_of(const Tensor &grads, const Tensor &bias1) {
-    STD_TORCH_CHECK(grads.dim() == 1 && bias1.dim() == 1, "generate_fast_weights: wrong number of dimensions");
-    STD_TORCH_CHECK(grads.size(0) < int64_t(1) << 30, "the CUDA kernels take at most 2^30 coordinates");
+    STD_TORCH_CHECK(bias1.dim() == 1, "generate_fast_weights: wrong number of dimensions");
+    STD_TORCH_CHECK(grads.numel() < int64_t(1) << 30, "the CUDA kernels take at most 2^30 coordinates");
     const int64_t D = bias1.size(0);
     STD_TORCH_CHECK(D > 0 && D <= 64, "the CUDA kernels take at most 64 hidden units (D), got ", D);
     return D;
@@ -35,12 +35,12 @@ Build build_of(const Call &call, int64_t D) { return call.build("generate_fast_w
 Tensor generate_fast_weights(Tensor grads, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3,
                              Tensor bias3, double p) {
     Call call(grads);
-    const int64_t D = hidden_of(grads, bias1), count = grads.size(0);
+    const int64_t D = hidden_of(grads, bias1), count = grads.numel();
     GenerateForward<void> args{};
     args.count = int(count), args.p = p, args.scale = std::exp(p);
-    args.grads = call.in(grads, "grads", {count});
+    args.grads = call.in(grads, "grads", grads.sizes());
     args.weights = weights_of(call, D, weight1, bias1, weight2, bias2, weight3, bias3);
-    Tensor fast = call.empty({count});
+    Tensor fast = call.empty(grads.sizes());
     args.fast = out(fast);
     const GenerateSizes sizes{int(D)};
     call.launch(
@@ -51,11 +51,11 @@ Tensor generate_fast_weights(Tensor grads, Tensor weight1, Tensor bias1, Tensor 
 
 Tensor generate_fast_weights_sides(Tensor grads, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, double p) {
     Call call(grads);
-    STD_TORCH_CHECK(grads.dim() == 1 && bias1.dim() == 1, "generate_fast_weights: wrong number of dimensions");
-    const int64_t hidden = bias1.size(0), D = hidden > 0 ? hidden_of(grads, bias1) : 1, count = grads.size(0);
+    STD_TORCH_CHECK(bias1.dim() == 1, "generate_fast_weights: wrong number of dimensions");
+    const int64_t hidden = bias1.size(0), D = hidden > 0 ? hidden_of(grads, bias1) : 1, count = grads.numel();
     GenerateSides<void> args{};
     args.count = int(count), args.hidden = int(hidden), args.p = p, args.scale = std::exp(p);
-    args.grads = call.in(grads, "grads", {count});
+    args.grads = call.in(grads, "grads", grads.sizes());
     args.weights.weight1 = call.in(weight1, "weight1", {hidden, 2});
     args.weights.bias1 = call.in(bias1, "bias1", {hidden});
     args.weights.weight2 = call.in(weight2, "weight2", {hidden, hidden});
@@ -73,19 +73,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 generate_fast_weights_backward(Tensor dfast, Tensor grads, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,
                                Tensor weight3, Tensor bias3, double p) {
     Call call(grads);
-    const int64_t D = hidden_of(grads, bias1), count = grads.size(0);
+    const int64_t D = hidden_of(grads, bias1), count = grads.numel();
     const GenerateSizes sizes{int(D)};
     const int64_t beside = 2 * sizes.fragments + sizes.first, blocks = blocks_of(call, count);
     const int64_t room = call.on().shared_bytes / call.arith_bytes() - beside;
     const int64_t warps = std::min<int64_t>(sizes.backward_threads / 32, room / sizes.stage);
     STD_TORCH_CHECK(room > 0 && warps > 0, "the CUDA kernel of generate_fast_weights: ", D,
                     " hidden units (D) need more shared memory than this device has");
-    Tensor dgrads = call.empty({count}), dweight1 = call.empty({D, 2}), dbias1 = call.empty({D});
+    Tensor dgrads = call.empty(grads.sizes()), dweight1 = call.empty({D, 2}), dbias1 = call.empty({D});
     Tensor dweight2 = call.empty({D, D}), dbias2 = call.empty({D}), dweight3 = call.empty({1, D});
     Tensor dbias3 = call.empty({1});
     GenerateBackward<void> args{};
     args.count = int(count), args.p = p, args.scale = std::exp(p);
-    args.dfast = call.in(dfast, "dfast", {count}), args.grads = call.in(grads, "grads", {count});
+    args.dfast = call.in(dfast, "dfast", grads.sizes()), args.grads = call.in(grads, "grads", grads.sizes());
     args.weights = weights_of(call, D, weight1, bias1, weight2, bias2, weight3, bias3);
     GenerateTotal<void> total{};
     total.parts = sizes.sums_of_warps ? blocks * warps : blocks;

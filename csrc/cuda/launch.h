@@ -21,6 +21,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "../tensors.h"
 #include "jit.h"
 
 #if !defined(MANN_LIBRARY)
@@ -32,7 +33,6 @@ namespace mann::cuda {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Sizes = std::initializer_list<int64_t>;
 // Entries fill in a kernel's arguments for S = void: pointers without a type.
 template <typename S> using Arith = S;
 
@@ -82,17 +82,12 @@ class Call {
     const int64_t *in_int64(const std::optional<Tensor> &tensor, const char *name, Sizes sizes) {
         return tensor ? static_cast<const int64_t *>(in(*tensor, name, sizes, ScalarType::Long)) : nullptr;
     }
-    // Rows [G, S] of numbers that may lie apart, by strides in numbers: only the dimensions after the first two must be
-    // contiguous.
+    // Rows [G, S] of numbers that may lie apart, by strides in numbers.
     const void *rows(const Tensor &tensor, const char *name, Sizes sizes, int64_t &task_stride, int64_t &row_stride) {
         check_tensor(tensor, name, sizes, dtype_);
-        int64_t inner = 1;
-        bool contiguous = true;
-        for (int64_t d = tensor.dim() - 1; d > 1; inner *= tensor.size(d--))
-            contiguous &= tensor.size(d) == 1 || tensor.stride(d) == inner;
-        task_stride = contiguous ? tensor.stride(0) : tensor.size(1) * inner;
-        row_stride = contiguous ? tensor.stride(1) : inner;
-        return contiguous ? tensor.const_data_ptr() : in(tensor, name, sizes);
+        const RowStrides strides = row_strides(tensor, sizes);
+        task_stride = strides.task, row_stride = strides.row;
+        return strides.contiguous ? tensor.const_data_ptr() : in(tensor, name, sizes);
     }
     Tensor empty(Sizes sizes, ScalarType dtype) const { return torch::stable::new_empty(model_, sizes, dtype); }
     Tensor empty(Sizes sizes) const { return empty(sizes, dtype_); }
@@ -148,9 +143,7 @@ class Call {
   private:
     void check_tensor(const Tensor &tensor, const char *name, Sizes sizes, ScalarType dtype) const {
         STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype for the CUDA kernel");
-        const auto got = tensor.sizes();
-        STD_TORCH_CHECK(got.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), got.begin()), name,
-                        ": wrong shape for the CUDA kernel");
+        STD_TORCH_CHECK(fits(tensor, sizes), name, ": wrong shape for the CUDA kernel");
         STD_TORCH_CHECK(tensor.is_cuda() == model_.is_cuda() && tensor.get_device_index() == model_.get_device_index(),
                         name, ": not on the device of the others");
     }

@@ -36,10 +36,10 @@ struct SummarizePlan {
 };
 
 static int64_t hidden_of(const Tensor &grads, const Tensor &weight_hh) {
-    STD_TORCH_CHECK(grads.dim() == 2 && grads.size(0) > 0 && weight_hh.dim() == 2,
+    STD_TORCH_CHECK(grads.dim() > 0 && grads.size(0) > 0 && weight_hh.dim() == 2,
                     "summarize_gradients: wrong number of dimensions");
     const int64_t D = weight_hh.size(1);
-    STD_TORCH_CHECK(grads.size(0) < int64_t(1) << 31 && grads.size(1) < int64_t(1) << 30,
+    STD_TORCH_CHECK(grads.size(0) < int64_t(1) << 31 && grads.numel() / grads.size(0) < int64_t(1) << 30,
                     "the CUDA kernels take at most 2^30 coordinates");
     STD_TORCH_CHECK(D > 0 && D <= 64, "the CUDA kernels take at most 64 hidden units (D), got ", D);
     return D;
@@ -55,12 +55,12 @@ static SummarizeWeights<void> weights_of(Call &call, int64_t D, const Tensor &we
 static Tensor summarize_gradients(Tensor grads, Tensor weight_ih, Tensor weight_hh, Tensor bias, Tensor weight_out,
                                   Tensor bias_out, double p) {
     Call call(grads);
-    const int64_t D = hidden_of(grads, weight_hh), steps = grads.size(0), count = grads.size(1);
+    const int64_t D = hidden_of(grads, weight_hh), steps = grads.size(0), count = grads.numel() / steps;
     SummarizeForward<void> args{};
     args.steps = int(steps), args.count = int(count), args.p = p, args.scale = std::exp(p);
-    args.grads = call.in(grads, "grads", {steps, count});
+    args.grads = call.in(grads, "grads", grads.sizes());
     args.weights = weights_of(call, D, weight_ih, weight_hh, bias, weight_out, bias_out);
-    Tensor fast = call.empty({count});
+    Tensor fast = call.empty(rest(grads.sizes()));
     args.fast = out(fast);
     const SummarizePlan plan(call, D, steps);
     const Grid grid{blocks_of(call, count), plan.sizes.forward_threads, 1, plan.sizes.fragments * call.arith_bytes()};
@@ -72,17 +72,17 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 summarize_gradients_backward(Tensor dfast, Tensor grads, Tensor weight_ih, Tensor weight_hh, Tensor bias,
                              Tensor weight_out, Tensor bias_out, double p) {
     Call call(grads);
-    const int64_t D = hidden_of(grads, weight_hh), steps = grads.size(0), count = grads.size(1);
+    const int64_t D = hidden_of(grads, weight_hh), steps = grads.size(0), count = grads.numel() / steps;
     const SummarizePlan plan(call, D, steps);
     const Build build = plan.build(call, D);
     const int64_t blocks = blocks_of(call, count), warps = blocks * plan.warps;
     const int64_t parts = plan.sizes.sums_of_warps ? warps : blocks;
-    Tensor dgrads = call.empty({steps, count}), dweight_ih = call.empty({4 * D, 2});
+    Tensor dgrads = call.empty(grads.sizes()), dweight_ih = call.empty({4 * D, 2});
     Tensor dweight_hh = call.empty({4 * D, D}), dbias = call.empty({4 * D}), dweight_out = call.empty({1, D});
     Tensor dbias_out = call.empty({1});
     SummarizeBackward<void> args{};
     args.steps = int(steps), args.count = int(count), args.p = p, args.scale = std::exp(p);
-    args.dfast = call.in(dfast, "dfast", {count}), args.grads = call.in(grads, "grads", {steps, count});
+    args.dfast = call.in(dfast, "dfast", rest(grads.sizes())), args.grads = call.in(grads, "grads", grads.sizes());
     args.weights = weights_of(call, D, weight_ih, weight_hh, bias, weight_out, bias_out);
     args.dgrads = out(dgrads), args.sums = call.scratch(parts * plan.sizes.sums);
     if (!plan.states_in_shared) args.states = call.scratch(warps * steps * plan.sizes.state);

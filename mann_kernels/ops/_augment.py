@@ -36,39 +36,34 @@ def check_layer(x, weight, fast, mix, bias, layer: tuple[str, ...], example: tup
 
 
 class Form:
-    """How the operators take a layer: x [G, L, ...], fast [G, S, ...] and mix [G, L, S], or None, and then S = 1.
+    """How the operators take a layer: x [G, L, ...], fast [G, S, ...] and mix [G, L, S] or None, and then S = 1. With one task
+    all of them may lack G.
 
     What goes in is a view, but for an x of several tasks that share one fast weight where it cannot be one. What comes out, `y`
     and the gradients, loses the dimension that its own had not, in place: it would otherwise be a view, which cannot be written
     to, and a node of its own in the graph.
     """
 
-    def __init__(self, x, weight, fast, mix, tasks: bool):
-        self.shared = mix is None and fast.dim() == weight.dim()
-        self.tasks = tasks
-        self.joined = self.shared and tasks
-        #: The dimensions that are put in: of x, mix and y; of fast.
-        self.of_x = None if tasks and not self.shared else 1 if mix is None and not self.shared else 0
-        self.of_fast = None if mix is not None and tasks else 0 if mix is not None or self.shared else 1
+    def __init__(self, x, weight, fast, mix):
+        tasks = x.dim() == weight.dim() + 1
+        shared = mix is None and fast.dim() == weight.dim()
+        #: One fast weight for the examples of all tasks, which are taken as those of one.
+        self.joined = shared and tasks
+        #: Each example is a task of its own.
+        self.alone = mix is None and not shared and not tasks
+        #: Where S is put into fast.
+        self.of_fast = None if mix is not None else 0 if shared else 1
 
     def rows(self, x):
         """x, or the gradient of y."""
-        x = x.flatten(0, 1) if self.joined else x
-        return x if self.of_x is None else x.unsqueeze(self.of_x)
+        return x.flatten(0, 1) if self.joined else x.unsqueeze(1) if self.alone else x
 
     def memory(self, fast):
-        fast = fast.unsqueeze(0) if self.shared else fast
         return fast if self.of_fast is None else fast.unsqueeze(self.of_fast)
 
     def rows_back_(self, y, x):
         """y, or the gradient of x."""
-        if self.joined:
-            return y.view(*x.shape[:2], *y.shape[2:])
-        return y if self.of_x is None else y.squeeze_(self.of_x)
+        return y.view(*x.shape[:2], *y.shape[1:]) if self.joined else y.squeeze_(1) if self.alone else y
 
     def memory_back_(self, dfast):
-        dfast = dfast if self.of_fast is None else dfast.squeeze_(self.of_fast)
-        return dfast.squeeze_(0) if self.shared else dfast
-
-    def mix_back_(self, dmix):
-        return dmix if self.tasks else dmix.squeeze_(0)
+        return dfast if self.of_fast is None else dfast.squeeze_(self.of_fast)

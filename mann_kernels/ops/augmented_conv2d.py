@@ -17,9 +17,10 @@ def _output_size(x, weight, padding, pool):
 
 def _fake_forward(x, weight, fast, mix, bias, padding, activation, pool, save):
     height, width = _output_size(x, weight, padding, pool)
-    kept = (*x.shape[:2], height * width, weight.shape[0])
+    lead = x.shape[:-3]
+    kept = (*([1] if x.dim() == 4 else []), *lead, height * width, weight.shape[0])
     return (
-        x.new_empty(*x.shape[:2], weight.shape[0], height, width),
+        x.new_empty(*lead, weight.shape[0], height, width),
         x.new_empty(kept if save else (0,), dtype=torch.uint8),
         x.new_empty((2, *kept) if save and keeps_slopes(activation) else (0,), dtype=arithmetic_dtype(x.dtype)),
     )
@@ -60,10 +61,9 @@ class _AugmentedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, fast, mix, bias, padding, activation, pool, save, backend):
         """-> y; of several tasks that share one fast weight as the operator gives it, see Form."""
-        form = Form(x, weight, fast, mix, x.dim() == 5)
-        images, mix_rows = form.rows(x), None if mix is None else form.rows(mix)
+        form = Form(x, weight, fast, mix)
         y, codes, slopes = _library.operators(backend).augmented_conv2d(
-            images, weight, form.memory(fast), mix_rows, bias, padding, ACTIVATION.index(activation), pool, save
+            form.rows(x), weight, form.memory(fast), mix, bias, padding, ACTIVATION.index(activation), pool, save
         )
         keep(ctx, backend, x, weight, fast, mix, bias, codes, slopes)
         ctx.options = {"padding": padding, "activation": activation, "pool": pool}
@@ -79,15 +79,14 @@ class _AugmentedConv2d(torch.autograd.Function):
             function = functools.partial(reference.augmented_conv2d, **chosen, **ctx.options)
             return *reference_vjp(function, inputs, (dy,)), *[None] * 5
         x, weight, fast, mix, bias = inputs
-        form = Form(x, weight, fast, mix, x.dim() == 5)
-        images, mix_rows = form.rows(x), None if mix is None else form.rows(mix)
+        form = Form(x, weight, fast, mix)
         dy = dy if form.joined else form.rows(dy)
         need_dx = ctx.needs_input_grad[0]
         dx, dweight, dfast, dmix, dbias = _library.operators(ctx.backend).augmented_conv2d_backward(
-            *(dy, images, weight, form.memory(fast), mix_rows, codes, slopes),
+            *(dy, form.rows(x), weight, form.memory(fast), mix, codes, slopes),
             *(ctx.options["padding"], ctx.options["pool"], need_dx),
         )
-        dmix, dbias = None if mix is None else form.mix_back_(dmix), None if bias is None else dbias
+        dmix, dbias = None if mix is None else dmix, None if bias is None else dbias
         dx = form.rows_back_(dx, x) if need_dx else None
         return dx, dweight, form.memory_back_(dfast), dmix, dbias, *[None] * 5
 
@@ -149,4 +148,4 @@ def augmented_conv2d(
         return reference.augmented_conv2d(x, weight, fast, mix, bias, padding=padding, activation=function, pool=pool)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, fast, mix, bias))
     y = _AugmentedConv2d.apply(x, weight, fast, mix, bias, padding, function, bool(pool), save, backend)
-    return y if y.shape[:-3] == x.shape[:-3] else y.view(*x.shape[:-3], *y.shape[2:])
+    return y if y.shape[:-3] == x.shape[:-3] else y.view(*x.shape[:-3], *y.shape[1:])

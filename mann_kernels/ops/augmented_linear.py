@@ -11,9 +11,9 @@ from mann_kernels.ops._vjp import arithmetic_dtype, by_reference, keep, kept, re
 
 
 def _fake_forward(x, weight, fast, mix, bias, activation, save):
-    shape = (*x.shape[:2], weight.shape[0])
-    save = save and ACTIVATION[activation] != "identity"
-    return x.new_empty(shape), x.new_empty((2, *shape) if save else (0,), dtype=arithmetic_dtype(x.dtype))
+    shape = (*x.shape[:-1], weight.shape[0])
+    kept = (2, *([1] if x.dim() == 2 else []), *shape) if save and ACTIVATION[activation] != "identity" else (0,)
+    return x.new_empty(shape), x.new_empty(kept, dtype=arithmetic_dtype(x.dtype))
 
 
 def _fake_backward(dy, x, weight, fast, mix, slopes):
@@ -38,10 +38,9 @@ class _AugmentedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, fast, mix, bias, activation, save, backend):
         """-> y; of several tasks that share one fast weight as the operator gives it, see Form."""
-        form = Form(x, weight, fast, mix, x.dim() == 3)
-        mix_rows = None if mix is None else form.rows(mix)
+        form = Form(x, weight, fast, mix)
         y, slopes = _library.operators(backend).augmented_linear(
-            form.rows(x), weight, form.memory(fast), mix_rows, bias, ACTIVATION.index(activation), save
+            form.rows(x), weight, form.memory(fast), mix, bias, ACTIVATION.index(activation), save
         )
         keep(ctx, backend, x, weight, fast, mix, bias, slopes)
         ctx.activation = activation
@@ -57,12 +56,11 @@ class _AugmentedLinear(torch.autograd.Function):
             function = functools.partial(reference.augmented_linear, activation=ctx.activation, sides=sides)
             return *reference_vjp(function, inputs, (dy,)), None, None, None
         x, weight, fast, mix, bias = inputs
-        form = Form(x, weight, fast, mix, x.dim() == 3)
-        mix_rows = None if mix is None else form.rows(mix)
+        form = Form(x, weight, fast, mix)
         dx, dweight, dfast, dmix, dbias = _library.operators(ctx.backend).augmented_linear_backward(
-            dy if form.joined else form.rows(dy), form.rows(x), weight, form.memory(fast), mix_rows, slopes
+            dy if form.joined else form.rows(dy), form.rows(x), weight, form.memory(fast), mix, slopes
         )
-        dmix, dbias = None if mix is None else form.mix_back_(dmix), None if bias is None else dbias
+        dmix, dbias = None if mix is None else dmix, None if bias is None else dbias
         return form.rows_back_(dx, x), dweight, form.memory_back_(dfast), dmix, dbias, None, None, None
 
 

@@ -121,4 +121,4 @@ def generate_fast_weights(
     backend = _backend.select("generate_fast_weights", grads)
     if backend == "reference":
         return reference.generate_fast_weights(grads, *weights, p=p)
-    return _GenerateFastWeights.apply(grads.reshape(-1), *weights, p, backend).view(grads.shape)
+    return _GenerateFastWeights.apply(grads, *weights, p, backend)

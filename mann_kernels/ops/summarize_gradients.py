@@ -98,5 +98,4 @@ def summarize_gradients(
     backend = _backend.select("summarize_gradients", grads)
     if backend == "reference":
         return reference.summarize_gradients(grads, *weights, p=p)
-    fast = _SummarizeGradients.apply(grads.flatten(1) if grads.dim() > 1 else grads[:, None], *weights, p, backend)
-    return fast.view(grads.shape[1:])
+    return _SummarizeGradients.apply(grads, *weights, p, backend)

@@ -222,13 +222,13 @@ def augmented_conv2d_bwd_w_kernel(
         tl.store(dfast_ptr + i_row * O * K + at, dweight, mask=m)
 
 
-def sizes_of(x, weight, fast, padding, pool):
+def sizes_of(x, fast, padding, pool):
     """The size arguments that every kernel has."""
-    (G, L, C, H, W), (O, _, kernel, _) = x.shape, weight.shape  # noqa: E741
+    (G, S, O, _, kernel, _), (L, C, H, W) = fast.shape, x.shape[-4:]  # noqa: E741
     HY, WY = H + 2 * padding - kernel + 1, W + 2 * padding - kernel + 1
     PH, PW = ((HY + 1) // 2, (WY + 1) // 2) if pool else (HY, WY)
     return {
-        "GL": G * L, "L": L, "S": fast.shape[1], "C": C, "H": H, "W": W, "O": O, "HY": HY, "WY": WY, "PH": PH, "PW": PW,
+        "GL": G * L, "L": L, "S": S, "C": C, "H": H, "W": W, "O": O, "HY": HY, "WY": WY, "PH": PH, "PW": PW,
         "fast_task": fast.stride(0), "fast_row": fast.stride(1), "KERNEL": kernel, "PADDING": padding, "POOL": pool,
     }  # fmt: skip
 
@@ -236,11 +236,11 @@ def sizes_of(x, weight, fast, padding, pool):
 def forward(x, weight, fast, mix, bias, padding, activation, pool, save):
     """The operator augmented_conv2d: same arguments and results as its schema."""
     x, weight, mix, bias = contiguous(x, weight, mix, bias)
-    fast, acc = with_rows_contiguous(fast), acc_of(x.dtype)
-    sizes = sizes_of(x, weight, fast, padding, pool)
+    fast, acc = with_rows_contiguous(fast if x.dim() == 5 else fast[None]), acc_of(x.dtype)
+    sizes = sizes_of(x, fast, padding, pool)
     examples, O, PH, PW = (sizes[name] for name in ("GL", "O", "PH", "PW"))  # noqa: E741
-    y = x.new_empty(*x.shape[:2], O, PH, PW)
-    kept, keep = (*x.shape[:2], PH * PW, O), save and activation in (1, 2)
+    y = x.new_empty(*x.shape[:-3], O, PH, PW)
+    kept, keep = (*fast.shape[:1], x.shape[-4], PH * PW, O), save and activation in (1, 2)
     codes = torch.empty(kept if save else (0,), dtype=torch.uint8, device=x.device)
     slopes = torch.empty((2, *kept) if keep else (0,), dtype=acc.torch, device=x.device)
     if examples:
@@ -256,11 +256,12 @@ def forward(x, weight, fast, mix, bias, padding, activation, pool, save):
 def backward(dy, x, weight, fast, mix, codes, slopes, padding, pool, need_dx):
     """The operator augmented_conv2d_backward: same arguments and results as its schema."""
     dy, x, weight, mix = contiguous(dy, x, weight, mix)
-    fast, acc = with_rows_contiguous(fast), acc_of(x.dtype)
-    (G, L, C, H, W), (O, _, kernel, _), S = x.shape, weight.shape, fast.shape[1]  # noqa: E741
-    sizes = sizes_of(x, weight, fast, padding, pool)
+    dfast = x.new_empty(fast.shape)
+    fast, acc = with_rows_contiguous(fast if x.dim() == 5 else fast[None]), acc_of(x.dtype)
+    (G, S, O, C, kernel, _), (L, _, H, W) = fast.shape, x.shape[-4:]  # noqa: E741
+    sizes = sizes_of(x, fast, padding, pool)
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-    dweight, dfast, dbias = torch.empty_like(weight), x.new_empty(fast.shape), x.new_empty(O)
+    dweight, dbias = torch.empty_like(weight), x.new_empty(O)
     options = {"HAS_MIX": mix is not None, "HAS_SLOPES": slopes.numel() > 0, "ACC": acc.triton, **sizes, **TILES}
     if need_dx and G * L:
         augmented_conv2d_bwd_x_kernel[(G * L, triton.cdiv(C, TILES["BM"]), triton.cdiv(H * W, TILES["BN"]))](
@@ -277,5 +278,5 @@ def backward(dy, x, weight, fast, mix, codes, slopes, padding, pool, need_dx):
         dy_ptr=dy, x_ptr=x, fast_ptr=fast, mix_ptr=pointer(mix, x), codes_ptr=codes, slopes_ptr=slopes,
         dweight_ptr=dweight, dfast_ptr=dfast, dbias_ptr=dbias, dots_ptr=dots, **options,
     )  # fmt: skip
-    dmix = dots.sum((0, 1)).to(x.dtype) if mix is not None else x.new_empty(0)
+    dmix = dots.sum((0, 1)).to(x.dtype).view(mix.shape) if mix is not None else x.new_empty(0)
     return dx, dweight, dfast, dmix, dbias

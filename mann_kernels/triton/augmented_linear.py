@@ -140,10 +140,11 @@ def with_rows_contiguous(fast):
 
 def forward(x, weight, fast, mix, bias, activation, save):
     """The operator augmented_linear: same arguments and results as its schema."""
-    (G, L, I), (O, _), S = x.shape, weight.shape, fast.shape[1]  # noqa: E741
+    fast = fast if x.dim() == 3 else fast[None]
+    (G, S, O, I), L = fast.shape, x.shape[-2]  # noqa: E741
     x, weight, mix, bias = contiguous(x, weight, mix, bias)
     fast, acc, save = with_rows_contiguous(fast), acc_of(x.dtype), save and activation != 3
-    y = x.new_empty(G, L, O)
+    y = x.new_empty(*x.shape[:-1], O)
     slopes = torch.empty((2, G, L, O) if save else (0,), dtype=acc.torch, device=x.device)
     if G * L:
         augmented_linear_fwd_kernel[(G, triton.cdiv(L, TILES["BM"]), triton.cdiv(O, TILES["BN"]))](
@@ -156,10 +157,12 @@ def forward(x, weight, fast, mix, bias, activation, save):
 
 def backward(dy, x, weight, fast, mix, slopes):
     """The operator augmented_linear_backward: same arguments and results as its schema."""
-    (G, L, I), (O, _), S = x.shape, weight.shape, fast.shape[1]  # noqa: E741
+    dfast = x.new_empty(fast.shape)
+    fast = fast if x.dim() == 3 else fast[None]
+    (G, S, O, I), L = fast.shape, x.shape[-2]  # noqa: E741
     dy, x, weight, mix = contiguous(dy, x, weight, mix)
     fast, acc = with_rows_contiguous(fast), acc_of(x.dtype)
-    dx, dweight, dfast = torch.empty_like(x), torch.empty_like(weight), x.new_empty(fast.shape)
+    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
     dbias, tiles = x.new_empty(O), triton.cdiv(I, TILES["BN"])
     dots = torch.empty((tiles, G, L, S) if mix is not None else (0,), dtype=acc.torch, device=x.device)
     options = {"HAS_MIX": mix is not None, "HAS_SLOPES": slopes.numel() > 0, "ACC": acc.triton, **TILES}
@@ -172,5 +175,5 @@ def backward(dy, x, weight, fast, mix, slopes):
         dy_ptr=dy, x_ptr=x, mix_ptr=pointer(mix, x), slopes_ptr=slopes, dweight_ptr=dweight, dfast_ptr=dfast,
         dbias_ptr=dbias, G=G, L=L, S=S, I=I, O=O, **options,
     )  # fmt: skip
-    dmix = dots.sum(0).to(x.dtype) if mix is not None else x.new_empty(0)
+    dmix = dots.sum(0).to(x.dtype).view(mix.shape) if mix is not None else x.new_empty(0)
     return dx, dweight, dfast, dmix, dbias

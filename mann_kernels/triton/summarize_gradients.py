@@ -209,8 +209,8 @@ def forward(grads, weight_ih, weight_hh, bias, weight_out, bias_out, p):
     grads, weight_ih, weight_hh, bias, weight_out, bias_out = contiguous(
         grads, weight_ih, weight_hh, bias, weight_out, bias_out
     )
-    (steps, count), hidden = grads.shape, weight_hh.shape[1]
-    sizes, fast = launch(hidden, 3, p), grads.new_empty(count)
+    steps, hidden, fast = len(grads), weight_hh.shape[1], grads.new_empty(grads.shape[1:])
+    sizes, count = launch(hidden, 3, p), fast.numel()
     if count:
         summarize_gradients_fwd_kernel[(triton.cdiv(count, sizes["BP"]),)](
             grads_ptr=grads, weight_ih_ptr=weight_ih, weight_hh_ptr=weight_hh, bias_ptr=bias,
@@ -225,7 +225,7 @@ def backward(dfast, grads, weight_ih, weight_hh, bias, weight_out, bias_out, p):
     dfast, grads, weight_ih, weight_hh, bias, weight_out = contiguous(
         dfast, grads, weight_ih, weight_hh, bias, weight_out
     )
-    (steps, count), hidden, acc = grads.shape, weight_hh.shape[1], acc_of(grads.dtype)
+    steps, count, hidden, acc = len(grads), dfast.numel(), weight_hh.shape[1], acc_of(grads.dtype)
     sizes, dgrads = launch(hidden, 3, p), torch.empty_like(grads)
     gates = 4 * hidden * (hidden + 3)
     sums = grads.new_empty(programs_of(count), gates + hidden + 1, dtype=acc.torch)
