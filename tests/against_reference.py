@@ -1,5 +1,7 @@
 """The tests that every operator passes, in one order; a test file names the operator and says how to draw its inputs."""
 
+import math
+
 import pytest
 import torch
 
@@ -329,6 +331,21 @@ class OperatorTests:
                 for other, message in others:
                     with pytest.raises((TypeError, ValueError), match=message):
                         self.function(**{**self.small, name: other})
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_what_an_earlier_call_left_is_not_read(self, dtype):
+        """Scratch memory is kept from call to call: calls that were all NaN, of this size and of others, leave no trace."""
+        for options in self.options:
+            inputs = self.inputs(1, 2, 8, 5, 2, **options).to(dtype)
+            want = run(self.function, inputs)
+            for size in ((2, 8, 5, 2), (3, 37, 7, 3), (1, 70, 33, 1)):
+                lost = self.inputs(2, *size, **options)
+                lost |= {
+                    k: v * math.nan for k, v in lost.items() if isinstance(v, torch.Tensor) and v.is_floating_point()
+                }
+                run(self.function, Inputs(lost).to(dtype))
+                got = run(self.function, inputs)
+                torch.testing.assert_close(got, want, rtol=0, atol=0)
 
     @pytest.mark.parametrize(("device", "threads"), [("cpu", 1), ("cpu", 2), on_gpu("cuda", 1)])
     def test_repeatable(self, device, threads):

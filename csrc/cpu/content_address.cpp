@@ -50,7 +50,7 @@ template <typename S> void content_address(const ContentAddressArgs &a, int64_t 
     for (int64_t b = begin; b < end; ++b) {
         convert_rows(static_cast<const S *>(a.key) + b * R * W, key, R, W, Q);
         rows.for_each([&] {
-            rows.take(static_cast<const S *>(a.memory) + b * N * W);
+            rows.look(static_cast<const S *>(a.memory) + b * N * W);
             rows.dot(R, key, weights);
             rows.square(row_squares);
         });
@@ -73,11 +73,12 @@ void content_address_backward(const ContentAddressBackwardArgs &a, int64_t begin
     RowBlock<T> rows{base + plan.block, N, P, W, Q}, drows{base + plan.dblock, N, P, W, Q};
     for (int64_t b = begin; b < end; ++b) {
         const S *memory = static_cast<const S *>(a.memory) + b * N * W;
+        S *dmemory = static_cast<S *>(a.dmemory) + b * N * W;
         convert_rows(static_cast<const S *>(a.key) + b * R * W, key, R, W, Q);
         convert_rows(static_cast<const S *>(a.read_weights) + b * R * N, weights, R, N, P);
         convert_rows(static_cast<const S *>(a.dread_weights) + b * R * N, dweights, R, N, P);
         rows.for_each([&] {
-            rows.take(memory);
+            rows.look(memory);
             rows.dot(R, key, dots);
             rows.square(row_squares);
         });
@@ -87,13 +88,12 @@ void content_address_backward(const ContentAddressBackwardArgs &a, int64_t begin
         address_backward(s, weights, dots, row_squares, key, Q, beta, dweights, row_factor, dkey_factor, dbeta);
         convert(dbeta, static_cast<S *>(a.dbeta) + b * R, R);
         rows.for_each([&] {
-            rows.take(memory);
+            rows.look(memory);
             rows.add_sums(R, dweights, dkey);
             drows.n0 = rows.n0;
-            std::fill_n(drows.data, RowBlock<T>::rows * Q, T(0));
-            drows.add_outer(R, dweights, key);
-            drows.subtract(row_factor, rows);
-            drows.give(static_cast<S *>(a.dmemory) + b * N * W);
+            drows.place(dmemory);
+            drows.outer(R, dweights, key, nullptr, row_factor, rows.data);
+            drows.give(dmemory);
         });
         for (int64_t h = 0; h < R; ++h)
             for (int64_t q = 0; q < Q; ++q) dkey[h * Q + q] -= dkey_factor[h] * key[h * Q + q];

@@ -43,20 +43,22 @@ struct LruaStepBackwardArgs {
 namespace MANN_ISA {
 
 struct LruaStepPlan : Plan {
-    int64_t block, key, add, gate, beta;                   // a RowBlock, [R, Q] twice, [R] twice
-    int64_t previous, write_weights, weights, row_squares; // [R, P] three times, [P]
-    int64_t usage, reads;                                  // forward alone: [P], [R, Q]
-    int64_t dblock, dreads, dkey, dadd, dgate, dbeta;      // backward alone: as above
-    int64_t dots, dweights, dwrite_weights, dprevious;     // [R, P]
-    int64_t row_factor, dkey_factor;                       // [P], [R]
+    int64_t block, add, gate, beta;  // a RowBlock, [R, Q], [R] twice
+    int64_t key;                     // [2, R, Q], with dreads: both meet the rows
+    int64_t dots, dweights, weights; // [R, P], likewise: the rows' with both, and theirs with dweights, weights
+    int64_t previous, write_weights, row_squares; // [R, P] twice, [P]
+    int64_t usage, reads;                         // forward alone: [P], [R, Q]
+    int64_t dblock, dkey, dadd, dgate, dbeta;     // backward alone: as above
+    int64_t dwrite_weights, dprevious;            // [R, P]
+    int64_t row_factor, dkey_factor;              // [P], [R]
     explicit LruaStepPlan(const StepOptions &o) {
         const int64_t R = o.R, P = padded_slots(o.N), Q = round_up(o.W, 16);
-        block = take(16 * Q), key = take(R * Q), add = take(R * Q), gate = take(R), beta = take(R);
-        previous = take(R * P), write_weights = take(R * P), weights = take(R * P), row_squares = take(P);
+        block = take(16 * Q), add = take(R * Q), gate = take(R), beta = take(R);
+        key = take(2 * R * Q), dots = take(3 * R * P), dweights = dots + R * P, weights = dweights + R * P;
+        previous = take(R * P), write_weights = take(R * P), row_squares = take(P);
         usage = take(P), reads = take(R * Q);
-        dblock = take(16 * Q), dreads = take(R * Q), dkey = take(R * Q), dadd = take(R * Q), dgate = take(R);
-        dbeta = take(R), dots = take(R * P), dweights = take(R * P), dwrite_weights = take(R * P);
-        dprevious = take(R * P), row_factor = take(P), dkey_factor = take(R);
+        dblock = take(16 * Q), dkey = take(R * Q), dadd = take(R * Q), dgate = take(R), dbeta = take(R);
+        dwrite_weights = take(R * P), dprevious = take(R * P), row_factor = take(P), dkey_factor = take(R);
     }
 };
 
@@ -92,10 +94,10 @@ template <typename S, typename Args> struct StepOnRows {
     void give_weights(const T *source, void *target) const {
         take_rows(source, static_cast<S *>(target) + b * R * N, R, N, P);
     }
-    void take_written() const {
-        rows.take(static_cast<const S *>(a.memory) + b * N * W);
-        rows.erase(a.least_used + b * R, s.erased());
-        rows.add_outer(R, write_weights, add);
+    // The block after the step's write, where it is placed.
+    void write() const {
+        const S *memory = static_cast<const S *>(a.memory) + b * N * W;
+        rows.outer(R, write_weights, add, rows.erased(memory, a.least_used + b * R, s.erased()));
     }
 };
 
@@ -112,7 +114,8 @@ template <typename S> void lrua_step(const LruaStepArgs &a, int64_t begin, int64
         least_used_slots(usage, N, R, a.least_used + b * R);
         interpolate(s, step.previous, step.gate, a.least_used + b * R, step.write_weights);
         rows.for_each([&] {
-            step.take_written();
+            rows.place(new_memory);
+            step.write();
             rows.dot(R, step.key, step.weights);
             rows.square(step.row_squares);
             rows.give(new_memory);
@@ -120,8 +123,8 @@ template <typename S> void lrua_step(const LruaStepArgs &a, int64_t begin, int64
         address(s, step.weights, step.row_squares, step.key, Q, step.beta, step.weights);
         std::fill_n(reads, R * Q, T(0));
         rows.for_each([&] {
-            if constexpr (std::is_same_v<S, T>) rows.take(new_memory);
-            else step.take_written(); // before it was rounded
+            if constexpr (std::is_same_v<S, T>) rows.look(new_memory);
+            else step.write(); // before it was rounded
             rows.add_sums(R, step.weights, reads);
         });
         update_usage(s, step.weights, step.write_weights, usage);
@@ -136,7 +139,7 @@ template <typename S> struct StepBackwardOnRows : StepOnRows<S, LruaStepBackward
     using T = Arith<S>;
     using Step::a, Step::b, Step::s, Step::N, Step::P, Step::W, Step::R, Step::Q, Step::base, Step::plan, Step::rows;
     using Step::key, Step::add, Step::gate, Step::beta, Step::previous, Step::write_weights, Step::weights;
-    T *dreads = base + plan.dreads, *dkey = base + plan.dkey, *dadd = a.add ? base + plan.dadd : dkey;
+    T *dreads = key + R * Q, *dkey = base + plan.dkey, *dadd = a.add ? base + plan.dadd : dkey;
     T *dgate = base + plan.dgate, *dbeta = base + plan.dbeta, *dots = base + plan.dots;
     T *dweights = base + plan.dweights, *dwrite_weights = base + plan.dwrite_weights;
     T *dprevious = base + plan.dprevious, *row_factor = base + plan.row_factor;
@@ -150,10 +153,9 @@ template <typename S> struct StepBackwardOnRows : StepOnRows<S, LruaStepBackward
         this->take_vectors(a.dreads, dreads);
         interpolate(s, previous, gate, a.least_used + b * R, write_weights);
         rows.for_each([&] {
-            this->take_written();
-            rows.dot(R, key, dots);
+            this->write();
+            rows.dot(2 * R, key, dots); // and dreads, dweights
             rows.square(this->row_squares);
-            rows.dot(R, dreads, dweights);
         });
         address(s, dots, this->row_squares, key, Q, beta, weights);
         const S *given = static_cast<const S *>(a.dnew_read_weights) + b * R * N;
@@ -162,22 +164,21 @@ template <typename S> struct StepBackwardOnRows : StepOnRows<S, LruaStepBackward
         address_backward(s, weights, dots, this->row_squares, key, Q, beta, dweights, row_factor, dkey_factor, dbeta);
     }
     void through_rows() {
-        const int64_t first = b * N * W;
+        const S *given = static_cast<const S *>(a.dnew_memory);
+        S *dmemory = static_cast<S *>(a.dmemory) + b * N * W;
         std::fill_n(dkey, R * Q, T(0));
         std::fill_n(dadd, R * Q, T(0));
         rows.for_each([&] {
-            this->take_written();
+            this->write();
             drows.n0 = rows.n0;
-            if (a.dnew_memory) drows.take(static_cast<const S *>(a.dnew_memory) + first);
-            else std::fill_n(drows.data, RowBlock<T>::rows * Q, T(0));
-            drows.add_outer(R, weights, dreads);
-            drows.add_outer(R, dweights, key);
-            drows.subtract(row_factor, rows);
+            drows.place(dmemory);
+            const T *from = given ? drows.erased(given + b * N * W, nullptr, 0) : nullptr;
+            drows.outer(2 * R, dweights, key, from, row_factor, rows.data); // and weights, dreads
             rows.add_sums(R, dweights, dkey);
             drows.dot(R, add, dwrite_weights);
             drows.add_sums(R, write_weights, dadd);
             drows.erase(a.least_used + b * R, s.erased());
-            drows.give(static_cast<S *>(a.dmemory) + first);
+            drows.give(dmemory);
         });
     }
     void run() {

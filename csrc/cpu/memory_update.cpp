@@ -46,11 +46,12 @@ template <typename S> void memory_update(const MemoryUpdateArgs &a, int64_t begi
     for (int64_t b = begin; b < end; ++b) {
         convert_rows(static_cast<const S *>(a.write_weights) + b * R * N, write_weights, R, N, P);
         convert_rows(static_cast<const S *>(a.add) + b * R * W, add, R, W, Q);
+        const S *memory = static_cast<const S *>(a.memory) + b * N * W;
+        S *new_memory = static_cast<S *>(a.new_memory) + b * N * W;
         rows.for_each([&] {
-            rows.take(static_cast<const S *>(a.memory) + b * N * W);
-            rows.erase(a.least_used + b * R, s.erased());
-            rows.add_outer(R, write_weights, add);
-            rows.give(static_cast<S *>(a.new_memory) + b * N * W);
+            rows.place(new_memory);
+            rows.outer(R, write_weights, add, rows.erased(memory, a.least_used + b * R, s.erased()));
+            rows.give(new_memory);
         });
     }
 }
@@ -68,12 +69,14 @@ void memory_update_backward(const MemoryUpdateBackwardArgs &a, int64_t begin, in
         convert_rows(static_cast<const S *>(a.write_weights) + b * R * N, write_weights, R, N, P);
         convert_rows(static_cast<const S *>(a.add) + b * R * W, add, R, W, Q);
         std::fill_n(dadd, R * Q, T(0));
+        S *dmemory0 = static_cast<S *>(a.dmemory0) + b * N * W;
         drows.for_each([&] {
+            drows.place(dmemory0);
             drows.take(static_cast<const S *>(a.dmemory) + b * N * W);
             drows.dot(R, add, dwrite_weights);
             drows.add_sums(R, write_weights, dadd);
             drows.erase(a.least_used + b * R, s.erased());
-            drows.give(static_cast<S *>(a.dmemory0) + b * N * W);
+            drows.give(dmemory0);
         });
         take_rows(dwrite_weights, static_cast<S *>(a.dwrite_weights) + b * R * N, R, N, P);
         take_rows(dadd, static_cast<S *>(a.dadd) + b * R * W, R, W, Q);
