@@ -6,7 +6,7 @@
 # make reproduce DATA=FILE   train on Omniglot and print a paper's table beside ours (hours; goes on where it was); TABLE=mann-onehot,
 #              mann-strings, metanet, regression
 # make test-wheel TORCH=2.13.0   build the sdist and from it the wheel, and try that beside this torch (minutes; for others downloads)
-# make sanitize, verify-gpu, verify-sharded, docs, lint, format, wheel, clean
+# make sanitize, compilers, verify-gpu, verify-sharded, docs, lint, format, wheel, clean
 # Everything is set up first, in .venv; a second call finds it done.
 
 PYTHON ?= python3
@@ -25,7 +25,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu $(addpre
 SANITIZED_TESTS := tests --ignore=tests/gpu_on_cpu -m "not compiles and not gpu"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test test-long test-gpu reproduce verify-gpu verify-sharded docs sanitize lint format wheel test-wheel clean
+.PHONY: help setup bench test test-long test-gpu reproduce verify-gpu verify-sharded docs sanitize compilers lint format wheel test-wheel clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -141,6 +141,12 @@ sanitize: setup
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) \
 	    ../../$(RUN) -m pytest --capture=sys $(SANITIZED_TESTS) $(TEST)
+
+# Clang for this machine and for aarch64, without a warning. It comes as one package, with the headers of both (400 MB).
+CLANG := build/clang
+compilers: setup
+	test -d $(CLANG)/ziglang || $(PIP) --target $(CLANG) ziglang==0.17.1
+	PYTHONPATH=$(CURDIR)/$(CLANG) $(RUN) -m tests.compilers
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -22,7 +22,7 @@ MANN_MAY_BE_ABSENT void linked();
 }
 #endif
 
-static Isa best_isa(Isa limit) {
+static Isa best_isa([[maybe_unused]] Isa limit) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool fma = __builtin_cpu_supports("fma");
