@@ -39,7 +39,7 @@ cuda_kernels: frozenset[str] = frozenset()
 
 #: Instruction sets of the C++ kernels, from the least; one binary has them all (with MANN_NATIVE=1 one) and takes the best
 #: the machine runs.
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 _cpu_isa = None
 
 

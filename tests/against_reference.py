@@ -362,7 +362,7 @@ class OperatorTests:
         assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
         assert all(torch.equal(grads[name], again_grads[name]) for name in grads)
 
-    @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+    @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
     def test_instruction_sets(self, isa):
         from mann_kernels import _library
 

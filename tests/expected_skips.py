@@ -7,6 +7,7 @@ A kernel that is lost by mistake would otherwise be skipped as one that this mac
 import importlib.util
 import re
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,9 @@ MUST_RUN = {
 }
 
 
+CPUINFO = Path("/proc/cpuinfo")
+
+
 def native() -> bool:
     """Say whether the library has the instruction set of one machine alone (MANN_NATIVE=1)."""
     best = _library.cpu_isa()
@@ -36,7 +40,8 @@ def native() -> bool:
 EXPECTED = {
     "the package dnc is an extra": importlib.util.find_spec("dnc") is None,
     "could not import 'PIL": importlib.util.find_spec("PIL") is None,
-    "this machine has no avx512": "AVX512" not in torch.backends.cpu.get_cpu_capability(),
+    "this machine has no avx512$": "AVX512" not in torch.backends.cpu.get_cpu_capability(),
+    "this machine has no avx512_bf16": not CPUINFO.exists() or "avx512_bf16" not in CPUINFO.read_text(),
     "this machine has no avx2": torch.backends.cpu.get_cpu_capability() == "DEFAULT",
     "this machine has no": native(),
     "nn.LSTM in bfloat16": "AVX512" not in torch.backends.cpu.get_cpu_capability(),

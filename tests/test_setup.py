@@ -92,7 +92,7 @@ class TestSetup:
 def test_a_library_linked_without_an_instruction_set_never_picks_it(tmp_path):
     best = _library.ISAS.index(_library.cpu_isa())
     objects = []
-    for isa in _library.ISAS:
+    for isa in _library.ISAS[:3]:  # the last one's kernels are those of the one before
         objects.append(tmp_path / f"{isa}.o")
         flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", f"-DMANN_ISA={isa}"]
         flags += ["-DMANN_ENTRY=1"] if isa == "baseline" else []
@@ -102,9 +102,9 @@ def test_a_library_linked_without_an_instruction_set_never_picks_it(tmp_path):
         library = tmp_path / f"without-{absent}.so"
         subprocess.run(["c++", "-shared", *linked, "-o", library], check=True)
         pick = ctypes.CDLL(str(library)).mann_cpu_isa
-        usable = [number for number in range(best + 1) if number != absent]
-        assert [pick(limit) for limit in (-1, 0, 1, 2)] == [
-            usable[-1], 0, max(n for n in usable if n <= 1), usable[-1]
+        usable = [number for number in range(best + 1) if min(number, 2) != absent]
+        assert [pick(limit) for limit in (-1, 0, 1, 2, 3)] == [
+            usable[-1], *[max(n for n in usable if n <= limit) for limit in range(4)]
         ]  # fmt: skip
     # entry points alone: what is there for any limit, and where this machine runs nothing of it, that
     objects[0] = tmp_path / "entry.o"
@@ -117,7 +117,8 @@ def test_a_library_linked_without_an_instruction_set_never_picks_it(tmp_path):
         subprocess.run(["c++", "-shared", *linked, "-o", library], check=True)
         pick = ctypes.CDLL(str(library)).mann_cpu_isa
         runs = number is not None and number <= best
-        assert [pick(limit) for limit in (-1, 0, 1, 2)] == [number if runs else -1] * 4
+        lone = max(number, best) if number == 2 else number
+        assert [pick(limit) for limit in (-1, 0, 1)] == [lone if runs else -1] * 3
 
 
 def test_a_library_for_another_cpu_is_not_used(monkeypatch):

@@ -27,7 +27,8 @@ struct FastRows {
     int64_t task_stride, row_stride;
 };
 
-enum class Isa { kNone = -1, kBaseline, kAvx2, kAvx512 };
+// The last is AVX-512 with the dot products of bfloat16: the same kernels, which ask for it.
+enum class Isa { kNone = -1, kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 Isa isa(); // in isa.cpp; never one that this library was linked without
 
 // A library for one machine may be linked without an instruction set: its kernels are null then.
@@ -65,7 +66,7 @@ Isa isa(); // in isa.cpp; never one that this library was linked without
     namespace mann {                                                                                                   \
     Kernel name##_pick() {                                                                                             \
         const Isa set = isa();                                                                                         \
-        return set == Isa::kAvx512 ? avx512::name##_kernel                                                             \
+        return set >= Isa::kAvx512 ? avx512::name##_kernel                                                             \
                                    : (set == Isa::kAvx2 ? avx2::name##_kernel : MANN_BASELINE(name));                  \
     }                                                                                                                  \
     }

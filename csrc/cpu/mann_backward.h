@@ -93,8 +93,7 @@ template <typename S> struct Backward {
     void heads_again(int64_t t, int64_t j) {
         const S *output = static_cast<const S *>(a.output) + (t * o.B + first) * K;
         for (int64_t i = 0; i < count; ++i) convert(output + i * K, h + i * o.H, o.H);
-        gemm(count, h, o.H, Packed<T>{static_cast<const T *>(a.weight_head_forward), o.H, o.head()}, bias, 0,
-             head(j, 0), o.head());
+        gemm(count, h, o.H, packed_weight<S>(a.weight_head_forward, o.H, o.head()), bias, 0, head(j, 0), o.head());
     }
     void again(int64_t t, int64_t j, int64_t i) {
         if (t >= length(i)) { // nothing changes
@@ -145,8 +144,7 @@ template <typename S> struct Backward {
             if (t < length(i)) undo_memory(t, j, i, dhead_rows + i * P);
             else std::memset(dhead_rows + i * P, 0, P * sizeof(T));
         }
-        gemm(count, dhead_rows, P, Packed<T>{static_cast<const T *>(a.weight_head), P, H}, drecurrent, K, drecurrent,
-             K);
+        gemm(count, dhead_rows, P, packed_weight<S>(a.weight_head, P, H), drecurrent, K, drecurrent, K);
         for (int64_t i = 0; i < count; ++i) {
             T *dgate_row = dgate_rows + i * 4 * H;
             if (t < length(i))
@@ -154,8 +152,8 @@ template <typename S> struct Backward {
                                   dgate_row);
             else std::memset(dgate_row, 0, 4 * H * sizeof(T));
         }
-        gemm(count, dgate_rows, 4 * H, Packed<T>{static_cast<const T *>(a.weight_hh), 4 * H, K},
-             static_cast<const T *>(nullptr), 0, next_drecurrent, K);
+        gemm(count, dgate_rows, 4 * H, packed_weight<S>(a.weight_hh, 4 * H, K), static_cast<const T *>(nullptr), 0,
+             next_drecurrent, K);
         for (int64_t i = 0; i < count; ++i) // a padded step hands the gradient of the state on
             if (t >= length(i)) std::memcpy(next_drecurrent + i * K, drecurrent + i * K, K * sizeof(T));
         std::swap(drecurrent, next_drecurrent);

@@ -68,14 +68,13 @@ template <typename S> struct Forward {
             convert(gates_x, gate_rows, count * 4 * H);
             initial = gate_rows;
         }
-        gemm(count, recurrent, K, Packed<T>{static_cast<const T *>(a.weight_hh), K, 4 * H}, initial, 4 * H, gate_rows,
-             4 * H);
+        gemm(count, recurrent, K, packed_weight<S>(a.weight_hh, K, 4 * H), initial, 4 * H, gate_rows, 4 * H);
         for (int64_t i = 0; i < count; ++i) {
             if (t >= length(i)) continue;
             lstm_row(H, gate_rows + i * 4 * H, c + i * H, recurrent + i * K);
             keep(recurrent + i * K, output + i * K, H);
         }
-        gemm(count, recurrent, K, Packed<T>{static_cast<const T *>(a.weight_head), H, P}, bias, 0, head, P);
+        gemm(count, recurrent, K, packed_weight<S>(a.weight_head, H, P), bias, 0, head, P);
         for (int64_t i = 0; i < count; ++i) {
             if (t < length(i)) {
                 const HeadRow<T> row(o, head + i * P);

@@ -6,7 +6,13 @@
 namespace mann::MANN_ISA {
 
 template <typename S> void pack_weights(const PackArgs &a, int64_t, int64_t, void *) {
-    pack(static_cast<const S *>(a.source), a.transposed, a.K, a.N, static_cast<Arith<S> *>(a.panels));
+    const S *source = static_cast<const S *>(a.source);
+    Arith<S> *panels = static_cast<Arith<S> *>(a.panels);
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<S, Bf16>)
+        if (packs_pairs<S>()) return void(pack_pairs(source, a.transposed, a.K, a.N, panels));
+#endif
+    pack(source, a.transposed, a.K, a.N, panels);
 }
 
 } // namespace mann::MANN_ISA

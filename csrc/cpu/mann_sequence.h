@@ -115,6 +115,11 @@ struct MannBackwardPlan : Plan {
     }
 };
 
+// A weight [K, N] that pack_weights has packed.
+template <typename S> inline Packed<Arith<S>> packed_weight(const void *panels, int64_t K, int64_t N) {
+    return {static_cast<const Arith<S> *>(panels), K, N, packs_pairs<S>()};
+}
+
 // Where the parts of one example's head row stand.
 template <typename T> struct HeadRow {
     T *key, *gate, *beta, *add; // beta null if the strength is 1; add is key if the key is written
