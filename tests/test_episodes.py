@@ -131,6 +131,30 @@ def test_augmentation_turns_and_shifts_a_little():
     assert 0.17 < angle.abs().max() < np.pi / 16 + 0.01
 
 
+def test_warps_belong_to_a_class_of_an_episode():
+    """A bar right of the middle: mirrored in half of the classes, stretched by up to a third along either axis, sheared."""
+    images = torch.zeros(5, 20, 1, 40, 40, dtype=torch.uint8)
+    images[..., 14:26, 24:30] = 255
+    episodes = OmniglotEpisodes(images, warps=True).sample(60, torch.Generator().manual_seed(0))
+    seen = episodes.x[..., :1600].transpose(0, 1).reshape(60, 50, 40, 40)
+    of_class = torch.stack(
+        [seen[b, (episodes.y[:, b] == label).nonzero()[0, 0]] for b in range(60) for label in range(5)]
+    )
+    for b in range(60):
+        assert torch.equal(seen[b], of_class.view(60, 5, 40, 40)[b, episodes.y[:, b]])
+    place, weight = torch.arange(40.0) - 19.5, of_class.sum((1, 2))
+    column, row = ((of_class.sum(dim) * place).sum(-1) / weight for dim in (1, 2))
+    assert 0.4 < (column < 0).float().mean() < 0.6
+    assert 6.9 * 3 / 4 < column.abs().min() < 6 and 8.5 < column.abs().max() < 7.1 * 4 / 3
+    assert row.abs().max() < 0.1
+    down = (of_class.sum(2) * (place - row[:, None]).square()).sum(1) / weight
+    assert (3 / 4) ** 2 - 0.03 < down.min() / (12**2 / 12) < 0.7 and 1.5 < down.max() / (12**2 / 12) < (
+        4 / 3
+    ) ** 2 + 0.03
+    slant = (of_class * place[:, None] * (place - column[:, None])[:, None]).sum((1, 2)) / weight / down
+    assert 0.2 < slant.max() < 0.42 and -0.42 < slant.min() < -0.2
+
+
 def nearest(episodes, guess):
     """The answer at each step: that of the nearest image before, and `guess` [B, ...] at the first."""
     pixels = episodes.x[..., : SIDE * SIDE].transpose(0, 1)

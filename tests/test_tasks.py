@@ -155,7 +155,7 @@ EVERY_TASK = {
     "AssociativeRecall": lambda: AssociativeRecall(3, 4),
     "GPRegression": lambda: GPRegression(2, 5),
     "Sinusoids": lambda: Sinusoids(3, 4),
-    "OmniglotEpisodes": lambda: OmniglotEpisodes(examples(), 3, length=6, augment=True, turns=True),
+    "OmniglotEpisodes": lambda: OmniglotEpisodes(examples(), 3, length=6, augment=True, turns=True, warps=True),
     "OmniglotEpisodes of strings": lambda: OmniglotEpisodes(examples(), 3, labels="string", counts="equal", length=6),
     "FewShotTasks": lambda: FewShotTasks(examples(), 3, 1, 2),
     "FewShotTasks with turns": lambda: FewShotTasks(examples(), 3, 1, 2, turns=True),
