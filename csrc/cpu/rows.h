@@ -80,18 +80,20 @@ template <typename T> struct RowBlock {
         for (int64_t i0 = 0; i0 < rows; i0 += group)
             for (int64_t q = 0; q < Q; q += kLanes<T>) {
                 Vec<T> m[group] = {};
-                if (from)
+                if (from) {
 #pragma GCC unroll 16
                     for (int i = 0; i < group; ++i) m[i] = load(from + (i0 + i) * Q + q);
+                }
                 for (int64_t h = 0; h < R; ++h) {
                     const Vec<T> vector = load(vectors + h * Q + q);
 #pragma GCC unroll 16
                     for (int i = 0; i < group; ++i) m[i] += broadcast(weights[h * P + n0 + i0 + i]) * vector;
                 }
-                if (factor)
+                if (factor) {
 #pragma GCC unroll 16
                     for (int i = 0; i < group; ++i)
                         m[i] -= broadcast(factor[n0 + i0 + i]) * load(other + (i0 + i) * Q + q);
+                }
 #pragma GCC unroll 16
                 for (int i = 0; i < group; ++i) store(data + (i0 + i) * Q + q, m[i]);
             }
