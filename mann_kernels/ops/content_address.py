@@ -46,7 +46,7 @@ class _ContentAddress(torch.autograd.Function):
 
 @_check.once
 def _check_tensors(memory, key, beta):
-    sizes: dict[str, int] = {}
+    sizes = {}
     _check.same_kind(memory=memory, key=key, beta=beta)
     _check.shape(sizes, "memory", memory, "B", "N", "W")
     _check.shape(sizes, "key", key, "B", "R", "W")

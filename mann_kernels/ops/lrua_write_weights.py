@@ -52,7 +52,7 @@ class _LruaWriteWeights(torch.autograd.Function):
 
 @_check.once
 def _check_tensors(usage, read_weights, gate):
-    sizes: dict[str, int] = {}
+    sizes = {}
     _check.same_kind(usage=usage, read_weights=read_weights, gate=gate)
     _check.shape(sizes, "usage", usage, "B", "N")
     _check.shape(sizes, "read_weights", read_weights, "B", "R", "N")

@@ -139,7 +139,7 @@ def _weight_grads(needs, x, h, reads, output, weight_ih, dgates, dhead):
 def _check_tensors(
     x, h, c, reads, memory, usage, read_weights, weight_ih, weight_hh, bias, weight_head, bias_head, key_strength, write
 ):
-    sizes: dict[str, int] = {}
+    sizes = {}
     _check.same_kind(
         x=x, h=h, c=c, reads=reads, memory=memory, usage=usage, read_weights=read_weights, weight_ih=weight_ih,
         weight_hh=weight_hh, bias=bias, weight_head=weight_head, bias_head=bias_head,

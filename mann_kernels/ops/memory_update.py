@@ -45,7 +45,7 @@ class _MemoryUpdate(torch.autograd.Function):
 
 @_check.once
 def _check_tensors(memory, write_weights, add, least_used):
-    sizes: dict[str, int] = {}
+    sizes = {}
     _check.same_kind(memory=memory, write_weights=write_weights, add=add)
     _check.shape(sizes, "memory", memory, "B", "N", "W")
     _check.shape(sizes, "write_weights", write_weights, "B", "R", "N")
