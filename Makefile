@@ -94,7 +94,7 @@ reproduce: setup
 	@test -n "$(DATA)" -o "$(TABLE)" = regression || { \
 	    echo "make reproduce DATA=FILE: want Omniglot, see mann_kernels.tasks.load_omniglot"; exit 1; }
 	@$(MAKE) --no-print-directory reproduce-$(TABLE)
-reproduce-mann-onehot: ONEHOT := omniglot --data $(DATA) $(OFTEN) --updates 100000 --schedule-updates 50000
+reproduce-mann-onehot: ONEHOT := omniglot --data $(DATA) $(OFTEN) --warps --updates 100000
 reproduce-mann-onehot:
 	$(TRAIN) $(ONEHOT) --out $(ON)/mann $(WRITES)
 	$(TRAIN) $(ONEHOT) --out $(ON)/lstm --learner lstm
