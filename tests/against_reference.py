@@ -210,8 +210,16 @@ class OperatorTests:
     """Subclasses set `op`, `inputs(seed, size)` (float64 Inputs with options, for the sizes in `sizes`) and `bad`."""
 
     op: str
-    #: (B, N, W, R): odd, beyond one tile of slots, more heads than one group, the paper's, and the least there is.
-    sizes = ((3, 7, 5, 2), (2, 129, 7, 1), (2, 33, 20, 6), (2, 300, 9, 3), (4, 128, 40, 4), (1, 1, 1, 1))
+    #: (B, N, W, R): odd, beyond one tile of slots, more heads than one group, the paper's, the least there is, whole vectors.
+    sizes = (
+        (3, 7, 5, 2),
+        (2, 129, 7, 1),
+        (2, 33, 20, 6),
+        (2, 300, 9, 3),
+        (4, 128, 40, 4),
+        (1, 1, 1, 1),
+        (2, 40, 32, 3),
+    )
     options: tuple = ({},)
     #: The options that test_properties draws, as far as an operator has them.
     drawn: tuple = ()

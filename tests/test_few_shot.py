@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from packed import write_packed
 
 from mann_kernels.tasks import FewShotTasks, load_omniglot, omniglot, with_rotations
+from mann_kernels.train.settings import Settings
 
 
 def numbered(classes=12, each=9):
@@ -219,3 +222,21 @@ def test_bad_files(tmp_path):
     np.savez(tmp_path / "float.npz", images=np.zeros((2, 2, 4, 4)), class_vinyals=np.zeros(2, np.uint8))
     with pytest.raises(ValueError, match=r"got images float64 \[2, 2, 4, 4\]"):
         load_omniglot(tmp_path / "float.npz", "train")
+
+
+@pytest.mark.parametrize(
+    ("learner", "trained", "tested", "figure"),
+    [
+        ("metanet", 5, 5, 98.95),
+        ("metanet", 20, 5, 99.55),
+        ("metanet-", 10, 10, 98.32),
+        ("metanet-", 10, 5, None),
+        ("mann", 5, 5, None),
+    ],
+)
+def test_the_paper_beside_few_shot_tasks(learner, trained, tested, figure):
+    from mann_kernels.evaluate import papers_figures
+
+    settings = Settings(task="few-shot", learner=learner, ways=trained)
+    assert papers_figures(settings, tested) == ({} if figure is None else {learner: {"accuracy": figure}})
+    assert papers_figures(replace(settings, shots=5), tested) == {}

@@ -377,24 +377,6 @@ def test_evaluation_shows_the_paper_beside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("learner", "trained", "tested", "figure"),
-    [
-        ("metanet", 5, 5, 98.95),
-        ("metanet", 20, 5, 99.55),
-        ("metanet-", 10, 10, 98.32),
-        ("metanet-", 10, 5, None),
-        ("mann", 5, 5, None),
-    ],
-)
-def test_the_paper_beside_few_shot_tasks(learner, trained, tested, figure):
-    from mann_kernels.evaluate import papers_figures
-
-    settings = Settings(task="few-shot", learner=learner, ways=trained)
-    assert papers_figures(settings, tested) == ({} if figure is None else {learner: {"accuracy": figure}})
-    assert papers_figures(replace(settings, shots=5), tested) == {}
-
-
-@pytest.mark.parametrize(
     ("more", "augment", "turns", "title"),
     [
         ([], False, False, "3 test tasks"),
