@@ -206,6 +206,15 @@ def saturate(inputs):
             inputs[name] = torch.cat([sizes, -sizes]).repeat(value.numel())[: value.numel()].view_as(value)
 
 
+def some_of(options, sizes, dtype, request):
+    """Every size with the last options, in float32 every option with one of the sizes; each with each where there is time."""
+    for seed, size in enumerate(sizes):
+        for number, each in enumerate(options):
+            one = number % len(sizes) == seed and dtype == torch.float32
+            if request.config.getoption("--long") or number == len(options) - 1 or one:
+                yield seed, size, each
+
+
 class OperatorTests:
     """Subclasses set `op`, `inputs(seed, size)` (float64 Inputs with options, for the sizes in `sizes`) and `bad`."""
 

@@ -1,4 +1,4 @@
-"""`torchrun --nproc-per-node P tests/sharded.py CASE`: on every rank, a sharded memory against one that is whole.
+"""`torchrun --nproc-per-node P tests/sharded.py CASE ...`: on every rank, a sharded memory against one that is whole.
 
 Cases: `equal` (outputs, state, gradients to second order), `bytes` (what a step sends, for growing N), `large` (a million slots).
 """
@@ -167,9 +167,9 @@ def one_episode(layer, x):
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    {"equal": equal, "bytes": bytes_sent, "large": large}[sys.argv[1]](
-        init_device_mesh("cpu", (dist.get_world_size(),))
-    )
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for case in sys.argv[1:]:
+        {"equal": equal, "bytes": bytes_sent, "large": large}[case](mesh)
     gc.collect()  # models must be gone before their process group, or its threads and this one may wait for each other at exit
     dist.destroy_process_group()
     sys.stdout.flush()

@@ -1,12 +1,9 @@
 """The CUDA kernels as a library: that it builds, loads, registers and says clearly what it cannot do, without a device."""
 
 import importlib.util
-import json
 import os
 import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mann_kernels
 from mann_kernels import _backend, _library
+from mann_kernels.__main__ import as_text, report
 
 ROOT = Path(__file__).parent.parent
 #: The operators that have CUDA kernels.
@@ -87,13 +85,9 @@ def test_not_on_amd(monkeypatch):
 
 
 @built
-@pytest.mark.compiles
 def test_the_command_lists_them():
-    def output(*arguments):
-        command = [sys.executable, "-m", "mann_kernels", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-    facts, text = json.loads(output("--json")), output()
+    facts = report()
+    text = as_text(facts)
     assert facts["cuda_kernels"] == sorted(OPS)
     assert "CUDA kernels: built" in text
     for op in OPS:

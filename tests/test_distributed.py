@@ -92,13 +92,9 @@ def test_tasks_that_the_processes_cannot_share(alone, monkeypatch):
 @pytest.mark.compiles
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_sharded_memory_is_the_whole_one(processes):
-    """Outputs, state, and gradients to second order, where the ranks divide the slots and where they do not."""
-    torchrun(processes, "tests/sharded.py", "equal")
-
-
-@pytest.mark.compiles
-def test_what_a_step_sends_does_not_grow_with_the_slots():
-    torchrun(2, "tests/sharded.py", "bytes")
+    """Outputs, state, and gradients to second order, where the ranks divide the slots and where they do not; what a step sends
+    does not grow with the slots."""
+    torchrun(processes, "tests/sharded.py", "equal", "bytes")
 
 
 def test_every_slot_is_on_one_rank():

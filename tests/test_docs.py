@@ -87,7 +87,13 @@ def why_no_lstm():
 
 @pytest.mark.compiles
 @pytest.mark.parametrize(
-    "name", [pytest.param("lstm", marks=pytest.mark.skipif(bool(why_no_lstm()), reason=str(why_no_lstm()))), "mann"]
+    "name",
+    [
+        pytest.param(
+            "lstm", marks=[pytest.mark.long, pytest.mark.skipif(bool(why_no_lstm()), reason=str(why_no_lstm()))]
+        ),
+        "mann",
+    ],
 )
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_the_training_script_before_and_after(name, processes):

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +6,7 @@ from expected_skips import GPU, MUST_RUN, is_expected, must_run
 
 from mann_kernels import _backend
 
+pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parent.parent
 CANNOT = {(op, device, str(dtype).removeprefix("torch.")) for op, device, dtype in _backend.TRITON_CANNOT}
 
@@ -34,11 +33,10 @@ def test_a_kernel_that_must_be_there_is_not_skipped():
 
 
 @pytest.mark.parametrize("workers", [pytest.param((), marks=pytest.mark.long), ("-n", "1")])
-def test_a_skip_that_nobody_expects_fails_the_run(workers, tmp_path):
-    (tmp_path / "test_it.py").write_text("import pytest\ndef test_it():\n    pytest.skip('my kernel is gone')\n")
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    (tmp_path / "expected_skips.py").write_text((ROOT / "tests" / "expected_skips.py").read_text())
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *workers, tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1, done.stdout
-    assert "test_it.py::test_it: my kernel is gone" in done.stdout
+def test_a_skip_that_nobody_expects_fails_the_run(workers, pytester):
+    pytester.makepyfile(test_it="import pytest\ndef test_it():\n    pytest.skip('my kernel is gone')\n")
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.makepyfile(expected_skips=(ROOT / "tests" / "expected_skips.py").read_text())
+    done = pytester.runpytest_inprocess("-p", "no:cacheprovider", *workers)
+    assert done.ret == 1
+    done.stdout.fnmatch_lines(["test_it.py::test_it: my kernel is gone"])

@@ -18,6 +18,10 @@ class TestLruaSequence(SequenceTests):
         (replace("lengths", lambda n: n.int()), TypeError, "lengths: got torch.int32, want an int64"),
     )
 
+    @property
+    def small(self):
+        return self.inputs(0, 2, 5, 3, 2, T=2, **self.options[-1])
+
     def inputs(self, seed, B, N, W, R, T=5, beta=False, add=False, lengths=False, **options):
         drawn = draw(seed, key=(T, B, R, W), gate=(T, B, R), beta=(T, B, R), add=(T, B, R, W))
         drawn.update(beta=drawn["beta"] if beta else None, add=drawn["add"] if add else None)

@@ -38,6 +38,10 @@ class TestMannSequence(SequenceTests):
         inputs["lengths"] = (torch.arange(B) * 2 + 3) % (T + 1) if lengths else None
         return Inputs(**inputs, **options)
 
+    @property
+    def small(self):
+        return self.inputs(0, 2, 5, 3, 2, T=2, H=2, **self.options[-1])
+
     @pytest.mark.parametrize("device", DEVICES)
     def test_paper_size(self, device):
         inputs = self.inputs(49, 3, 128, 40, 4, T=6)

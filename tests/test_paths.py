@@ -85,7 +85,7 @@ def look(folder: Path, seconds: float, writers: int = 2) -> int:
 
 @pytest.mark.compiles
 def test_two_writers_and_a_reader(tmp_path):
-    assert look(tmp_path, seconds=4) > 10
+    assert look(tmp_path, seconds=1.5) > 10
 
 
 @pytest.mark.compiles

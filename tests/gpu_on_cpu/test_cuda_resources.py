@@ -2,6 +2,7 @@
 sizes no register is spilled."""
 
 import ctypes
+import functools
 import importlib.util
 import os
 import re
@@ -20,6 +21,7 @@ from expected_skips import NO_CUDA_KERNEL
 from test_properties import class_of
 
 import mann_kernels
+from bench.operators import operators
 from mann_kernels import _backend, _library
 
 
@@ -79,6 +81,14 @@ def launches_of(op, inputs):
     return {(launch.source, launch.options) for launch in launches}
 
 
+def layer_inputs(op, shape, dtype):
+    bench = operators()[op]
+    inputs = {name.replace("hidden", "x"): value.to(dtype) for name, value in bench.inputs(shape, 0).items()}
+    for name, value in inputs.items():
+        value.requires_grad_(shape.C > 1 or name != "x")
+    return inputs | dict(bench.options)
+
+
 def inputs_of(op, size, dtype, **options):
     inputs = class_of(op).inputs(1, *size, **options).to(dtype)
     for value in inputs.values():
@@ -87,22 +97,29 @@ def inputs_of(op, size, dtype, **options):
     return inputs
 
 
-AT_PAPER = {
-    "content_address": ((2, 128, 40, 4), {}),
-    "lrua_step": ((2, 128, 40, 4), {}),
-    "lrua_sequence": ((2, 128, 40, 4), {"T": 2}),
-    "mann_sequence": ((16, 128, 40, 4), {"T": 2, "H": 200}),
-}
+#: (B, N, W, R) of the paper, then of many slots for a few examples.
+PAPER, MANY = (16, 128, 40, 4), (1, 32768, 32, 4)
+LAYERS = [(op, case) for op in ("augmented_linear", "augmented_conv2d") for case in operators()[op].cases(False)]
+AT_PAPER = (
+    {
+        f"{op} {size}": (op, functools.partial(inputs_of, op, size, **({"T": 2} if op.endswith("sequence") else {}), **units))
+        for op, units in {"content_address": {}, "lrua_step": {}, "lrua_sequence": {}, "mann_sequence": {"H": 200}}.items()
+        for size in (PAPER, MANY)
+    }
+    | {op: (op, functools.partial(inputs_of, op, (1, 300, 20, 5))) for op in ("generate_fast_weights", "summarize_gradients")}
+    | {case.name: (op, functools.partial(layer_inputs, op, case.shape)) for op, case in LAYERS}
+)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("op", AT_PAPER)
-def test_no_spills_at_the_papers_sizes(op, dtype, compiler):
-    size, options = AT_PAPER[op]
-    for source, macros in launches_of(op, inputs_of(op, size, dtype, **options)):
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str)
+@pytest.mark.parametrize("name", AT_PAPER)
+def test_no_spills_at_the_papers_sizes(name, dtype, compiler):
+    """But for a few numbers of d backward, which a warp keeps 255 registers of."""
+    op, inputs = AT_PAPER[name]
+    for source, macros in launches_of(op, inputs(dtype=dtype)):
         failed, said = compile_for(compiler, 90, source, macros)
         assert not failed, said
-        assert set(spilled(said).values()) == {0}, (source, macros, spilled(said))
+        assert max(spilled(said).values()) <= 100 * (op == "summarize_gradients"), (source, macros, spilled(said))
 
 
 def products(cubin):

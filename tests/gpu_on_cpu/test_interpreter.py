@@ -5,7 +5,7 @@ Run with TRITON_INTERPRET=1, which Triton reads when a kernel is defined, so in 
 
 import pytest
 import torch
-from against_reference import compare, lay_out_backwards, matches, saturate
+from against_reference import compare, lay_out_backwards, matches, saturate, some_of
 from test_properties import class_of, tie, zero_rows
 
 import mann_kernels
@@ -36,11 +36,8 @@ def inputs_of(op, seed, size, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", _backend.OPS)
 def test_matches_reference(op, dtype, request):
-    everything = request.config.getoption("--long")
-    for seed, size in enumerate(SIZES):
-        every = class_of(op).options
-        for options in every if everything or dtype == torch.float32 else every[-1:]:
-            matches(op, inputs_of(op, seed, size, **options), dtype)
+    for seed, size, options in some_of(class_of(op).options, SIZES, dtype, request):
+        matches(op, inputs_of(op, seed, size, **options), dtype)
 
 
 @pytest.mark.parametrize("op", _backend.OPS)
@@ -87,7 +84,7 @@ def test_memory_of_many_tiles(op, dtype, monkeypatch):
     """What does not fit one tile goes another way through the kernels."""
     monkeypatch.setattr("mann_kernels.triton._launch.TILE", 128)
     options = class_of(op).options
-    for each in options if dtype == torch.float32 else options[-1:]:
+    for each in options[dtype != torch.float32 :: len(options) - 1]:
         matches(op, inputs_of(op, 1, (2, 37, 5, 3), **each), dtype)
 
 
