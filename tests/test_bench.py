@@ -121,7 +121,9 @@ def test_every_operator_has_a_bench():
 )
 def test_rows_of_timings(quick, passes, monkeypatch):
     monkeypatch.setattr(devices.Cpu, "seconds", 0.3)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # Inductor takes ten seconds
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="eager")
+    )  # Inductor takes ten seconds
     rows = harness.time_case(ADDRESS, Case("tiny", TINY), CPU, "float32", 1, quick)
     assert {row["contestant"] for row in rows} == {"mann_kernels", "eager", "compile_step"}
     assert {row["pass"] for row in rows} == passes

@@ -102,11 +102,22 @@ PAPER, MANY = (16, 128, 40, 4), (1, 32768, 32, 4)
 LAYERS = [(op, case) for op in ("augmented_linear", "augmented_conv2d") for case in operators()[op].cases(False)]
 AT_PAPER = (
     {
-        f"{op} {size}": (op, functools.partial(inputs_of, op, size, **({"T": 2} if op.endswith("sequence") else {}), **units))
-        for op, units in {"content_address": {}, "lrua_step": {}, "lrua_sequence": {}, "mann_sequence": {"H": 200}}.items()
+        f"{op} {size}": (
+            op,
+            functools.partial(inputs_of, op, size, **({"T": 2} if op.endswith("sequence") else {}), **units),
+        )
+        for op, units in {
+            "content_address": {},
+            "lrua_step": {},
+            "lrua_sequence": {},
+            "mann_sequence": {"H": 200},
+        }.items()
         for size in (PAPER, MANY)
     }
-    | {op: (op, functools.partial(inputs_of, op, (1, 300, 20, 5))) for op in ("generate_fast_weights", "summarize_gradients")}
+    | {
+        op: (op, functools.partial(inputs_of, op, (1, 300, 20, 5)))
+        for op in ("generate_fast_weights", "summarize_gradients")
+    }
     | {case.name: (op, functools.partial(layer_inputs, op, case.shape)) for op, case in LAYERS}
 )
 
