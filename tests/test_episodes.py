@@ -157,6 +157,21 @@ def test_warps_belong_to_a_class_of_an_episode():
     assert 0.2 < slant.max() < 0.42
 
 
+def test_half_of_the_warped_classes_are_joined():
+    """Every class of one grey: those of an episode in two have another's beyond a line, in all of their images the same."""
+    greys = torch.arange(40, 240, 20, dtype=torch.uint8)
+    images = greys[:, None, None, None, None].expand(10, 20, 1, 20, 20)
+    episodes = OmniglotEpisodes(images, warps=True).sample(200, torch.Generator().manual_seed(0))
+    seen = episodes.x[..., :400].transpose(0, 1)
+    counts = torch.stack([((seen - grey / 255).abs() < 1e-4).sum(-1) for grey in greys.tolist()], -1)  # [B, T, greys]
+    first = [[(episodes.y[:, b] == label).nonzero()[0, 0] for label in range(5)] for b in range(200)]
+    for b in range(200):
+        assert torch.equal(counts[b], counts[b, first[b]][episodes.y[:, b]])
+    colours = torch.cat([counts[b, first[b]] for b in range(200)]).gt(20).sum(-1)
+    assert set(colours.tolist()) == {1, 2}
+    assert 0.45 * 0.9 < (colours == 2).float().mean() < 0.45 * 1.1  # one in ten is joined with its own
+
+
 def nearest(episodes, guess):
     """The answer at each step: that of the nearest image before, and `guess` [B, ...] at the first."""
     pixels = episodes.x[..., : SIDE * SIDE].transpose(0, 1)

@@ -44,12 +44,25 @@ def before(y: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros_like(y[:1]), y[:-1]])
 
 
+def _coordinates(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far right of and below the centre each of the h * w pixels of an image is, in half sides."""
+    height, width = pixels.shape[-2:]
+    down, right = ((torch.arange(size, device=pixels.device) * 2 + 1) / size - 1 for size in (height, width))
+    return right.repeat(height), down.repeat_interleave(width)
+
+
+def _joined(pixels: torch.Tensor, others: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
+    """pixels [B, T, 1, h, w] on one side of a line and others on the other, where right * cut[0] + down * cut[1] > cut[2]."""
+    right, down = _coordinates(pixels)
+    beyond = cut[..., :1] * right + cut[..., 1:2] * down > cut[..., 2:]
+    return torch.where(beyond.view(pixels.shape), others, pixels)
+
+
 def _placed(pixels: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """pixels [B, T, 1, h, w] by place [B, T, 2, 3], which maps (right, down, 1) of each pixel to its source, in half sides;
     bilinear, zero outside."""
     height, width = pixels.shape[-2:]
-    down, right = ((torch.arange(size, device=pixels.device) * 2 + 1) / size - 1 for size in (height, width))
-    right, down = right.repeat(height), down.repeat_interleave(width)
+    right, down = _coordinates(pixels)
     # Faster than affine_grid, which multiplies a 3 x 2 matrix for each image.
     where = (place[..., :1] * right + place[..., 1:2] * down + place[..., 2:]).transpose(-2, -1)
     where = where.reshape(-1, height, width, 2)
@@ -70,8 +83,9 @@ class OmniglotEpisodes:
             or "equal".
         augment: turn each image by up to pi/16 and shift it by up to 10/105 of its side, as in the paper.
         turns: turn each class of an episode by 0, 90, 180 or 270 degrees.
-        warps: mirror one class of an episode in two, stretch each by up to a third along either axis, and shear it by up to
-            0.3: classes that there are none of. Not in the paper.
+        warps: make classes that there are none of: join one class of an episode in two with another along a line near the
+            centre, mirror one in two, stretch each by up to a third along either axis, and shear it by up to 0.3. Not in the
+            paper.
 
     Raises:
         ValueError: naming the argument that does not fit the examples or the others.
@@ -109,8 +123,10 @@ class OmniglotEpisodes:
     def sample(self, B: int, generator: torch.Generator) -> Episodes:
         """B independent episodes on the device of the examples; y is the label [T, B], or the string's five letters [T, B, 5]."""
         device = self.examples.device
-        label, example, place, letters = (drawn.to(device) for drawn in self._draw(B, generator))
-        pixels = numbers(self.examples.flatten(0, 1)[example]) / 255
+        label, example, place, letters, other, cut = (drawn.to(device) for drawn in self._draw(B, generator))
+        pixels = self._pixels(example)
+        if cut.numel():
+            pixels = _joined(pixels, self._pixels(other), cut)
         if place.numel():
             pixels = _placed(pixels, place)
         known = F.one_hot(label, self.ways)
@@ -122,10 +138,14 @@ class OmniglotEpisodes:
         x[..., -self.output_size :] = before(x[..., -self.output_size :])
         return Episodes(x, y.transpose(0, 1), presentation.t())
 
+    def _pixels(self, example):
+        return numbers(self.examples.flatten(0, 1)[example]) / 255
+
     @on_cpu
     def _draw(self, B, generator):
         """All that is random, drawn where the generator is, the same for every device: labels and examples [B, T], the
-        place of each image [B, T, 2, 3], letters [B, T, 5]; the last two empty where they have no use."""
+        place of each image [B, T, 2, 3], letters [B, T, 5], the examples that these are joined with [B, T] and along which
+        line [B, T, 3]; what has no use is empty."""
         number, each = self.examples.shape[:2]
         classes = uniform(B, number, generator=generator).topk(self.ways).indices
         order = uniform(B, self.ways, each, generator=generator)
@@ -138,7 +158,19 @@ class OmniglotEpisodes:
         label, example = chosen // each, chosen % each
         place = self._places(label, generator) if self.augment or self.turns or self.warps else torch.empty(0)
         letters = self._strings(label, generator) if self.labels == "string" else torch.empty(0)
-        return label, classes.gather(1, label) * each + example, place, letters
+        other, cut = self._joins(label, example, generator) if self.warps else (torch.empty(0),) * 2
+        return label, classes.gather(1, label) * each + example, place, letters, other, cut
+
+    def _joins(self, label, example, generator):
+        """What the images of an episode are joined with, and along which line: see _draw and _joined."""
+        B, (number, each) = label.shape[0], self.examples.shape[:2]
+        classes = torch.randint(number, (B, self.ways), generator=generator)
+        shift = torch.randint(each, (B, self.ways), generator=generator)
+        whole = uniform(B, self.ways, generator=generator) >= 0.5
+        angle = uniform(B, self.ways, generator=generator) * (2 * math.pi)
+        edge = (uniform(B, self.ways, generator=generator) * 0.6 - 0.3).masked_fill(whole, math.inf)
+        cut = torch.stack([angle.cos(), angle.sin(), edge], -1)[torch.arange(B)[:, None], label]
+        return classes.gather(1, label) * each + (example + shift.gather(1, label)) % each, cut
 
     def _places(self, label, generator):
         """Turns, shifts and warps of the images of an episode: [B, T, 2, 3], see _placed."""

@@ -91,7 +91,7 @@ def main(
         str | None, typer.Option(help="few-shot: quarter turns are classes, or of the tasks for training, one a class.")
     ] = None,
     warps: Annotated[
-        bool, typer.Option(help="omniglot: mirror, stretch and shear the classes of training, not in the paper.")
+        bool, typer.Option(help="omniglot: join, mirror, stretch and shear the classes of training, not in the paper.")
     ] = DEFAULT["warps"],
     bits: Annotated[int, typer.Option(min=1, help="Of a vector to copy or recall.")] = DEFAULT["bits"],
     dimensions: Annotated[int, typer.Option(min=1, max=3, help="Of gp-regression's x.")] = DEFAULT["dimensions"],
