@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import typer
+from matplotlib.axes import Axes
 from packed import write_packed
 from torch import nn
 from typer.testing import CliRunner
 
+from mann_kernels.compare import main as compare
 from mann_kernels.tasks import FewShotTasks, load_omniglot
 from mann_kernels.train import loop
 from mann_kernels.train.loop import Run, mean_and_half_width
@@ -359,6 +361,26 @@ def test_the_commands_from_training_to_pictures(tmp_path):
     missing = invoke(str(tmp_path / "none"), command=evaluate)
     assert missing.exit_code == 2
     assert "want the checkpoint of a run" in " ".join(missing.output.replace("│", " ").split())
+
+
+def test_several_runs_in_one_picture(tmp_path, monkeypatch):
+    """A line for each, through its tests alone, over the tasks of the training."""
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, *a, **options: drawn.append((*a, options)) or plot(self, *a, **options)
+    )
+    for name, rows in {"a": "1,4,,,1\n2,8,0.5,0.1,2", "b": "3,6,0.25,0.1,1"}.items():
+        (tmp_path / f"{name}.csv").write_text(f"update,tasks,test_accuracy,test_accuracy_half_width,seconds\n{rows}\n")
+    out = tmp_path / "both.png"
+    result = invoke(str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--out", str(out), command=compare)
+    assert result.exit_code == 0, result.output
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert drawn == [([8.0], [0.5], {"label": "a"}), ([6.0], [0.25], {"label": "b"})]
+    (tmp_path / "a.csv").write_text("update,tasks,test_accuracy,seconds\n1,2,,3\n")
+    for wrong, said in (("a.csv", "a: got 1 rows without test_accuracy, want"), ("c", "no log there, want")):
+        result = invoke(str(tmp_path / wrong), "--out", str(out), command=compare)
+        assert result.exit_code == 2
+        assert said in " ".join(result.output.replace("│", " ").split())
 
 
 def test_evaluation_shows_the_paper_beside(tmp_path):

@@ -65,6 +65,33 @@ def plot_log(rows: list[dict], names: list[str], title: str) -> bytes:
     return as_png(figure)
 
 
+def plot_tests(runs: dict[str, list[dict]]) -> bytes:
+    """A PNG of the first score on the test tasks over the tasks of the training, a line with its interval for each run by name.
+
+    Raises:
+        ValueError: naming a run that has no such test.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    columns = (column for rows in runs.values() for row in rows[:1] for column in row)
+    score = next((column for column in columns if column.startswith("test_")), "a test")
+    half_width = f"{score}_half_width"
+    for name, rows in runs.items():
+        tested = [row for row in rows if row.get(score)]
+        if not tested:
+            raise ValueError(f"{name}: got {len(rows)} rows without {score}, want the log of a run that was tested")
+        tasks, mean, half = ([float(row[column]) for row in tested] for column in ("tasks", score, half_width))
+        (line,) = axes.plot(tasks, mean, label=name)
+        low, high = ([value + sign * width for value, width in zip(mean, half, strict=True)] for sign in (-1, 1))
+        axes.fill_between(tasks, low, high, color=line.get_color(), alpha=0.2)
+    axes.set(xscale="log", xlabel="tasks of the training", ylabel=score.removeprefix("test_") + " on test tasks")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return as_png(figure)
+
+
 def as_png(figure) -> bytes:
     """A matplotlib figure as the content of a file."""
     image = io.BytesIO()
