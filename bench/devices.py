@@ -4,6 +4,7 @@ Both classes answer the same calls, so that the harness has one path. Everything
 its public names.
 """
 
+import ctypes
 import functools
 import shutil
 import subprocess
@@ -18,6 +19,22 @@ FLUSH_BYTES = 2**28
 GPU_STATE = ("driver_version", "pstate", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw")
 #: Calls before the first measured one, and before a capture.
 WARM_UP = 3
+
+
+#: Of glibc's mallopt: how much at the end of the heap is given back, and how many blocks lie outside it.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what this process frees, where it can be told to.
+
+    A page that was given back is cleared when it comes again, which takes longer than to fill it; which of the contestants
+    that would meet is chance. A training that frees what it took is not met by it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
 
 
 class DeviceLost(RuntimeError):

@@ -154,7 +154,7 @@ def module(kind: str, s: Shape, device: torch.device) -> torch.nn.Module:
 
 def passes(kind: str, s: Shape, x: torch.Tensor):
     made = module(kind, s, x.device)
-    weight = torch.randn(s.T, s.B, s.I, device=x.device)
+    gradient = torch.randn(s.T, s.B, s.I, device=x.device)
 
     def run():
         return made(x, (None, None, None), reset_experience=True)[0]
@@ -165,6 +165,6 @@ def passes(kind: str, s: Shape, x: torch.Tensor):
 
     def train():
         made.zero_grad(set_to_none=True)
-        (run() * weight).sum().backward()
+        run().backward(gradient)
 
     return forward, train

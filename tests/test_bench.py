@@ -9,6 +9,7 @@ import pytest
 import torch
 from against_reference import OnePercentOff
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import mann_kernels
@@ -141,6 +142,26 @@ def test_what_a_call_costs(monkeypatch):
     with call_costs.Recorded() as record:
         harness.Work(ADDRESS, ADDRESS.inputs(TINY, 0), torch.float32).train(mann_kernels.content_address)
     assert [call[0]._opname for call in record.calls] == ["content_address", "content_address_backward"]
+
+
+def test_a_training_step_is_the_operator_alone():
+    """Forward and backward, and neither a loss nor its gradient."""
+    made = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    work = harness.Work(ADDRESS, ADDRESS.inputs(TINY, 0), torch.float32)
+    for _ in range(2):  # at the first call the gradient is drawn
+        made.clear()
+        with Calls():
+            work.train(mann_kernels.content_address)
+    assert [name for name in made if "detach" not in name] == [
+        "mann::content_address",
+        "mann::content_address_backward",
+    ]
 
 
 def test_saved_bytes_of_a_known_graph():

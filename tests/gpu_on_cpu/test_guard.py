@@ -62,11 +62,11 @@ class Launches(TorchDispatchMode):
 def launches_of(function, work):
     """Forward and backward, of a training step."""
     with Launches() as forward:
-        loss, _ = work.loss(function)
-    before_loss = forward.count - 2  # the loss itself is a product and a sum
+        out = function(*work.tensors.values())[0]
+    gradient = torch.ones_like(out)
     with Launches() as backward:
-        loss.backward()
-    return before_loss, backward.count - 2  # and their gradients
+        out.backward(gradient)
+    return forward.count, backward.count
 
 
 def test_launches_of_an_episode():
