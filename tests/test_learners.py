@@ -140,6 +140,48 @@ def test_forget_bias():
     assert change.tolist() == [0.0] * 9 + [pytest.approx(1.0)] * 9 + [0.0] * 18
 
 
+def test_a_memory_that_is_kept(tmp_path):
+    """An episode goes on with memory, usage and read weights of the one before, and with nothing else; a test begins anew."""
+    settings, episodes = replace(SMALL, keep_memory=True), Copy(6, 3)
+    learner = build.learner(settings, episodes)
+    core = learner.core
+    first, second = (episodes.sample(settings.tasks_per_update, torch.Generator().manual_seed(seed)).x for seed in (0, 1))
+    learner(first)
+    _, state = core(first)
+    output = learner(second)
+    began = core.initial_state(first.shape[1])
+    began = began._replace(memory=state.memory, usage=state.usage, read_weights=state.read_weights)
+    assert torch.equal(output, learner.readout(core(second, began)[0]))
+    assert not any(buffer.requires_grad for buffer in learner.buffers())
+    kept = [buffer.clone() for buffer in learner.buffers()]
+    learner.eval()
+    plain = build.learner(replace(settings, keep_memory=False), episodes)
+    plain.load_state_dict(learner.state_dict(), strict=False)
+    assert torch.equal(learner(first[:, :3]), plain(first[:, :3]))
+    assert not torch.equal(learner(first[:, :3]), plain(first[:, :3]))
+    assert torch.equal(learner(first[:, :2]), plain(first[:, :2]))
+    assert all(map(torch.equal, learner.buffers(), kept))
+    with pytest.raises(ValueError, match="x: got 1 episodes, want"):
+        learner.train()(first[:, :1])
+    assert torch.equal(learner.eval()(first[:, :2]), plain(first[:, :2]))
+    for wrong in (replace(settings, learner="lstm"), replace(settings, task="sinusoid")):
+        with pytest.raises(ValueError, match=r"--keep-memory: got .* want it for mann and tasks of episodes"):
+            build.learner(wrong, build.tasks(wrong, None)[0])
+
+
+def test_a_kept_memory_is_in_the_checkpoint(tmp_path):
+    """Stopped and gone on with: the same bits."""
+    settings, weights = replace(SMALL, keep_memory=True, log_every=2), []
+    for name, ends in {"whole": (4,), "parts": (2, 4)}.items():
+        for end in ends:
+            torch.manual_seed(0)
+            tasks = build.tasks(settings, None)
+            run = Run(build.learner(settings, tasks[0]), *tasks, settings, tmp_path / name, resume=True)
+            assert sum(1 for _ in run.train(end)) == end - (2 if len(ends) == 2 and end == 4 else 0)
+        weights.append(run.learner.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def losses(name, dtype, folder, updates=50):
     """Of the same run on one implementation, in one dtype."""
     settings = replace(SMALL, task="associative-recall", length=4, write="add", key_strength=True, log_every=1000)

@@ -102,6 +102,9 @@ def main(
     write: Annotated[str, typer.Option(help="What MANN writes: key or add.")] = DEFAULT["write"],
     key_strength: Annotated[bool, typer.Option(help="MANN learns a key strength.")] = DEFAULT["key_strength"],
     forget_bias: Annotated[float, typer.Option(help="Added to the forget gate's.")] = DEFAULT["forget_bias"],
+    keep_memory: Annotated[bool, typer.Option(help="MANN's memory is not wiped between episodes.")] = DEFAULT[
+        "keep_memory"
+    ],
     tasks_per_update: Annotated[int | None, typer.Option(min=1, help="Tasks in one update.")] = None,
     optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = DEFAULT["optimizer"],
     learning_rate: Annotated[float, typer.Option(help="At the start; more than 0.")] = DEFAULT["learning_rate"],

@@ -114,6 +114,8 @@ def learner(settings: Settings, task) -> nn.Module:
     s = settings
     if s.learner not in FITTING[s.task]:
         raise ValueError(f"--learner: got {s.learner!r}, want for {s.task} one of {', '.join(FITTING[s.task])}")
+    if s.keep_memory and (s.task not in EPISODES or not s.learner.startswith("mann")):
+        raise ValueError(f"--keep-memory: got {s.learner} for {s.task}, want it for mann and tasks of episodes")
     if s.learner in METANETS:
         return MetaNet.omniglot(s.ways, **METANETS[s.learner])
     if s.learner == "multi-task":
@@ -129,7 +131,8 @@ def learner(settings: Settings, task) -> nn.Module:
     else:
         names = ("hidden_size", "num_slots", "slot_size", "num_heads", "write", "key_strength")
         controller = "feedforward" if s.learner == "mann-feedforward" else "lstm"
-        made = learners.mann(*sizes, controller=controller, **{name: getattr(s, name) for name in names})
+        keep = s.tasks_per_update * s.keep_memory
+        made = learners.mann(*sizes, keep, controller=controller, **{name: getattr(s, name) for name in names})
     if s.forget_bias and s.learner != "mann-feedforward":
         learners.set_forget_bias(made.core, s.forget_bias)
     return made

@@ -67,15 +67,57 @@ class Recurrent(nn.Module):
         return self.readout(self.core(x, state)[0]).view(G, L, -1)
 
 
+class Kept(Recurrent):
+    """A MANN whose memory is not wiped between episodes (Santoro et al. 2016, section 4.2.1).
+
+    Every episode of a batch begins with the memory, usage and read weights that the one before left in its place; no gradient
+    goes back to that one. In training they are buffers, so a checkpoint has them. A test begins with an empty memory.
+
+    Args:
+        episodes: of a batch in training, all in one process.
+    """
+
+    core: MANN
+
+    def __init__(self, core: MANN, width: int, output_size: int, episodes: int):
+        super().__init__(core, width, output_size)
+        empty = core.initial_state(episodes)
+        for name in ("memory", "usage", "read_weights"):
+            self.register_buffer(name, getattr(empty, name))
+        self.tested: dict[str, torch.Tensor] = {}
+
+    def train(self, mode: bool = True) -> "Kept":
+        self.tested = {}
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state, kept = self.core.initial_state(x.shape[1]), dict(self.named_buffers(recurse=False))
+        if not self.training:
+            kept = self.tested if self.tested and len(self.tested["memory"]) == x.shape[1] else {}
+        elif len(kept["memory"]) != x.shape[1]:
+            raise ValueError(
+                f"x: got {x.shape[1]} episodes, want {len(kept['memory'])}, whose memory is kept, in one process"
+            )
+        output, state = self.core(x, state._replace(**kept))
+        after = {name: getattr(state, name).detach() for name in ("memory", "usage", "read_weights")}
+        if not self.training:
+            self.tested = after
+            return self.readout(output)
+        for name, tensor in after.items():
+            setattr(self, name, tensor)
+        return self.readout(output)
+
+
 def lstm(input_size: int, output_size: int, hidden_size: int = 200) -> Recurrent:
     """An LSTM without memory, the paper's baseline."""
     return Recurrent(nn.LSTM(input_size, hidden_size), hidden_size, output_size)
 
 
-def mann(input_size: int, output_size: int, **options) -> Recurrent:
-    """A MANN with these options."""
+def mann(input_size: int, output_size: int, keep: int = 0, **options) -> Recurrent:
+    """A MANN with these options, whose memory is kept between batches of `keep` episodes."""
     core = MANN(input_size, **options)
-    return Recurrent(core, core.hidden_size + core.num_heads * core.slot_size, output_size)
+    width = core.hidden_size + core.num_heads * core.slot_size
+    return Kept(core, width, output_size, keep) if keep else Recurrent(core, width, output_size)
 
 
 def set_forget_bias(core: nn.Module, value: float) -> None:

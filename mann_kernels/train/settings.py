@@ -79,6 +79,7 @@ class Settings:
     write: str = "key"
     key_strength: bool = False
     forget_bias: float = 0.0
+    keep_memory: bool = False  # of MANN between episodes
     # the updates
     tasks_per_update: int = 16
     optimizer: str = "adam"
