@@ -145,7 +145,9 @@ def test_a_memory_that_is_kept(tmp_path):
     settings, episodes = replace(SMALL, keep_memory=True), Copy(6, 3)
     learner = build.learner(settings, episodes)
     core = learner.core
-    first, second = (episodes.sample(settings.tasks_per_update, torch.Generator().manual_seed(seed)).x for seed in (0, 1))
+    first, second = (
+        episodes.sample(settings.tasks_per_update, torch.Generator().manual_seed(seed)).x for seed in (0, 1)
+    )
     learner(first)
     _, state = core(first)
     output = learner(second)
