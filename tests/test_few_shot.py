@@ -240,3 +240,20 @@ def test_the_paper_beside_few_shot_tasks(learner, trained, tested, figure):
     settings = Settings(task="few-shot", learner=learner, ways=trained)
     assert papers_figures(settings, tested) == ({} if figure is None else {learner: {"accuracy": figure}})
     assert papers_figures(replace(settings, shots=5), tested) == {}
+
+
+@pytest.mark.parametrize(("ways", "labels"), [(2, [0, 3]), (3, [0, 2, 4]), (4, [0, 1, 3, 4]), (6, [0, 1, 2, 3, 4, 5])])
+def test_fewer_classes_have_labels_all_over(ways, labels):
+    """An answer is right if it is the largest of those of the task."""
+    source = FewShotTasks(torch.rand(7, 3, 1, 4, 4), 6, 1, 2)
+    source.ways = ways
+    tasks = source.sample(3, torch.Generator().manual_seed(0))
+    assert tasks.support_y.tolist() == [labels] * 3
+    assert tasks.query_y.tolist() == [labels * 2] * 3
+    output = torch.nn.functional.one_hot(tasks.query_y, 6).float()
+    absent = [label for label in range(6) if label not in labels]
+    output[..., absent] = 2.0
+    output[0, 0, labels[1]] = 1.5  # instead of the first
+    right, asked = source.scores(output, tasks)["accuracy"]
+    assert right.tolist() == [2 * ways - 1, 2 * ways, 2 * ways]
+    assert asked.tolist() == [2 * ways] * 3

@@ -59,8 +59,16 @@ class FewShotTasks:
         self.examples, self.ways, self.shots, self.queries, self.turns = examples, ways, shots, queries, turns
         self.input_size, self.output_size = examples.shape[2:].numel(), ways
 
+    @property
+    def labels(self) -> torch.Tensor:
+        """The labels of a task's classes, [ways]: 0..ways-1; where `ways` was made smaller later, spread over those there were.
+
+        A learner that takes the support set in parts then meets labels in the part in which it met them before.
+        """
+        return torch.arange(self.ways, device=self.examples.device) * self.output_size // self.ways
+
     def sample(self, G: int, generator: torch.Generator) -> Tasks:
-        """G independent tasks: classes, labels 0..ways-1 and examples drawn uniformly without replacement.
+        """G independent tasks: classes and examples drawn uniformly without replacement, the classes' labels in order.
 
         The support examples are ordered shot by shot, with the classes in order of their labels within each; so are the queries.
         """
@@ -69,7 +77,7 @@ class FewShotTasks:
         x = self.examples[classes, chosen]
         x = self._turned(x, turns) if self.turns else x
         x = numbers(x) / 255 if x.dtype == torch.uint8 else x
-        y = torch.arange(self.ways, device=device).expand(chosen.shape)
+        y = self.labels.expand(chosen.shape)
         halves = (
             tensor[:, part].flatten(1, 2) for part in (slice(self.shots), slice(self.shots, None)) for tensor in (x, y)
         )
@@ -100,6 +108,6 @@ class FewShotTasks:
         return F.cross_entropy(output.flatten(0, 1), tasks.query_y.flatten())
 
     def scores(self, output: torch.Tensor, tasks: Tasks) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Right answers and queries of each task [G]. Of a learner that knows more classes the first `ways` count."""
-        right = output[..., : self.ways].argmax(-1) == tasks.query_y
+        """Right answers and queries of each task [G]. Of a learner that knows more classes those of the task count."""
+        right = self.labels[output[..., self.labels].argmax(-1)] == tasks.query_y
         return {"accuracy": (right.sum(-1), torch.full((len(right),), right.shape[1], device=right.device))}
