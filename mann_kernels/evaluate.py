@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mann_kernels._paths import about
 from mann_kernels.modules import MANN, MetaNet
-from mann_kernels.tasks import PRESENTATIONS, FewShotTasks, GPRegression, OmniglotEpisodes
+from mann_kernels.tasks import PRESENTATIONS, GPRegression, OmniglotEpisodes
 from mann_kernels.train import build
 from mann_kernels.train.checkpoint import UNREADABLE, load_weights, read_facts, write_atomically
 from mann_kernels.train.log import as_png, plot_log, read_log
@@ -60,7 +60,7 @@ def main(
     ] = False,
     ways: Annotated[
         int | None,
-        typer.Option(min=2, max=MOST, help="few-shot: classes of a test task, at most as many as in training."),
+        typer.Option(min=2, max=MOST, help="Classes of a test task; at most as many as in training, but with strings."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures: the training, and one task.")] = None,
@@ -80,10 +80,14 @@ def main(
         settings = replace(settings, device=device)
         _, test_tasks = build.tasks(settings, data)
         if ways is not None:
-            if not isinstance(test_tasks, FewShotTasks):
-                raise ValueError(f"--ways: got {ways} for {settings.task}, want it for few-shot")
-            if ways > settings.ways:
+            if settings.task not in build.OF_OMNIGLOT:
+                raise ValueError(f"--ways: got {ways} for {settings.task}, want it for few-shot or omniglot")
+            if ways > settings.ways and (settings.task, settings.labels) != ("omniglot", "string"):
                 raise ValueError(f"--ways: got {ways}, want at most {settings.ways}, the classes it was trained on")
+            if isinstance(test_tasks, OmniglotEpisodes):
+                test_tasks.resize(ways)
+            else:
+                test_tasks.ways = ways
         learner = build.learner(settings, test_tasks)
         load_weights(checkpoint, learner)
         build.on_device(learner, device)
@@ -93,10 +97,8 @@ def main(
                 plots.mkdir(parents=True, exist_ok=True)
     if isinstance(test_tasks, OmniglotEpisodes):
         test_tasks.augment, test_tasks.turns = augment, augment or turns
-    if ways is not None:
-        test_tasks.ways = ways
-        if isinstance(learner, MetaNet):
-            learner.fewer_classes = True
+    if ways is not None and isinstance(learner, MetaNet):
+        learner.fewer_classes = True
     torch.set_num_threads(settings.threads)
     with told(status=1):
         found = measure(learner, test_tasks, tasks, seed, device)
@@ -114,7 +116,7 @@ def main(
 def papers_figures(settings: Settings, ways: int) -> dict[str, dict[str, float]]:
     """Look up what the task's paper has for each learner, in % by score."""
     if settings.task == "omniglot":
-        rows = {learner: row for (*of, learner), row in PAPER.items() if of == [settings.labels, settings.ways]}
+        rows = {learner: row for (*of, learner), row in PAPER.items() if of == [settings.labels, ways]}
         scores = [f"accuracy_{k}" for k in PRESENTATIONS]
         return {learner: dict(zip(scores, row, strict=True)) for learner, row in rows.items()}
     if settings.task == "few-shot" and settings.shots == 1:

@@ -172,6 +172,19 @@ def test_half_of_the_warped_classes_are_joined():
     assert 0.45 * 0.9 < (colours == 2).float().mean() < 0.45 * 1.1  # one in ten is joined with its own
 
 
+def test_episodes_of_another_size():
+    """With fewer classes the input is as wide as before; a size that does not fit leaves the one before."""
+    source = OmniglotEpisodes(numbered(), 4, labels="onehot")
+    source.resize(2)
+    episodes = source.sample(5, torch.Generator().manual_seed(0))
+    assert episodes.x.shape == (20, 5, source.input_size) == (20, 5, SIDE * SIDE + 4)
+    assert set(episodes.y.flatten().tolist()) == {0, 1}
+    for wrong, said in (((13,), "ways: got 13, want 2 to 12"), ((2, 50), "length: got 50, want 1 to 40")):
+        with pytest.raises(ValueError, match=said):
+            source.resize(*wrong)
+    assert (source.ways, source.length) == (2, 20)
+
+
 def nearest(episodes, guess):
     """The answer at each step: that of the nearest image before, and `guess` [B, ...] at the first."""
     pixels = episodes.x[..., : SIDE * SIDE].transpose(0, 1)

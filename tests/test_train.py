@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from mann_kernels.compare import main as compare
-from mann_kernels.tasks import FewShotTasks, load_omniglot
+from mann_kernels.tasks import FewShotTasks, OmniglotEpisodes, load_omniglot
 from mann_kernels.train import loop
 from mann_kernels.train.loop import Run, mean_and_half_width
 from mann_kernels.train.settings import Settings
@@ -423,6 +423,43 @@ def test_evaluation_of_fifteen_classes_augmented_or_not(tmp_path, monkeypatch, m
     assert result.output.splitlines()[0].rstrip().endswith(title)
     assert all(number in result.output for number in ("62.6", "79.3", "86.6", "88.7", "95.3", "43.4"))
     assert "93.1" not in result.output  # of 5 classes
+
+
+def test_a_curriculum(tmp_path, monkeypatch):
+    """From three classes to five, one more every two updates; resumed in the middle; tested on as many as one likes."""
+    from mann_kernels.evaluate import main as evaluate
+
+    sizes, sample = [], OmniglotEpisodes.sample
+
+    def sampled(self, B, generator):
+        sizes.append((self.ways, self.length))
+        return sample(self, B, generator)
+
+    monkeypatch.setattr(OmniglotEpisodes, "sample", sampled)
+    data, out = write_packed(tmp_path / "small.npz", classes=36, drawers=10), tmp_path / "run"
+    strings = ["omniglot", "--data", str(data), "--out", str(out), "--labels", "string", "--ways", "3", *TINY.split()]
+    call = [*strings, "--updates-per-way", "2", "--most-ways"]
+    for updates in ("3", "7"):
+        result = invoke(*call, "5", "--updates", updates, "--resume")
+        assert result.exit_code == 0, result.output
+    grown = [3, 3, 4, 3, 4, 5, 5, 5, 3]  # a test after three updates and after seven, of as many as at the beginning
+    assert sizes == [(ways, 10 * ways) for ways in grown]
+    result = invoke(str(out), "--data", str(data), "--tasks", "2", "--ways", "6", command=evaluate)
+    assert result.exit_code == 0, result.output
+    assert sizes[-1] == (6, 60)
+    new = ["--out", str(tmp_path / "other")]
+    for wrong, said in (
+        ([*call, "31", *new], "ways: got 31, want 2 to 30"),
+        (
+            [*call, "5", "--length", "9", *new],
+            "--most-ways: got 5, want it for omniglot with --labels string and without",
+        ),
+        ([*call, "5", "--labels", "onehot", *new], "--most-ways: got 5, want it for omniglot with --labels string"),
+        (["copy", "--most-ways", "5", *new], "--most-ways: got 5, want it for omniglot"),
+    ):
+        result = invoke(*wrong)
+        assert result.exit_code == 2
+        assert said in " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("learner", ["metanet", "context-recurrent"])

@@ -103,22 +103,32 @@ class OmniglotEpisodes:
         turns: bool = False,
         warps: bool = False,
     ):
-        length = 10 * ways if length is None else length
         for name, value, known in (("labels", labels, LABELS), ("counts", counts, COUNTS)):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, want one of {', '.join(known)}")
-        check_sizes(ways=ways, length=length)
-        if not 2 <= ways <= examples.shape[0]:
-            raise ValueError(f"ways: got {ways}, want 2 to {examples.shape[0]}, the classes there are")
-        if not 1 <= length <= ways * examples.shape[1]:
-            raise ValueError(f"length: got {length}, want 1 to {ways * examples.shape[1]}, the examples of an episode")
-        if counts == "equal" and length % ways:
-            raise ValueError(f"length: got {length}, want a multiple of ways={ways} for equal counts")
-        self.examples, self.ways, self.length = examples, ways, length
-        self.labels, self.counts, self.augment, self.turns, self.warps = labels, counts, augment, turns, warps
-        self.most = length // ways if counts == "equal" else min(length, examples.shape[1])
+        self.examples, self.labels, self.counts = examples, labels, counts
+        self.augment, self.turns, self.warps = augment, turns, warps
+        self.resize(ways, length)
         self.output_size = ways if labels == "onehot" else CHARACTERS * LETTERS
         self.input_size = examples.shape[-2:].numel() + self.output_size
+
+    def resize(self, ways: int, length: int | None = None) -> None:
+        """Make the episodes that come of other sizes; with one-hot labels a learner takes no more classes than before.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        classes, each = self.examples.shape[:2]
+        length = 10 * ways if length is None else length
+        check_sizes(ways=ways, length=length)
+        if not 2 <= ways <= classes:
+            raise ValueError(f"ways: got {ways}, want 2 to {classes}, the classes there are")
+        if not 1 <= length <= ways * each:
+            raise ValueError(f"length: got {length}, want 1 to {ways * each}, the examples of an episode")
+        if self.counts == "equal" and length % ways:
+            raise ValueError(f"length: got {length}, want a multiple of ways={ways} for equal counts")
+        self.ways, self.length = ways, length
+        self.most = length // ways if self.counts == "equal" else min(length, each)
 
     def sample(self, B: int, generator: torch.Generator) -> Episodes:
         """B independent episodes on the device of the examples; y is the label [T, B], or the string's five letters [T, B, 5]."""
@@ -129,7 +139,7 @@ class OmniglotEpisodes:
             pixels = _joined(pixels, self._pixels(other), cut)
         if place.numel():
             pixels = _placed(pixels, place)
-        known = F.one_hot(label, self.ways)
+        known = F.one_hot(label, self.output_size if self.labels == "onehot" else self.ways)
         presentation = known.cumsum(1).gather(2, label[..., None])[..., 0]
         y = label
         if self.labels == "string":

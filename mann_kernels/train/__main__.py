@@ -67,6 +67,12 @@ def main(
     ] = math.inf,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
     ways: Annotated[int, typer.Option(min=2, help="Classes of a task.")] = DEFAULT["ways"],
+    most_ways: Annotated[
+        int, typer.Option(help="omniglot with strings: a curriculum from --ways classes to so many; 0 for none.")
+    ] = DEFAULT["most_ways"],
+    updates_per_way: Annotated[int, typer.Option(min=1, help="Of the curriculum, until the next class.")] = DEFAULT[
+        "updates_per_way"
+    ],
     shots: Annotated[int, typer.Option(min=1, help="Support examples of a class.")] = DEFAULT["shots"],
     queries: Annotated[int, typer.Option(min=1, help="Query examples of a class.")] = DEFAULT["queries"],
     length: Annotated[

@@ -53,6 +53,10 @@ def tasks(settings: Settings, data: Path | None) -> tuple:
         ValueError: data that is not given, or a device that is not there.
     """
     s = settings
+    if s.most_ways and (s.task, s.labels, s.length) != ("omniglot", "string", 10 * s.ways):
+        raise ValueError(
+            f"--most-ways: got {s.most_ways}, want it for omniglot with --labels string and without --length"
+        )
     if s.task == "copy":
         return Copy(s.length, s.bits, shorter=True), Copy(s.length, s.bits)
     if s.task not in OF_OMNIGLOT:
@@ -74,9 +78,10 @@ def tasks(settings: Settings, data: Path | None) -> tuple:
     train, test = (images(split) for split in splits)
     if s.task == "omniglot":
         sizes: dict[str, Any] = {"ways": s.ways, "length": s.length, "labels": s.labels, "counts": s.counts}
-        return OmniglotEpisodes(train, **sizes, augment=True, turns=True, warps=s.warps), OmniglotEpisodes(
-            test, **sizes
-        )
+        source = OmniglotEpisodes(train, **sizes, augment=True, turns=True, warps=s.warps)
+        if s.most_ways:
+            source.resize(s.most_ways)  # which may be too many
+        return source, OmniglotEpisodes(test, **sizes)
     numbers = s.ways, s.shots, s.queries
     if s.rotations == "tasks":
         return FewShotTasks(train, *numbers, turns=True), FewShotTasks(test, *numbers)

@@ -184,6 +184,8 @@ class Run:
         return self.update >= updates or self.seconds >= 60 * minutes
 
     def _one_update(self) -> dict:
+        if self.settings.most_ways:
+            self.train_tasks.resize(self.settings.ways_at(self.update))
         drawn = self.train_tasks.sample(self.settings.tasks_per_update, self.generator)
         batch = self.processes.part(drawn).to(self.settings.device)
         self.learner.train()

@@ -25,7 +25,8 @@ MOST, MOST_SEED = 2**31 - 1, 2**62
 _SIZE = (1, MOST)
 #: The least and the largest value of every number; where the least is not one itself it is in ABOVE.
 RANGES: dict[str, tuple[float, float]] = {
-    "ways": (2, MOST), "shots": _SIZE, "queries": _SIZE, "length": _SIZE, "split_seed": (0, MOST_SEED), "bits": _SIZE,
+    "ways": (2, MOST), "most_ways": (0, MOST), "updates_per_way": _SIZE,
+    "shots": _SIZE, "queries": _SIZE, "length": _SIZE, "split_seed": (0, MOST_SEED), "bits": _SIZE,
     "dimensions": (1, 3), "hidden_size": _SIZE, "num_slots": _SIZE, "slot_size": _SIZE, "num_heads": _SIZE,
     "forget_bias": (-1e6, 1e6), "tasks_per_update": _SIZE, "learning_rate": (0, 1e6), "schedule_updates": (0, MOST),
     "clip": (0, math.inf), "seed": (0, MOST_SEED), "threads": (1, 4096), "log_every": _SIZE, "test_every": _SIZE,
@@ -57,6 +58,8 @@ class Settings:
     learner: str = "mann"
     # the tasks
     ways: int = 5
+    most_ways: int = 0  # of omniglot's training with strings, one more every so many updates; 0: always `ways`
+    updates_per_way: int = 1000
     shots: int = 1
     queries: int = 10
     length: int = 50
@@ -129,6 +132,10 @@ class Settings:
             return self.learning_rate
         cycle, within = divmod(update, self.schedule_updates)
         return self.learning_rate * 0.5**cycle * 0.5 * (1 + math.cos(math.pi * within / self.schedule_updates))
+
+    def ways_at(self, update: int) -> int:
+        """Give the classes of an episode of the update after this many: constant, or growing up to `most_ways`."""
+        return max(self.ways, min(self.ways + update // self.updates_per_way, self.most_ways))
 
     def title(self) -> str:
         """Write the title of a run's picture."""
