@@ -95,7 +95,7 @@ def options_of(command):
 #: Options that take one of the values that are tried. Ways and points are those of other tasks.
 TAKEN = {
     "minutes": {"inf", "18446744073709551616"}, "clip": {"inf", "18446744073709551616"},
-    "forget_bias": {"-1", "0"}, "seed": {"0"}, "split_seed": {"0"},
+    "forget_bias": {"-1", "0"}, "seed": {"0"}, "split_seed": {"0"}, "most_ways": {"0"},
 }  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def main(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
     ways: Annotated[int, typer.Option(min=2, help="Classes of a task.")] = DEFAULT["ways"],
     most_ways: Annotated[
-        int, typer.Option(help="omniglot with strings: a curriculum from --ways classes to so many; 0 for none.")
+        int, typer.Option(min=0, help="omniglot with strings: a curriculum from --ways classes to so many; 0 for none.")
     ] = DEFAULT["most_ways"],
     updates_per_way: Annotated[int, typer.Option(min=1, help="Of the curriculum, until the next class.")] = DEFAULT[
         "updates_per_way"
