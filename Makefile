@@ -4,7 +4,7 @@
 # make test-long   what is too long for that: every schedule, dtype, target and planted fault, two versions of Triton
 # make test-gpu    on a machine with a GPU: the tests marked gpu, then compute-sanitizer over every kernel
 # make reproduce DATA=FILE   train on Omniglot and print a paper's table beside ours (hours; goes on where it was); TABLE=mann-onehot,
-#              mann-strings, metanet, regression
+#              mann-strings, metanet, regression, cost
 # make test-wheel TORCH=2.13.0   build the sdist and from it the wheel, and try that beside this torch (minutes; for others downloads)
 # make sanitize, compilers, verify-gpu, verify-sharded, docs, lint, format, wheel, clean
 # Everything is set up first, in .venv; a second call finds it done.
@@ -82,6 +82,7 @@ test-gpu: setup
 #   mann-strings  table 2: labels of five characters, 5 classes
 #   metanet       Munkhdalai & Yu 2017, Omniglot, one example of a class, by the protocol of its code: table 4 trained on 20 classes
 #   regression    Gaussian processes in one dimension, beside the exact process; needs no data
+#   cost          what black-box adaptation costs in tasks of training: every learner of few-shot tasks, and a picture of all
 # MANN is tested on the paper's 423 classes, upright and then with the training's augmentation as in the paper.
 TABLE ?= mann-onehot
 TRAIN := $(RUN) -m mann_kernels.train
@@ -89,7 +90,7 @@ EVALUATE := $(RUN) -m mann_kernels.evaluate
 OFTEN := --resume --schedule cosine --log-every 100 --test-every 1000 --interim-tasks 200 --test-tasks 2000
 WRITES := --write add --key-strength
 ON := build/reproduce
-.PHONY: reproduce-mann-onehot reproduce-mann-strings reproduce-metanet reproduce-regression
+.PHONY: reproduce-mann-onehot reproduce-mann-strings reproduce-metanet reproduce-regression reproduce-cost
 reproduce: setup
 	@test -n "$(DATA)" -o "$(TABLE)" = regression || { \
 	    echo "make reproduce DATA=FILE: want Omniglot, see mann_kernels.tasks.load_omniglot"; exit 1; }
@@ -111,6 +112,12 @@ reproduce-regression:
 	$(TRAIN) gp-regression $(OFTEN) --hidden-size 128 --num-slots 64 --slot-size 32 --num-heads 2 --updates 30000 \
 	    --out $(ON)/regression $(WRITES)
 	$(EVALUATE) $(ON)/regression --plots $(ON)/regression
+reproduce-cost: FEW := few-shot --data $(DATA) --resume --log-every 20 --test-every 200 --interim-tasks 100 --out $(ON)/cost
+reproduce-cost:
+	@for run in context-mean:8000 context-recurrent:8000 lstm:6000 mann:6000; do learner=$${run%:*}; \
+	    $(TRAIN) $(FEW)/$$learner --learner $$learner --tasks-per-update 16 --updates $${run#*:} || exit 1; done
+	$(TRAIN) $(FEW)/metanet --learner metanet --updates 7000
+	$(RUN) -m mann_kernels.compare $(ON)/cost/* --out $(ON)/cost.png
 
 # What can be known of the GPU kernels without a GPU: that they compile and fit every target, their numbers as source, that every
 # access is sound; with both versions of Triton, and for the CUDA kernels under sanitizers.

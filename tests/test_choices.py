@@ -1,4 +1,4 @@
-"""What the forward pass chose (slots, pixels, the side of a ReLU or a clamp) is what counts wherever a pass is taken again.
+"""What the forward pass chose (slots, pixels, the side of a ReLU or a clamp) is what counts wherever a pass is recomputed.
 
 The inputs are full of ties that rounding alone breaks: slots that nothing was written to, sums that cancel, pixels that are
 alike, gradients at the ends of a clamp. Taken again by other arithmetic they would fall on the other side. Under

@@ -90,7 +90,7 @@ template <typename S> struct Backward {
                          s.P);
         }
     }
-    void heads_again(int64_t t, int64_t j) {
+    void recompute_heads(int64_t t, int64_t j) {
         const S *output = static_cast<const S *>(a.output) + (t * o.B + first) * K;
         for (int64_t i = 0; i < count; ++i) convert(output + i * K, h + i * o.H, o.H);
         gemm(count, h, o.H, packed_weight<S>(a.weight_head_forward, o.H, o.head()), bias, 0, head(j, 0), o.head());
@@ -184,7 +184,7 @@ void mann_sequence_backward(const MannSequenceBackwardArgs &a, int64_t begin, in
         for (int64_t start = copies(T, every) * every; start >= 0; start -= every) {
             const int64_t stop = std::min(start + every, T);
             part.start_from(start);
-            for (int64_t t = start; t < stop; ++t) part.heads_again(t, t - start);
+            for (int64_t t = start; t < stop; ++t) part.recompute_heads(t, t - start);
             for (int64_t i = 0; i < part.count; ++i) // one example through all its steps: its memory stays in cache
                 for (int64_t t = start; t < stop; ++t) part.again(t, t - start, i);
             for (int64_t t = stop - 1; t >= start; --t) part.undo(t, t - start);

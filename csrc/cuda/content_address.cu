@@ -46,7 +46,7 @@ MANN_KERNEL(content_address_forward, MANN_BOUNDS(kThreads, 1), AddressForward<S>
     cluster_barrier(); // every block is there to be written to
     rows.write_and_match(s.step, T(args.eps), s.sums.tops[0]);
     int exchanges = 0;
-    finish_again(rows, s.sums, 0, exchanges);
+    finish_recomputed(rows, s.sums, 0, exchanges);
     rows.give_weights(args.read_weights + example * R * N);
     cluster_barrier(); // nobody writes to a block that has ended
 }

@@ -130,11 +130,11 @@ MANN_KERNEL(head_rows, kControllerThreads, HeadRowsArgs) {
     }
 }
 
-using CellsAgainArgs = CellsAgain<S>;
-MANN_KERNEL(cells_again, kControllerThreads, CellsAgainArgs) {
+using RecomputeCellsArgs = CellsToRecompute<S>;
+MANN_KERNEL(recompute_cells, kControllerThreads, RecomputeCellsArgs) {
     start_next();
     wait_for_previous();
-    const CellsAgain<S> &a = args;
+    const CellsToRecompute<S> &a = args;
     const ControllerSizes &s = a.sizes;
     const int64_t at = int64_t(blockIdx.x) * kControllerThreads + threadIdx.x;
     if (at >= s.B * kHidden) return;

@@ -35,7 +35,7 @@ template <typename S> struct HeadRows {
 };
 
 // The cell states before the steps [start, stop), from the saved gates.
-template <typename S> struct CellsAgain {
+template <typename S> struct CellsToRecompute {
     ControllerSizes sizes;
     int start, stop;
     const S *c0;             // [B, H] before `start`, or ...

@@ -6,7 +6,7 @@ namespace mann::cuda {
 namespace {
 
 // Undoing writes rounds, and small rows would drown in what was written to them later: while the steps of a segment are
-// taken again, every so many of them the memory is set aside, to go on from there on the way back; less often where
+// recomputed, every so many of them the memory is set aside, to go on from there on the way back; less often where
 // that would take more than kMostRestarts bytes.
 constexpr int64_t kRestartEvery = 8, kMostRestarts = int64_t(2) << 30;
 
@@ -113,7 +113,7 @@ class Forward {
     Tensor candidates_;
 };
 
-// The memory going backward, a segment of steps at a time, the last one first: its steps are taken again, then taken
+// The memory going backward, a segment of steps at a time, the last one first: its steps are recomputed, then taken
 // back one by one.
 class Backward {
   public:
@@ -161,7 +161,7 @@ class Backward {
     }
     void squash(bool squash) { sum_.squash = squash; }
 
-    void take_again(int64_t start, int64_t stop) {
+    void recompute(int64_t start, int64_t stop) {
         start_ = start, stop_ = stop;
         const int64_t bytes = call_.arith_bytes(), copy = (start / s_.checkpoint_every - 1) * s_.B;
         MemoryStart<void> before{};
@@ -255,7 +255,7 @@ void grid_lrua_forward(Call &call, const GridSizes &s, const GridForward &a) {
 void grid_lrua_backward(Call &call, const GridSizes &s, const GridBackward &a) {
     Backward backward(call, s, a, false);
     for_segments(s, [&](int64_t start, int64_t stop) {
-        backward.take_again(start, stop);
+        backward.recompute(start, stop);
         for (int64_t t = stop - 1; t >= start; --t) backward.take_back(t);
         backward.give(start, stop);
     });
@@ -308,7 +308,7 @@ void grid_mann_backward(Call &call, const GridSizes &s, GridBackward a, const Gr
     a.dreads = c.doutput, a.dreads_row = K, a.dreads_at = H;
     const int64_t columns = divide_up(K, 32), most = divide_up(4 * H, kControllerWarps);
     const int64_t parts = std::max<int64_t>(std::min({call.on().multiprocessors / columns, most, int64_t(16)}), 1);
-    CellsAgain<void> cells{};
+    CellsToRecompute<void> cells{};
     cells.saved_gates = c.saved_gates, cells.cells = call.scratch(std::min(s.T, s.checkpoint_every) * B * H);
     LstmBackward<void> lstm{};
     lstm.doutput = c.doutput, lstm.dhead = a.dhead, lstm.weight_head = c.weight_head, lstm.dh1 = c.dh1;
@@ -325,9 +325,9 @@ void grid_mann_backward(Call &call, const GridSizes &s, GridBackward a, const Gr
         const void *saved = offset(c.saved_c, (start / s.checkpoint_every - 1) * B * H, bytes);
         cells.sizes = controller_sizes(s), cells.start = lstm.start = int(start), cells.stop = int(stop);
         cells.c0 = c.c, cells.saved_c = start == 0 ? nullptr : saved;
-        call.launch(build, "cells_again", {divide_up(B * H, kControllerThreads), kControllerThreads, 1, 0, 1, true},
+        call.launch(build, "recompute_cells", {divide_up(B * H, kControllerThreads), kControllerThreads, 1, 0, 1, true},
                     cells);
-        backward.take_again(start, stop);
+        backward.recompute(start, stop);
         for (int64_t t = stop - 1; t >= start; --t) {
             lstm.sizes = state.sizes = controller_sizes(s, t);
             backward.take_back(t);

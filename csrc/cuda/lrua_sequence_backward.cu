@@ -1,5 +1,5 @@
 // lrua_sequence, backward: an example to a cluster, its slots and their gradient in the registers of the blocks. A
-// segment of steps at a time, the last one first: its steps are taken again, then undone.
+// segment of steps at a time, the last one first: its steps are recomputed, then undone.
 #include "episode.h"
 #include "lrua_sequence.h"
 #include "rows_backward.h"
@@ -51,7 +51,7 @@ struct Backward {
             if (lane_of_warp() == 0) means_of(j)[h] = mean;
         }
     }
-    MANN_INLINE void take_steps_again(int start, int stop) {
+    MANN_INLINE void recompute_steps(int start, int stop) {
         const int64_t b = episode.example;
         if (start == 0) {
             rows.take_memory(a.memory + b * N * W);
@@ -146,7 +146,7 @@ struct Backward {
         cluster_barrier();
         for (int stop = length; stop > 0;) {
             const int start = (stop - 1) / a.checkpoint_every * a.checkpoint_every;
-            take_steps_again(start, stop);
+            recompute_steps(start, stop);
             if (stop == length && a.dread_weights1) { // the means of the step that is undone first
                 if (warp_of_block() < kRowWarps) rows.sum_means(s.sums.sums[0]);
                 exchange_sums(s.sums, 0, episode.part, exchanges, false);

@@ -109,7 +109,7 @@ static Forward mann_sequence_cuda(Tensor gates_x, Tensor weight_hh, Tensor weigh
 }
 
 // [T, B, head], before bias and activations, in arithmetic type: what forward made of the same h.
-static Tensor heads_again(const Tensor &output, const Tensor &weight_head, ScalarType arith, int64_t H) {
+static Tensor recompute_heads(const Tensor &output, const Tensor &weight_head, ScalarType arith, int64_t H) {
     const auto in_arith = [&](const Tensor &tensor) {
         return tensor.scalar_type() == arith ? tensor : torch::stable::to(tensor, arith);
     };
@@ -157,7 +157,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mann_s
         mann_on_grid(call, s, a, options);
         return {dgates, dhead, dh, dc, dreads, dmemory, dread_weights};
     }
-    const Tensor raw_heads = heads_again(output, weight_head, call.arithmetic(), H);
+    const Tensor raw_heads = recompute_heads(output, weight_head, call.arithmetic(), H);
     a.heads = call.in_arith(raw_heads, "heads", {T, B, heads});
     a.cells = call.scratch(segment * B * H), a.weights = call.scratch(segment * B * N * ((R + 3) / 4 * 4));
     a.overwritten = call.scratch(segment * B * R * W), a.restarts = call.scratch(segment / kRestartEvery * B * N * W);

@@ -1,6 +1,6 @@
 // mann_sequence, backward, on clusters: two exchanges a step, no barrier of the cluster between them.
 //
-// A segment of steps at a time, the last one first: the blocks that have a memory take its steps again, then the
+// A segment of steps at a time, the last one first: the blocks that have a memory recompute its steps, then the
 // cluster undoes them. Who has slots of an example makes its share of the gradient of the head and sends it to all
 // blocks. A block makes the gradient of its units' h and gates, and from these its part of the gradient of (h, reads)
 // before the step, for all examples: h's to the block of the unit, the reads' to the blocks that have the example's
@@ -135,9 +135,9 @@ struct Backward {
         }
     }
 
-    // Taking a segment again.
+    // Recomputing a segment.
 
-    MANN_INLINE void take_cells_again(int start, int stop) const {
+    MANN_INLINE void recompute_cells(int start, int stop) const {
         if (lane_example() >= a.batch || GateLane::gate() != 0 || !GateLane::first()) return;
 #pragma unroll
         for (int k = 0; k < kUnitsOfWarp; ++k) {
@@ -162,7 +162,7 @@ struct Backward {
             }
         }
     }
-    // What stands in shared memory before a step is taken again or undone: its head before the activations, its slots.
+    // What stands in shared memory before a step is recomputed or undone: its head before the activations, its slots.
     MANN_INLINE void fetch_head(int t) {
         const int64_t at = row(t, share.example());
         for (int p = thread_again(); p < kHead; p += kThreads) s.raw_head[p] = a.heads[at * kHead + p] + s.bias_head[p];
@@ -172,7 +172,7 @@ struct Backward {
     MANN_INLINE void make_step() {
         make_head(s.step, [&](int p) { return s.raw_head[p]; });
     }
-    MANN_INLINE void take_steps_again(int start, int stop) {
+    MANN_INLINE void recompute_steps(int start, int stop) {
         if (start >= owned_length) return;
         const int64_t copy = row(start / a.checkpoint_every - 1, share.example());
         if (start == 0) {
@@ -192,7 +192,7 @@ struct Backward {
             __syncthreads();
             rows.give_overwritten(s.step, a.overwritten + record * kWords);
             rows.write_and_match(s.step, T(a.eps), s.sums.tops[0]);
-            finish_again(rows, s.sums, share.owned() * kParts, exchanges);
+            finish_recomputed(rows, s.sums, share.owned() * kParts, exchanges);
             rows.give_record(a.weights + record * N * kHeads);
             if ((j + 1) % kRestartEvery == 0)
                 rows.give_memory(a.restarts + row(j / kRestartEvery, share.example()) * N * W);
@@ -405,9 +405,9 @@ struct Backward {
         cluster_barrier(); // every block is there to be written to
         for (int stop = last; stop > 0;) {
             const int start = (stop - 1) / a.checkpoint_every * a.checkpoint_every;
-            take_cells_again(start, stop);
+            recompute_cells(start, stop);
             __syncthreads();
-            take_steps_again(start, stop);
+            recompute_steps(start, stop);
             fetch_units(stop - 1, start);
             if (share.owns()) {
                 fetch(stop - 1, start);

@@ -129,8 +129,8 @@ MANN_INLINE void exchange_sums(PartSums &s, int first_rank, int part, int &numbe
     __syncthreads();
 }
 
-// Read weights after a step that is taken again, of which write_and_match is done; exchanges sums.
-MANN_INLINE void finish_again(Rows &rows, PartSums &s, int first_rank, int &number) {
+// Read weights after a step that is recomputed, of which write_and_match is done; exchanges sums.
+MANN_INLINE void finish_recomputed(Rows &rows, PartSums &s, int first_rank, int &number) {
     if (warp_of_block() < kRowWarps) rows.sum_exps(s.sums[0]);
     exchange_sums(s, first_rank, rows.part, number, kKeyStrength);
     T scale[R];

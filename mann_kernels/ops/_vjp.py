@@ -11,7 +11,7 @@ _MARKS = {name: torch.empty(0, n, device="cpu") for n, name in enumerate(_backen
 def keep(ctx, backend: str, *tensors) -> None:
     """Save tensors for the backward pass, and which implementation ran.
 
-    The name goes with the tensors: torch.utils.checkpoint, which takes the forward pass again, refuses saved tensors of other
+    The name goes with the tensors: torch.utils.checkpoint, which recomputes the forward pass, refuses saved tensors of other
     shapes than the first time. So what it took again on another implementation, which breaks ties in another way, is an error.
     """
     ctx.backend, ctx.marked = backend, not torch.compiler.is_compiling()

@@ -25,7 +25,7 @@ def lrua_write_weights(usage, read_weights, gate, *, lru="per_head", least_used=
     """usage [B,N], previous read_weights [B,R,N], gate [B,R] (before the sigmoid) -> write_weights [B,R,N], least_used [B,R].
 
     usage and read_weights are those of the previous step. No gradient reaches usage: it only chooses indices.
-    least_used: int [B,R], chosen by an earlier run, whose choice counts when a pass is taken again.
+    least_used: int [B,R], chosen by an earlier run, whose choice counts when a pass is recomputed.
     """
     heads, slots = read_weights.shape[-2:]
     if least_used is None:
