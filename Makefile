@@ -103,8 +103,9 @@ reproduce-mann-onehot:
 	    $(EVALUATE) $(ON)/$$run --data $(DATA) --plots $(ON)/$$run; $(EVALUATE) $(ON)/$$run --data $(DATA) --augment; done
 reproduce-mann-strings:
 	$(TRAIN) omniglot --data $(DATA) $(OFTEN) --labels string --updates 60000 --out $(ON)/strings $(WRITES)
-	$(EVALUATE) $(ON)/strings --data $(DATA) --plots $(ON)/strings
-	$(EVALUATE) $(ON)/strings --data $(DATA) --augment
+	$(TRAIN) omniglot --data $(DATA) $(OFTEN) --labels string --updates 60000 --out $(ON)/strings-lstm --learner lstm
+	@for run in strings strings-lstm; do \
+	    $(EVALUATE) $(ON)/$$run --data $(DATA) --plots $(ON)/$$run; $(EVALUATE) $(ON)/$$run --data $(DATA) --augment; done
 reproduce-metanet:
 	$(TRAIN) few-shot --data $(DATA) $(OFTEN) --protocol original --ways 20 --queries 3 --updates 10000 --out $(ON)/metanet
 	@for ways in 5 10 15 20; do $(EVALUATE) $(ON)/metanet --data $(DATA) --ways $$ways --plots $(ON)/metanet; done

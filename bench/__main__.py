@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from bench import store
-from bench.devices import devices, why_no_gpu
+from bench.devices import devices, keep_freed_memory, why_no_gpu
 from bench.groups import is_ours
 from bench.operators import operators
 from bench.run import Run, Selection, with_kernels
@@ -225,4 +225,5 @@ def report_command(
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     app(prog_name="python -m bench")

@@ -15,7 +15,7 @@ import typer
 from rich.progress import track
 
 from bench import harness, limits, store
-from bench.devices import DeviceLost, keep_freed_memory
+from bench.devices import DeviceLost
 from bench.groups import grouped
 from bench.operators import Bench, Case, backend_of
 from bench.tables import failures_table
@@ -86,7 +86,6 @@ class Run:
         self.earlier: list[dict] = []  # verification of the run that this one goes on from
         self.facts = harness.machine(threads, where)
         if timing:
-            keep_freed_memory()
             self.facts["limits"] = {place.type: limits.facts(place, place.timed, threads) for place in where}
         console.print(f"python -m bench {shlex.join(sys.argv[1:])}")
         console.print_json(data=self.facts)

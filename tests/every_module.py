@@ -83,6 +83,7 @@ MODULES = {
     "LSTM": (lambda: compat.LSTM(3, 5, **MEMORY), (4, 2, 3), None),
     "DNC": (lambda: compat.DNC(3, 5, nr_cells=7, cell_size=4), (2, 4, 3), None),
     "Recurrent": (lambda: learners.mann(3, 2, hidden_size=5, **MEMORY), (4, 2, 3), None),
+    "Kept": (lambda: learners.mann(3, 2, 2, hidden_size=5, **MEMORY), (4, 2, 3), lambda m, x: m.eval()(x)),
     "FeedForward": (lambda: learners.FeedForward(3, 2, 5), (4, 2, 3), None),
     "ContextVector": (
         lambda: learners.ContextVector(3, 2, "recurrent", 5),

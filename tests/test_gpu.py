@@ -204,7 +204,7 @@ def test_launches_of_an_episode(device, T, B, monkeypatch):
     work = harness.Work(operators()["mann_sequence"], drawn, torch.float32, device)
     work.train(mann_kernels.mann_sequence)
     outputs, forward = launched(device, lambda: mann_kernels.mann_sequence(*work.tensors.values()))
-    _, backward = launched(device, lambda: torch.autograd.grad(outputs[0], work.leaves, work.weights))
+    _, backward = launched(device, lambda: torch.autograd.grad(outputs[0], work.leaves, work.gradient))
     for names in (forward, backward):
         assert any("mann_sequence" in name for name in names), names
         if device == "cuda":
