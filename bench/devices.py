@@ -21,20 +21,20 @@ GPU_STATE = ("driver_version", "pstate", "clocks.sm", "clocks.max.sm", "clocks.m
 WARM_UP = 3
 
 
-#: Of glibc's mallopt: how much at the end of the heap is given back, and how many blocks lie outside it.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+#: Of glibc's mallopt: how much at the end of the heap is given back, and from which size on a block lies outside it; and what glibc
+#: itself moves them to, at most, where large blocks are freed.
+MALLOC = {-1: 2 * 2**25, -3: 2**25}
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what this process frees, where it can be told to.
+    """Set the C library to what it comes to in a long training, where it can be told to.
 
-    A page that was given back is cleared when it comes again, which takes longer than to fill it; which of the contestants
-    that would meet is chance. A training that frees what it took is not met by it.
+    A page that was given back is cleared when it comes again, which takes longer than to fill it. Until the library has seen
+    large blocks freed, which of the contestants that meets is chance.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_MAX, 0)
+    for option, value in MALLOC.items() if mallopt is not None else ():
+        mallopt(option, value)
 
 
 class DeviceLost(RuntimeError):
