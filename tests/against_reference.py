@@ -1,5 +1,6 @@
 """The tests that every operator passes, in one order; a test file names the operator and says how to draw its inputs."""
 
+import importlib
 import math
 
 import pytest
@@ -204,6 +205,25 @@ def saturate(inputs):
     for name, value in inputs.items():
         if name.startswith("bias"):
             inputs[name] = torch.cat([sizes, -sizes]).repeat(value.numel())[: value.numel()].view_as(value)
+
+
+def class_of(op):
+    """The test class of an operator, which knows how to draw its inputs (by module: a name here would be collected again)."""
+    name = "Test" + "".join(word.capitalize() for word in op.split("_"))
+    return getattr(importlib.import_module(f"test_{op}"), name)()
+
+
+def tie(inputs):
+    """Constant memory and usage: every slot is as good as any other."""
+    for name in ("memory", "usage"):
+        if name in inputs:
+            inputs[name] = torch.full_like(inputs[name], 0.5)
+
+
+def zero_rows(inputs):
+    for name in ("memory", "key", "x", "h", "grads"):
+        if name in inputs:
+            inputs[name][..., ::2, :] = 0
 
 
 def some_of(options, sizes, dtype, request):

@@ -6,8 +6,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch  # noqa: E402
-from against_reference import run  # noqa: E402
-from test_properties import class_of  # noqa: E402
+from against_reference import class_of, run  # noqa: E402
 
 import mann_kernels  # noqa: E402
 from mann_kernels import _backend  # noqa: E402

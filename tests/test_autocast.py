@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from against_reference import on_gpu, run
-from test_properties import class_of
+from against_reference import class_of, on_gpu, run
 
 import mann_kernels
 from mann_kernels import MANN, MetaNet, _backend

@@ -10,8 +10,7 @@ import os
 
 import pytest
 import torch
-from against_reference import Inputs
-from test_properties import class_of
+from against_reference import Inputs, class_of
 from torch.utils.checkpoint import checkpoint
 
 import mann_kernels

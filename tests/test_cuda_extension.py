@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from against_reference import outputs_of, run
-from test_properties import class_of
+from against_reference import class_of, outputs_of, run
 from test_structure import _Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 

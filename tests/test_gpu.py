@@ -4,8 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from against_reference import DEVICES, matches, on_gpu, run
-from test_properties import class_of
+from against_reference import DEVICES, class_of, matches, on_gpu, run
 
 import mann_kernels
 from bench import devices, harness

@@ -1,10 +1,8 @@
 """Drawn shapes, layouts and options: every kernel against its reference, outputs and all gradients."""
 
-import importlib
-
 import pytest
 import torch
-from against_reference import draw, lay_out_backwards, matches
+from against_reference import class_of, draw, lay_out_backwards, matches, tie, zero_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,25 +31,6 @@ CHOICES = {
     "pool": st.booleans(),
     "p": st.sampled_from([7.0, 4.0, 20.0]),
 }
-
-
-def class_of(op):
-    """The test class of an operator, which knows how to draw its inputs (by module: a name here would be collected again)."""
-    name = "Test" + "".join(word.capitalize() for word in op.split("_"))
-    return getattr(importlib.import_module(f"test_{op}"), name)()
-
-
-def tie(inputs):
-    """Constant memory and usage: every slot is as good as any other."""
-    for name in ("memory", "usage"):
-        if name in inputs:
-            inputs[name] = torch.full_like(inputs[name], 0.5)
-
-
-def zero_rows(inputs):
-    for name in ("memory", "key", "x", "h", "grads"):
-        if name in inputs:
-            inputs[name][..., ::2, :] = 0
 
 
 @st.composite

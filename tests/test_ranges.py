@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from against_reference import class_of
 from every_module import classes
-from test_properties import class_of
 from test_train import TINY, invoke
 
 import mann_kernels

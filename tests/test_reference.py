@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from against_reference import OnePercentOff, compare, outputs_of
-from test_properties import class_of
+from against_reference import OnePercentOff, class_of, compare, outputs_of
 
 import mann_kernels
 from mann_kernels import _backend, reference

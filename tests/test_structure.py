@@ -10,8 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from against_reference import PLACES, run
-from test_properties import class_of
+from against_reference import PLACES, class_of, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mann_kernels

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from against_reference import on_gpu
-from test_properties import class_of
+from against_reference import class_of, on_gpu
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap

@@ -10,9 +10,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
-from against_reference import matches  # noqa: E402
+from against_reference import class_of, matches  # noqa: E402
 from cuda_on_cpu import CSRC, cuda_on_cpu  # noqa: E402
-from test_properties import class_of  # noqa: E402
 
 
 def main(library, op, seeds, size, *options):

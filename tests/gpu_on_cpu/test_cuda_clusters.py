@@ -11,9 +11,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("has nothing to do with Triton", allow_module_level=True)
 
 import cuda_on_cpu
-from against_reference import matches, quantities
+from against_reference import class_of, matches, quantities, tie, zero_rows
 from mutant import cuda_mutant
-from test_properties import class_of, tie, zero_rows
 
 import mann_kernels
 

@@ -3,9 +3,8 @@
 import cuda_on_cpu
 import pytest
 import torch
-from against_reference import compare, matches, quantities, run
+from against_reference import class_of, compare, matches, quantities, run
 from coordinates import far_from_edges
-from test_properties import class_of
 
 import mann_kernels
 

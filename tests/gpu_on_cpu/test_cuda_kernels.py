@@ -3,8 +3,7 @@
 import cuda_on_cpu
 import pytest
 import torch
-from against_reference import compare, matches, quantities, some_of
-from test_properties import class_of, tie, zero_rows
+from against_reference import class_of, compare, matches, quantities, some_of, tie, zero_rows
 
 import mann_kernels
 

@@ -3,8 +3,7 @@
 import cuda_on_cpu
 import pytest
 import torch
-from against_reference import matches, quantities, run
-from test_properties import class_of
+from against_reference import class_of, matches, quantities, run
 
 import mann_kernels
 from bench.operators import operators

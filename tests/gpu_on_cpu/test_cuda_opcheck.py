@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from against_reference import run
+from against_reference import class_of, run
 from cuda_on_cpu import cuda_on_cpu, missing
 from test_cuda_extension import OPS, on_fake_gpu
-from test_properties import class_of
 from test_structure import _Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -16,9 +16,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("has nothing to do with Triton", allow_module_level=True)
 
 import cuda_on_cpu
+from against_reference import class_of
 from compiled import TOOLS, dumped
 from expected_skips import NO_CUDA_KERNEL
-from test_properties import class_of
 
 import mann_kernels
 from bench.operators import operators

@@ -5,11 +5,10 @@ import sys
 
 import pytest
 import torch
-from against_reference import run
+from against_reference import class_of, run
 from guard import GuardError, MemoryGuard
 from mutant import mutant
 from test_interpreter import inputs_of
-from test_properties import class_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mann_kernels

@@ -5,8 +5,7 @@ Run with TRITON_INTERPRET=1, which Triton reads when a kernel is defined, so in 
 
 import pytest
 import torch
-from against_reference import compare, lay_out_backwards, matches, saturate, some_of
-from test_properties import class_of, tie, zero_rows
+from against_reference import class_of, compare, lay_out_backwards, matches, saturate, some_of, tie, zero_rows
 
 import mann_kernels
 from mann_kernels import _backend

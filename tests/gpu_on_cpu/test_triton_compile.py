@@ -7,9 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from against_reference import Inputs, run
+from against_reference import Inputs, class_of, run
 from compiled import SHARED_MEMORY, compiled_for, resources_of
-from test_properties import class_of
 
 import mann_kernels
 from bench.mann import SHAPES
