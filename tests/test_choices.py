@@ -1,7 +1,7 @@
-"""What the forward pass chose (slots, pixels, the side of a ReLU or a clamp) is what counts wherever a pass is recomputed.
+"""Checks that a recomputed pass keeps what the forward pass chose: slots, pixels, the side of a ReLU or a clamp.
 
 The inputs are full of ties that rounding alone breaks: slots that nothing was written to, sums that cancel, pixels that are
-alike, gradients at the ends of a clamp. Taken again by other arithmetic they would fall on the other side. Under
+alike, gradients at the ends of a clamp. Chosen anew by other arithmetic they would fall on the other side. Under
 TRITON_INTERPRET=1 the Triton kernels are tried.
 """
 

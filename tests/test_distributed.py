@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+from commands import invoke
 from packed import write_packed
 from safetensors.torch import load_file
 from test_metanet import VARIANTS, draw, small
-from test_train import invoke
 from torch.distributed.device_mesh import DeviceMesh
 
 from mann_kernels.distributed import ShardedMANN, _bounds

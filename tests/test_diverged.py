@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_train import SETTINGS, TINY, data, drain, invoke, make  # noqa: F401
+from commands import TINY, invoke
+from test_train import SETTINGS, data, drain, make  # noqa: F401
 
 from mann_kernels.train.loop import Diverged
 from mann_kernels.train.settings import OPTIMIZERS

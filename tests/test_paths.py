@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import TINY, invoke
 from packed import write_packed
 from safetensors.torch import load, save
-from test_train import TINY, invoke
 
 from mann_kernels._paths import PART, PathError, about, own
 from mann_kernels.evaluate import main as evaluate

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from against_reference import class_of
+from commands import TINY, invoke
 from every_module import classes
-from test_train import TINY, invoke
 
 import mann_kernels
 from mann_kernels import _backend, compat

@@ -135,8 +135,6 @@ struct Backward {
         }
     }
 
-    // Recomputing a segment.
-
     MANN_INLINE void recompute_cells(int start, int stop) const {
         if (lane_example() >= a.batch || GateLane::gate() != 0 || !GateLane::first()) return;
 #pragma unroll

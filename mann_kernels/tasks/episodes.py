@@ -172,7 +172,7 @@ class OmniglotEpisodes:
         return label, classes.gather(1, label) * each + example, place, letters, other, cut
 
     def _joins(self, label, example, generator):
-        """What the images of an episode are joined with, and along which line: see _draw and _joined."""
+        """Draw, for each image of an episode, the example that it is joined with [B, T], and the line [B, T, 3], see _joined."""
         B, (number, each) = label.shape[0], self.examples.shape[:2]
         classes = torch.randint(number, (B, self.ways), generator=generator)
         shift = torch.randint(each, (B, self.ways), generator=generator)
