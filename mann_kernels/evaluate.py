@@ -6,6 +6,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +15,7 @@ from mann_kernels.modules import MANN, MetaNet
 from mann_kernels.tasks import PRESENTATIONS, GPRegression, OmniglotEpisodes
 from mann_kernels.train import build
 from mann_kernels.train.checkpoint import UNREADABLE, load_weights, read_facts, write_atomically
+from mann_kernels.train.learners import NearestNeighbour
 from mann_kernels.train.log import as_png, plot_log, read_log
 from mann_kernels.train.loop import measure
 from mann_kernels.train.settings import MOST, Settings
@@ -22,14 +24,15 @@ from mann_kernels.train.told import SEED, told
 #: Santoro et al. 2016, tables 1 and 2, by labels, classes and learner: % right at the 1st, 2nd, 3rd, 4th, 5th and 10th
 #: presentation. Its test goes on with the augmentation of the training; its episodes of 15 classes have 100 steps.
 PAPER = {
-    ("onehot", 5, "human"): (34.5, 57.3, 70.1, 71.8, 81.4, 92.4),
     ("onehot", 5, "feedforward"): (24.4, 19.6, 21.1, 19.9, 22.8, 19.5),
     ("onehot", 5, "lstm"): (24.4, 49.5, 55.3, 61.0, 63.6, 62.5),
     ("onehot", 5, "mann"): (36.4, 82.8, 91.0, 92.6, 94.9, 98.1),
+    ("string", 5, "nearest"): (4.0, 36.7, 41.9, 45.7, 48.1, 57.0),
     ("string", 5, "feedforward"): (0.0, 0.2, 0.0, 0.2, 0.0, 0.0),
     ("string", 5, "lstm"): (0.0, 9.0, 14.2, 16.9, 21.8, 25.5),
     ("string", 5, "mann-feedforward"): (0.0, 8.0, 16.2, 25.2, 30.9, 46.8),
     ("string", 5, "mann"): (0.0, 69.5, 80.4, 87.9, 88.4, 93.1),
+    ("string", 15, "nearest"): (0.5, 18.7, 23.3, 26.5, 29.1, 37.0),
     ("string", 15, "feedforward"): (0.0, 0.1, 0.0, 0.0, 0.0, 0.0),
     ("string", 15, "lstm"): (0.0, 2.2, 2.9, 4.3, 5.6, 12.7),
     ("string", 15, "mann-feedforward"): (0.1, 12.8, 22.3, 28.8, 32.2, 43.4),
@@ -62,6 +65,9 @@ def main(
         int | None,
         typer.Option(min=2, max=MOST, help="Classes of a test task; at most as many as in training, but with strings."),
     ] = None,
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="few-shot, omniglot: the nearest neighbour's label by pixels, beside it.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures: the training, and one task.")] = None,
 ):
@@ -88,6 +94,8 @@ def main(
                 test_tasks.resize(ways)
             else:
                 test_tasks.ways = ways
+        if nearest and settings.task not in build.OF_OMNIGLOT:
+            raise ValueError(f"--nearest: got {settings.task}, want few-shot or omniglot")
         learner = build.learner(settings, test_tasks)
         load_weights(checkpoint, learner)
         build.on_device(learner, device)
@@ -101,41 +109,53 @@ def main(
         learner.fewer_classes = True
     torch.set_num_threads(settings.threads)
     with told(status=1):
-        found = measure(learner, test_tasks, tasks, seed, device)
+        found = {"ours": measure(learner, test_tasks, tasks, seed, device)}
+        if nearest:
+            found["nearest"] = measure(NearestNeighbour(test_tasks.output_size), test_tasks, tasks, seed, device)
         images = ", augmented" if augment else ", turned" if turns else ""
         images += f" of {ways} classes" if ways is not None else ""
         show(found, settings, facts["update"], f"{tasks} test tasks{images}", ways or settings.ways)
         if rows and plots is not None:
             with about(checkpoint.parent / "log.csv", "cannot be drawn"):
-                picture = plot_log(rows, list(found), settings.title())
+                picture = plot_log(rows, list(found["ours"]), settings.title())
             write_atomically(plots / "training.png", picture)
         if plots is not None:
             draw(learner, test_tasks, plots, seed, device)
 
 
-def papers_figures(settings: Settings, ways: int) -> dict[str, dict[str, float]]:
-    """Look up what the task's paper has for each learner, in % by score."""
+def papers_figures(settings: Settings, learner: str, ways: int) -> dict[str, float | None]:
+    """Look up what the task's paper has for the learner, in % by score."""
     if settings.task == "omniglot":
-        rows = {learner: row for (*of, learner), row in PAPER.items() if of == [settings.labels, ways]}
-        scores = [f"accuracy_{k}" for k in PRESENTATIONS]
-        return {learner: dict(zip(scores, row, strict=True)) for learner, row in rows.items()}
+        row = PAPER.get((settings.labels, ways, learner), ())
+        return dict(zip((f"accuracy_{k}" for k in PRESENTATIONS), row, strict=False))
     if settings.task == "few-shot" and settings.shots == 1:
-        row = FEW_SHOT_PAPER.get((settings.learner, settings.ways), ())
-        figure = dict(zip((5, 10, 15, 20), row, strict=False)).get(ways)
-        return {} if figure is None else {settings.learner: {"accuracy": figure}}
+        row = FEW_SHOT_PAPER.get((learner, settings.ways), ())
+        return {"accuracy": dict(zip((5, 10, 15, 20), row, strict=False)).get(ways)}
     return {}
 
 
-def show(found: dict[str, tuple[float, float]], settings: Settings, update: int, tested: str, ways: int) -> None:
-    """The table, with what it was tested on as part of its title; accuracies are in %."""
-    percent, papers = "accuracy" in found, papers_figures(settings, ways)
-    title = f"{settings.learner}, {settings.task}: {update} updates of {settings.tasks_per_update} tasks; {tested}"
-    table = Table(title=title, title_justify="left")
-    for head in ("", "ours" + ", %" * percent, *(f"paper's {learner}" for learner in papers)):
-        table.add_column(head, justify="right")
-    for score, (mean, half) in found.items():
-        ours = f"{100 * mean:.1f} ± {100 * half:.1f}" if percent else f"{mean:.3f} ± {half:.3f}"
-        table.add_row(score, ours, *(str(figures.get(score, "")) for figures in papers.values()))
+def show(found: dict[str, dict], settings: Settings, update: int, tested: str, ways: int) -> None:
+    """The table of each learner's scores, with what it was tested on as part of its title; accuracies are in %."""
+    percent = "accuracy" in found["ours"]
+    title = f"{settings.learner}, {settings.task}{', %' * percent}: {update} updates of"
+    title += f" {settings.tasks_per_update} tasks; {tested}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    table.add_column("", no_wrap=True)
+    columns = []
+    for name, scores in found.items():
+        table.add_column(name, justify="right", no_wrap=True)
+        columns.append(
+            {
+                score: f"{100 * mean:.1f} ± {100 * half:.1f}" if percent else f"{mean:.3f} ± {half:.3f}"
+                for score, (mean, half) in scores.items()
+            }
+        )
+        paper = papers_figures(settings, settings.learner if name == "ours" else name, ways)
+        if any(paper.values()):
+            table.add_column("the paper's", justify="right")
+            columns.append(paper)
+    for score in found["ours"]:
+        table.add_row(score, *(str(column.get(score, "")) for column in columns))
     console.print(table)
 
 

@@ -238,8 +238,8 @@ def test_the_paper_beside_few_shot_tasks(learner, trained, tested, figure):
     from mann_kernels.evaluate import papers_figures
 
     settings = Settings(task="few-shot", learner=learner, ways=trained)
-    assert papers_figures(settings, tested) == ({} if figure is None else {learner: {"accuracy": figure}})
-    assert papers_figures(replace(settings, shots=5), tested) == {}
+    assert papers_figures(settings, learner, tested) == {"accuracy": figure}
+    assert papers_figures(replace(settings, shots=5), learner, tested) == {}
 
 
 @pytest.mark.parametrize(("ways", "labels"), [(2, [0, 3]), (3, [0, 2, 4]), (4, [0, 1, 3, 4]), (6, [0, 1, 2, 3, 4, 5])])

@@ -128,6 +128,38 @@ def set_forget_bias(core: nn.Module, value: float) -> None:
         bias[size : 2 * size] += value
 
 
+class NearestNeighbour(nn.Module):
+    """Answers with the label of the example whose pixels are nearest, the baseline of both papers; there is nothing to train.
+
+    Args:
+        output_size: of the answer, which the input of an episode ends with, as the label of the step before.
+
+    Episodes: x [T, B, I] -> [T, B, output_size], each step the label of one before it, the first step zeros. Support and
+    queries: as the other learners.
+    """
+
+    def __init__(self, output_size: int):
+        super().__init__()
+        self.output_size = output_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        images, labels = x.transpose(0, 1).split([x.shape[2] - self.output_size, self.output_size], 2)
+        later = torch.ones(2 * [len(x)], dtype=torch.bool, device=x.device).triu()
+        nearest = torch.cdist(images, images).masked_fill(later, torch.inf).argmin(2)
+        answers = labels.roll(-1, 1).gather(1, nearest[..., None].expand_as(labels))
+        return F.pad(answers[:, 1:], (0, 0, 1, 0)).transpose(0, 1)
+
+    def adapt(self, support_x: torch.Tensor, support_y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """support_x [G, S, ...] and its answers -> both."""
+        return support_x, as_features(support_y, self.output_size)
+
+    def predict(self, query_x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """query_x [G, L, ...] and the support set -> [G, L, output_size]."""
+        support_x, labels = state
+        nearest = torch.cdist(query_x.flatten(2), support_x.flatten(2)).argmin(2)
+        return labels.gather(1, nearest[..., None].expand(-1, -1, self.output_size))
+
+
 class ContextVector(nn.Module):
     """An encoder gives a context h of the support set, and a decoder g(x, h) predicts.
 
