@@ -79,7 +79,7 @@ test-gpu: setup
 
 # A second call goes on from the last checkpoint. The tables are:
 #   mann-onehot   Santoro et al. 2016, table 1: 5 classes, one-hot labels, the paper's sizes; MANN and LSTM
-#   mann-strings  table 2: labels of five characters, 5 classes
+#   mann-strings  table 2: labels of five characters, 5 classes, and 15 by a curriculum
 #   metanet       Munkhdalai & Yu 2017, Omniglot, one example of a class, by the protocol of its code: table 4 trained on 20 classes
 #   regression    Gaussian processes in one dimension, beside the exact process; needs no data
 #   cost          what black-box adaptation costs in tasks of training: every learner of few-shot tasks, and a picture of all
@@ -95,20 +95,24 @@ reproduce: setup
 	@test -n "$(DATA)" -o "$(TABLE)" = regression || { \
 	    echo "make reproduce DATA=FILE: want Omniglot, see mann_kernels.tasks.load_omniglot"; exit 1; }
 	@$(MAKE) --no-print-directory reproduce-$(TABLE)
-reproduce-mann-onehot: ONEHOT := omniglot --data $(DATA) $(OFTEN) --warps --updates 100000
+reproduce-mann-onehot: ONEHOT := omniglot --data $(DATA) $(OFTEN) --warps --schedule-updates 100000
 reproduce-mann-onehot:
-	$(TRAIN) $(ONEHOT) --out $(ON)/mann $(WRITES)
-	$(TRAIN) $(ONEHOT) --out $(ON)/lstm --learner lstm
+	$(TRAIN) $(ONEHOT) --updates 200000 --out $(ON)/mann $(WRITES)
+	$(TRAIN) $(ONEHOT) --updates 100000 --out $(ON)/lstm --learner lstm
 	@for run in mann lstm; do \
 	    $(EVALUATE) $(ON)/$$run --data $(DATA) --plots $(ON)/$$run; $(EVALUATE) $(ON)/$$run --data $(DATA) --augment; done
+reproduce-mann-strings: STRINGS := omniglot --data $(DATA) $(OFTEN) --labels string
 reproduce-mann-strings:
-	$(TRAIN) omniglot --data $(DATA) $(OFTEN) --labels string --updates 60000 --out $(ON)/strings $(WRITES)
-	$(TRAIN) omniglot --data $(DATA) $(OFTEN) --labels string --updates 60000 --out $(ON)/strings-lstm --learner lstm
-	@for run in strings strings-lstm; do \
-	    $(EVALUATE) $(ON)/$$run --data $(DATA) --plots $(ON)/$$run; $(EVALUATE) $(ON)/$$run --data $(DATA) --augment; done
+	$(TRAIN) $(STRINGS) --updates 60000 --out $(ON)/strings $(WRITES)
+	$(TRAIN) $(STRINGS) --updates 60000 --out $(ON)/strings-lstm --learner lstm
+	$(TRAIN) $(STRINGS) --updates 10000 --out $(ON)/strings-feedforward --learner mann-feedforward $(WRITES)
+	$(TRAIN) $(STRINGS) --updates 20000 --out $(ON)/strings-15 --most-ways 15 $(WRITES)
+	@for run in strings strings-lstm strings-feedforward; do \
+	    $(EVALUATE) $(ON)/$$run --data $(DATA) --plots $(ON)/$$run; $(EVALUATE) $(ON)/$$run --data $(DATA) --augment --nearest; done
+	@for ways in 5 15 25; do $(EVALUATE) $(ON)/strings-15 --data $(DATA) --augment --nearest --ways $$ways; done
 reproduce-metanet:
 	$(TRAIN) few-shot --data $(DATA) $(OFTEN) --protocol original --ways 20 --queries 3 --updates 10000 --out $(ON)/metanet
-	@for ways in 5 10 15 20; do $(EVALUATE) $(ON)/metanet --data $(DATA) --ways $$ways --plots $(ON)/metanet; done
+	@for ways in 5 10 15 20; do $(EVALUATE) $(ON)/metanet --data $(DATA) --ways $$ways --nearest --plots $(ON)/metanet; done
 reproduce-regression:
 	$(TRAIN) gp-regression $(OFTEN) --hidden-size 128 --num-slots 64 --slot-size 32 --num-heads 2 --updates 30000 \
 	    --out $(ON)/regression $(WRITES)

@@ -66,7 +66,8 @@ def main(
         typer.Option(min=2, max=MOST, help="Classes of a test task; at most as many as in training, but with strings."),
     ] = None,
     nearest: Annotated[
-        bool, typer.Option("--nearest", help="few-shot, omniglot: the nearest neighbour's label by pixels, beside it.")
+        bool,
+        typer.Option("--nearest", help="few-shot, omniglot: beside it the label of the nearest pixels, by cosine."),
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures: the training, and one task.")] = None,

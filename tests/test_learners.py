@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from packed import write_packed
 
 import mann_kernels
@@ -60,18 +61,18 @@ def test_the_order_of_the_support_set(name):
 
 
 def test_the_nearest_neighbour_of_episodes_and_tasks():
-    """Against one distance at a time: of the steps before, whose labels were given, and of the support set."""
+    """Against one cosine at a time: of the steps before, whose labels were given, and of the support set."""
     x = torch.rand(7, 3, 6 + 4, generator=torch.Generator().manual_seed(0))
     answers = learners.NearestNeighbour(4)(x)
     assert not answers[0].any()
     for t, b in itertools.product(range(1, 7), range(3)):
-        nearest = min(range(t), key=lambda s: (x[t, b, :6] - x[s, b, :6]).norm())
+        nearest = max(range(t), key=lambda s: F.cosine_similarity(x[t, b, :6], x[s, b, :6], 0))
         assert answers[t, b].equal(x[nearest + 1, b, 6:])
     tasks, learner = few_shot(), learners.NearestNeighbour(4)
     answers = learner.predict(tasks.query_x, learner.adapt(tasks.support_x, tasks.support_y)).argmax(-1)
     for g, n in itertools.product(*map(range, answers.shape)):
-        far = (tasks.support_x[g] - tasks.query_x[g, n]).flatten(1).norm(dim=1)
-        assert answers[g, n] == tasks.support_y[g, far.argmin()]
+        near = F.cosine_similarity(tasks.support_x[g].flatten(1), tasks.query_x[g, n].flatten()[None])
+        assert answers[g, n] == tasks.support_y[g, near.argmax()]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -129,7 +129,7 @@ def set_forget_bias(core: nn.Module, value: float) -> None:
 
 
 class NearestNeighbour(nn.Module):
-    """Answers with the label of the example whose pixels are nearest, the baseline of both papers; there is nothing to train.
+    """Answers with the label of the example whose pixels have the largest cosine, the papers' baseline; nothing is trained.
 
     Args:
         output_size: of the answer, which the input of an episode ends with, as the label of the step before.
@@ -142,10 +142,15 @@ class NearestNeighbour(nn.Module):
         super().__init__()
         self.output_size = output_size
 
+    @staticmethod
+    def cosines(x: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """x [G, L, D], others [G, S, D] -> [G, L, S]."""
+        return F.normalize(x, dim=2) @ F.normalize(others, dim=2).transpose(1, 2)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         images, labels = x.transpose(0, 1).split([x.shape[2] - self.output_size, self.output_size], 2)
         later = torch.ones(2 * [len(x)], dtype=torch.bool, device=x.device).triu()
-        nearest = torch.cdist(images, images).masked_fill(later, torch.inf).argmin(2)
+        nearest = self.cosines(images, images).masked_fill(later, -torch.inf).argmax(2)
         answers = labels.roll(-1, 1).gather(1, nearest[..., None].expand_as(labels))
         return F.pad(answers[:, 1:], (0, 0, 1, 0)).transpose(0, 1)
 
@@ -156,7 +161,7 @@ class NearestNeighbour(nn.Module):
     def predict(self, query_x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """query_x [G, L, ...] and the support set -> [G, L, output_size]."""
         support_x, labels = state
-        nearest = torch.cdist(query_x.flatten(2), support_x.flatten(2)).argmin(2)
+        nearest = self.cosines(query_x.flatten(2), support_x.flatten(2)).argmax(2)
         return labels.gather(1, nearest[..., None].expand(-1, -1, self.output_size))
 
 
