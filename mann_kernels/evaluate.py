@@ -127,8 +127,9 @@ def main(
 def papers_figures(settings: Settings, learner: str, ways: int) -> dict[str, float | None]:
     """Look up what the task's paper has for the learner, in % by score."""
     if settings.task == "omniglot":
-        row = PAPER.get((settings.labels, ways, learner), ())
-        return dict(zip((f"accuracy_{k}" for k in PRESENTATIONS), row, strict=False))
+        return dict(
+            zip((f"accuracy_{k}" for k in PRESENTATIONS), PAPER.get((settings.labels, ways, learner), ()), strict=False)
+        )
     if settings.task == "few-shot" and settings.shots == 1:
         row = FEW_SHOT_PAPER.get((learner, settings.ways), ())
         return {"accuracy": dict(zip((5, 10, 15, 20), row, strict=False)).get(ways)}
@@ -142,7 +143,7 @@ def show(found: dict[str, dict], settings: Settings, update: int, tested: str, w
     title += f" {settings.tasks_per_update} tasks; {tested}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("", no_wrap=True)
-    columns = []
+    columns: list[dict] = []
     for name, scores in found.items():
         table.add_column(name, justify="right", no_wrap=True)
         columns.append(
