@@ -105,7 +105,7 @@ reproduce-mann-strings: STRINGS := omniglot --data $(DATA) $(OFTEN) --labels str
 reproduce-mann-strings:
 	$(TRAIN) $(STRINGS) --updates 60000 --out $(ON)/strings $(WRITES)
 	$(TRAIN) $(STRINGS) --updates 60000 --out $(ON)/strings-lstm --learner lstm
-	$(TRAIN) $(STRINGS) --updates 10000 --out $(ON)/strings-feedforward --learner mann-feedforward $(WRITES)
+	$(TRAIN) $(STRINGS) --updates 15000 --out $(ON)/strings-feedforward --learner mann-feedforward $(WRITES)
 	$(TRAIN) $(STRINGS) --updates 20000 --out $(ON)/strings-15 --most-ways 15 $(WRITES)
 	@for run in strings strings-lstm strings-feedforward; do \
 	    $(EVALUATE) $(ON)/$$run --data $(DATA) --plots $(ON)/$$run; $(EVALUATE) $(ON)/$$run --data $(DATA) --augment --nearest; done
