@@ -28,23 +28,22 @@ template <typename T> struct RowBlock {
         if constexpr (std::is_same_v<S, Same>) return W == Q && n0 + rows <= N ? memory + n0 * W : nullptr;
         else return static_cast<Same *>(nullptr);
     }
-    // The lines of the block behind this one: the hardware does not see that it comes next.
-    template <int write> void ask_for_next(const T *block) const {
-        for (int64_t i = 0; i < rows * Q; i += 64 / int64_t(sizeof(T)))
-            __builtin_prefetch(block + rows * Q + i, write, 3);
+    // The lines of the block behind this one, to read or to write: the hardware does not see that it comes next.
+    void ask_for_next(const T *block) const {
+        for (int64_t i = 0; i < rows * Q; i += 64 / int64_t(sizeof(T))) prefetch(block + rows * Q + i);
     }
     // To read it.
     template <typename S> void look(const S *memory) {
         const T *found = there(memory);
         data = found ? const_cast<T *>(found) : own;
-        if (found) ask_for_next<0>(found);
+        if (found) ask_for_next(found);
         else take(memory);
     }
     // To write it; then it is to be given.
     template <typename S> void place(S *memory) {
         T *found = there(memory);
         data = found ? found : own;
-        if (found) ask_for_next<1>(found);
+        if (found) ask_for_next(found);
     }
     template <typename S> void give(S *memory) const {
         if (data != own) return;
@@ -62,7 +61,7 @@ template <typename T> struct RowBlock {
     template <typename S> const T *erased(const S *memory, const int32_t *slots, int64_t count) const {
         const auto here = [this](int32_t slot) { return slot >= n0 && slot < n0 + rows; };
         const T *found = there(memory);
-        if (found) ask_for_next<0>(found);
+        if (found) ask_for_next(found);
         if (found && std::none_of(slots, slots + count, here)) return found;
         take(memory);
         erase(slots, count);

@@ -106,8 +106,10 @@ template <typename T> inline void store_some(T *target, Vec<T> value, int64_t co
     std::memcpy(target, &value, count * sizeof(T));
 #endif
 }
-// Asks for the cache line of an address that will be read and written; it need not be a valid one.
-inline void prefetch(const void *address) { __builtin_prefetch(address, 1, 2); }
+// Asks for the cache line of an address, which need not be a valid one, as far as the second-level cache: many more of
+// these than of loads can be under way. A line that is asked for to read is this core's to write as well, if no other
+// has it.
+inline void prefetch(const void *address) { __builtin_prefetch(address, 0, 2); }
 
 // x - 0 is x for every x, -0 and NaN included, so this is one broadcast instruction.
 template <typename T> inline Vec<T> broadcast(T value) { return value - Vec<T>{}; }
