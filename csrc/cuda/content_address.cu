@@ -26,8 +26,10 @@ constexpr int kDheadBytes = kParts * kSent * int(sizeof(T));
 
 // A step whose least used slots are none: it erases nothing, and without read weights before it writes nothing.
 MANN_INLINE void make_step(Step &step, const S *key, const S *beta, int64_t example) {
+    open_step(step);
     if (int(threadIdx.x) < R) step.slots[threadIdx.x] = -1;
-    make_head(step, [&](int p) {
+    __syncthreads();
+    make_head(step, [&](int p, int) {
         if (p < kWords) return to_arith(key[example * kWords + p]);
         return kKeyStrength && p >= kBetaAt ? to_arith(beta[example * R + p - kBetaAt]) : T(0);
     });
@@ -44,7 +46,7 @@ MANN_KERNEL(content_address_forward, MANN_BOUNDS(kThreads, 1), AddressForward<S>
     rows.take_memory(args.memory + example * N * W);
     make_step(s.step, args.key, args.beta, example);
     cluster_barrier(); // every block is there to be written to
-    rows.write_and_match(s.step, T(args.eps), s.sums.tops[0]);
+    if (warp_of_block() < kRowWarps) rows.write_and_match(s.step, T(args.eps), s.sums.tops[warp_of_block()]);
     int exchanges = 0;
     finish_recomputed(rows, s.sums, 0, exchanges);
     rows.give_weights(args.read_weights + example * R * N);
@@ -63,10 +65,10 @@ MANN_KERNEL(content_address_backward, MANN_BOUNDS(kThreads, 1), AddressBackward<
     rows.take_weights(args.read_weights + example * R * N);
     rows.take_dweights(args.dread_weights + example * R * N);
     make_step(s.step, args.key, args.beta, example);
-    for (int i = thread_again(); i < W * kHeads; i += kThreads) s.dreads[0][i] = 0;
+    for (int i = thread_again(); i < W * kHeads; i += kThreads) s.dreads[i / kHeads][i % kHeads] = 0;
     for (int p = thread_again(); p < kSent; p += kThreads) s.own_dhead[p] = 0;
     cluster_barrier();
-    if (warp_of_block() < kRowWarps) rows.sum_means(s.sums.sums[0]);
+    if (warp_of_block() < kRowWarps) rows.sum_means(s.sums.sums[warp_of_block()]);
     int exchanges = 0;
     exchange_sums(s.sums, 0, rows.part, exchanges, false);
     for (int h = thread_again(); h < kHeads; h += kThreads) s.means[h] = h < R ? s.sums.total[h] : T(0);

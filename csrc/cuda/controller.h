@@ -1,8 +1,9 @@
 // The LSTM of mann_sequence, spread over the blocks of a cluster: sizes, who has what, products.
 //
 // A cluster of kBlocks blocks takes kExamples examples through time. Each block has a share of the hidden units, whose
-// rows of weight_hh (all four gates) and columns of weight_head stay in its shared memory; a warp makes the gates of a
-// unit for all examples. The slots of example e stand in the blocks e * kParts and following, kParts of them.
+// rows of weight_hh (all four gates) and columns of weight_head stay in its shared memory; a warp makes the gates of
+// kUnitsOfWarp units for all examples. The slots of example e stand in the blocks e * kParts and following, kParts of
+// them.
 #pragma once
 
 #include "rows.h"
@@ -11,14 +12,20 @@ namespace mann::cuda {
 
 constexpr int H = MANN_H, kBlocks = MANN_BLOCKS, kExamples = MANN_EXAMPLES;
 constexpr int kUnits = (H + kBlocks - 1) / kBlocks; // of a block; the last blocks may have fewer
+MANN_CONSTEXPR int power_of_two(int least) {
+    int power = 1;
+    while (power < least) power *= 2;
+    return power;
+}
+constexpr int kUnitsOfWarp = power_of_two((kUnits + kWarps - 1) / kWarps);
+constexpr int kUnitWarps = (kUnits + kUnitsOfWarp - 1) / kUnitsOfWarp; // that have units at all
+// Messages and sums of hidden units are in the order of blocks, warps, units, with room for those that do not exist.
+constexpr int kUnitsPadded = kUnitWarps * kUnitsOfWarp, kHidden = kBlocks * kUnitsPadded;
 constexpr int kRecurrent = H + kWords;
 constexpr int kOwners = kExamples * kParts; // blocks that have a memory
 static_assert(kBlocks > 1); // on an H100 a block that was launched alone stopped with an illegal instruction
 static_assert(kOwners <= kBlocks && (kExamples & (kExamples - 1)) == 0 && kExamples <= 8);
 
-struct alignas(2 * sizeof(T)) Two {
-    T at[2];
-};
 // A vector of a number for each example: one load or two.
 struct Each {
     T at[kExamples];
@@ -32,24 +39,23 @@ struct Each {
                 for (int j = 0; j < 4; ++j) v.at[4 * q + j] = four[j];
             }
         } else if constexpr (kExamples == 2) {
-            const Two two = *reinterpret_cast<const Two *>(source);
+            const Two<T> two = *reinterpret_cast<const Two<T> *>(source);
             v.at[0] = two.at[0], v.at[1] = two.at[1];
         } else {
             v.at[0] = *source;
         }
         return v;
     }
-    MANN_INLINE void send_to(T *target, int rank, Mailbox *box) const {
-        if constexpr (kExamples % 4 == 0) {
-#pragma unroll
-            for (int q = 0; q < kExamples / 4; ++q)
-                send(target + 4 * q, rank, box, Four<T>{{at[4 * q], at[4 * q + 1], at[4 * q + 2], at[4 * q + 3]}});
-        } else {
-#pragma unroll
-            for (int e = 0; e < kExamples; ++e) send(target + e, rank, box, at[e]);
-        }
-    }
 };
+// Numbers 0, 1, ... of x [count] to target of another block, in as few messages as there are.
+template <int count> MANN_INLINE void send_several(T *target, int rank, Mailbox *box, const T *x) {
+    static_assert(count == 1 || count == 2 || count % 4 == 0);
+    if constexpr (count == 1) send(target, rank, box, *x);
+    else if constexpr (count == 2) send(target, rank, box, Two<T>{{x[0], x[1]}});
+    else
+#pragma unroll
+        for (int j = 0; j < count; j += 4) send(target + j, rank, box, Four<T>{{x[j], x[j + 1], x[j + 2], x[j + 3]}});
+}
 
 // Who a block is.
 struct Share {
@@ -71,13 +77,18 @@ struct Share {
     }
 };
 
-// After scatter_sums of 4 * kExamples values, gate after gate, over a warp: a lane has the sum of gate() for example().
-constexpr int kGateLanes = kWarp / (4 * kExamples) > 0 ? kWarp / (4 * kExamples) : 1;
-struct GateLane {
-    MANN_INLINE static int gate() { return lane_of_warp() / kGateLanes / kExamples; }
-    MANN_INLINE static int example() { return lane_of_warp() / kGateLanes % kExamples; }
-    MANN_INLINE static bool first() { return lane_of_warp() % kGateLanes == 0; }
-    MANN_INLINE static int of(int gate, int example) { return (gate * kExamples + example) * kGateLanes; }
+// A warp has kCells cells, unit * kExamples + example; kCellLanes lanes share one, each with kGatesOfLane of its four
+// gates: what scatter_sums makes of values [kCells, 4].
+constexpr int kCells = kUnitsOfWarp * kExamples, kCellLanes = kWarp / kCells;
+static_assert(kCells <= kWarp);
+constexpr int kGatesOfLane = kCellLanes >= 4 ? 1 : 4 / kCellLanes, kGateLanes = kGatesOfLane * kCellLanes / 4;
+struct Cell {
+    MANN_INLINE static int number() { return lane_of_warp() / kCellLanes; }
+    MANN_INLINE static int unit() { return warp_of_block() * kUnitsOfWarp + number() / kExamples; } // of the block
+    MANN_INLINE static int example() { return number() % kExamples; }
+    MANN_INLINE static bool first() { return lane_of_warp() % kCellLanes == 0; }
+    MANN_INLINE static int gate(int i) { return lane_of_warp() % kCellLanes / kGateLanes * kGatesOfLane + i; }
+    MANN_INLINE static bool first_of_gates() { return lane_of_warp() % kGateLanes == 0; }
 };
 
 } // namespace mann::cuda

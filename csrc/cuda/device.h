@@ -83,6 +83,29 @@ MANN_INLINE double log_one_plus(double x) { return log1p(x); }
 // ln(1 + e^x)
 template <typename T> MANN_INLINE T softplus(T x) { return x > 20 ? x : log_one_plus(exponential(x)); }
 
+#if !defined(MANN_CUDA_ON_CPU)
+// Of the unit for such functions: 2^x and 1 / x to two units in the last place, the logarithm to 2^-22 (of 1, of the
+// result where that is more). What is below the normal numbers counts as zero.
+MANN_INLINE float fast_exponential2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+MANN_INLINE float fast_logarithm2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+MANN_INLINE float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#endif
+// In place of those of cells.h: without a division, to 4 units in the last place.
+MANN_INLINE float sigmoid(float x) { return fast_reciprocal(1 + exponential(-x)); }
+MANN_INLINE float hyperbolic_tangent(float x) { return tanhf(x); }
+
 MANN_INLINE float infinity() { return __uint_as_float(0x7f800000u); }
 MANN_INLINE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
@@ -91,6 +114,11 @@ template <typename T> struct alignas(16) Four {
     T at[4];
     MANN_INLINE T &operator[](int i) { return at[i]; }
     MANN_INLINE const T &operator[](int i) const { return at[i]; }
+};
+
+// Or two.
+template <typename T> struct alignas(2 * sizeof(T)) Two {
+    T at[2];
 };
 
 } // namespace mann::cuda
@@ -141,24 +169,6 @@ MANN_INLINE float minimum(float a, float b) {
     float least;
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(a), "f"(b));
     return least;
-}
-
-// Of the unit for such functions: 2^x and 1 / x to two units in the last place, the logarithm to 2^-22 (of 1, of the
-// result where that is more). What is below the normal numbers counts as zero.
-MANN_INLINE float fast_exponential2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-MANN_INLINE float fast_logarithm2(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-MANN_INLINE float fast_reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // Clusters exist from sm_90 on; before, a block is alone.
@@ -237,6 +247,13 @@ MANN_INLINE void send(int32_t *target, int rank, Mailbox *box, int32_t x) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
                      address_of_rank(target, rank)),
                  "r"(x), "r"(address_of_rank(box, rank))
+                 : "memory");
+}
+// Two numbers, to a target on 8 bytes.
+MANN_INLINE void send(float *target, int rank, Mailbox *box, const Two<float> &x) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+                     address_of_rank(target, rank)),
+                 "r"(__float_as_uint(x.at[0])), "r"(__float_as_uint(x.at[1])), "r"(address_of_rank(box, rank))
                  : "memory");
 }
 // Four numbers, to a target on 16 bytes.

@@ -6,18 +6,13 @@
 
 namespace mann::cuda {
 
-// Numbers of a head that a thread fetches a step ahead.
-constexpr int kFetched = (kHead + kThreads - 1) / kThreads;
-
 struct EpisodeShared {
     // By messages: two buffers, for a part that has those of the others may send the next before these have read its
     // own.
     alignas(16) T parts[2][kParts][kPart];
     Mailbox box[2];
     // Of the block.
-    alignas(16) T own_part[kPart];
     alignas(16) Step step;
-    T raw_head[kHead];
     WarpSums warps;
 };
 constexpr int kPartBytes = kParts * kPart * int(sizeof(T));
@@ -26,7 +21,7 @@ struct Episode {
     EpisodeShared &s;
     const S *key, *gate, *beta, *add;
     int part = int(blockIdx.x) % kParts, example = int(blockIdx.x) / kParts, batch, number = 0;
-    T fetched[kFetched];
+    T fetched[kHeadShare]; // of the head of the step to come
 
     MANN_INLINE Episode(EpisodeShared &shared, const S *key, const S *gate, const S *beta, const S *add, int batch)
         : s(shared), key(key), gate(gate), beta(beta), add(add), batch(batch) {}
@@ -36,11 +31,11 @@ struct Episode {
     MANN_INLINE void open() { mailbox_open(&s.box[0], kPartBytes), mailbox_open(&s.box[1], kPartBytes); }
 
     MANN_INLINE void fetch_head(int t) {
+        const int64_t at = row(t);
 #pragma unroll
-        for (int i = 0; i < kFetched; ++i) {
+        for (int i = 0; i < kHeadShare; ++i) {
             const int p = thread_again() + i * kThreads;
-            if (p >= kHead) continue;
-            const int64_t at = row(t);
+            if (p >= kHead) break;
             fetched[i] = to_arith(p < kWords                   ? key[at * kWords + p]
                                   : p < kBetaAt                ? gate[at * R + p - kWords]
                                   : kKeyStrength && p < kAddAt ? beta[at * R + p - kBetaAt]
@@ -49,31 +44,30 @@ struct Episode {
     }
     // The head that was fetched, to the step. Barrier before and after.
     MANN_INLINE void make_step() {
-#pragma unroll
-        for (int i = 0; i < kFetched; ++i)
-            if (thread_again() + i * kThreads < kHead) s.raw_head[thread_again() + i * kThreads] = fetched[i];
-        __syncthreads();
-        make_head(s.step, [&](int p) { return s.raw_head[p]; });
+        make_head(s.step, [&](int, int i) { return fetched[i]; });
     }
 
     // Write, match, and the parts' shares of reads and sums to all: afterwards parts_now(). Barrier before; the step
     // may be made anew afterwards.
     MANN_INLINE void write_and_read(Rows &rows, T eps) {
-        rows.write_and_match(s.step, eps, s.warps.tops[0]);
         if (warp_of_block() < kRowWarps) {
-            rows.sum_exps(s.warps.sums[0]);
-            rows.sum_rows(s.warps.reads[0]);
+            T *part = s.warps.of_warp();
+            rows.write_and_match(s.step, eps, part + kTopAt);
+            rows.sum_exps(part + kSumAt);
+            rows.sum_rows(part);
         }
         __syncthreads();
         const int buffer = number & 1;
-        sum_warps(s.warps, kParts == 1 ? s.parts[buffer][0] : s.own_part);
-        __syncthreads();
-        if constexpr (kParts > 1) {
-            for (int i = thread_again(); i < kPart / 4 * kParts; i += kThreads) {
-                const int p = i % (kPart / 4), to = i / (kPart / 4);
-                send(&s.parts[buffer][part][4 * p], to, &s.box[buffer],
-                     reinterpret_cast<const Four<T> *>(s.own_part)[p]);
-            }
+        for (int i = thread_again(); i < kPart / 4; i += kThreads) {
+            const Four<T> sum = sum_warps(s.warps, i);
+#pragma unroll
+            for (int to = 0; to < kParts; ++to)
+                if constexpr (kParts == 1) reinterpret_cast<Four<T> *>(s.parts[buffer][0])[i] = sum;
+                else send(&s.parts[buffer][part][4 * i], to, &s.box[buffer], sum);
+        }
+        if constexpr (kParts == 1) {
+            __syncthreads();
+        } else {
             mailbox_wait(&s.box[buffer], number / 2);
             if (threadIdx.x == 0) mailbox_expect(&s.box[buffer], kPartBytes);
         }

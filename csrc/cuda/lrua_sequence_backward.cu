@@ -15,7 +15,7 @@ struct BackwardShared {
     // Of the block.
     alignas(16) T own_dhead[kSent];
     alignas(16) T dreads[W][kHeads];
-    T overwritten[kWords], means[kHeads], mean_parts[kHeads], read_means[kHeads];
+    T overwritten[kWords], means[kHeads], mean_parts[kHeads]; // means: as far as they come through the reads
     WarpGradients warps;
 };
 constexpr int kDheadBytes = kParts * kSent * int(sizeof(T));
@@ -26,6 +26,9 @@ struct Backward {
     Episode episode;
     RowsBackward rows;
     int undone = 0, exchanges = 0;
+    // Of the step to come.
+    int fetched_slot;
+    T fetched_mean, fetched_dreads[share_of(kWords)], fetched_overwritten[share_of(kWords)];
 
     MANN_INLINE Backward(const LruaBackward<S> &args, BackwardShared &shared)
         : a(args), s(shared), episode(shared.episode, args.key, args.gate, args.beta, args.add, args.batch), rows{} {
@@ -35,10 +38,15 @@ struct Backward {
     MANN_INLINE int64_t copy_before(int start) const { return episode.row(start / a.checkpoint_every - 1); }
     MANN_INLINE T *means_of(int j) const { return a.means + (record(j) * kParts + episode.part) * R; }
 
-    MANN_INLINE void take_slots(int t) { // whoever calls, no slot is outside memory
-        if (int(threadIdx.x) < R)
-            s.episode.step.slots[threadIdx.x] =
-                max(0, min(a.saved_least_used[episode.row(t) * R + threadIdx.x], N - 1));
+    MANN_INLINE void fetch_head(int t) {
+        episode.fetch_head(t);
+        if (int(threadIdx.x) < R) fetched_slot = a.saved_least_used[episode.row(t) * R + threadIdx.x];
+    }
+    // What was fetched, to the step. Barrier before and after.
+    MANN_INLINE void make_step() {
+        episode.make_step();
+        if (int(threadIdx.x) < R) // whoever calls, no slot is outside memory
+            s.episode.step.slots[threadIdx.x] = max(0, min(fetched_slot, N - 1));
     }
     // The reads of step t times their gradient: what the softmax takes off, as far as it comes through the reads.
     MANN_INLINE void give_means(int t, int j) const {
@@ -60,12 +68,11 @@ struct Backward {
             rows.take_memory(a.saved_memory + copy_before(start) * N * W);
             rows.take_weights(a.saved_read_weights + copy_before(start) * R * N);
         }
-        episode.fetch_head(start);
+        fetch_head(start);
         for (int t = start; t < stop; ++t) {
             const int j = t - start;
-            take_slots(t);
-            episode.make_step();
-            if (t + 1 < stop) episode.fetch_head(t + 1);
+            make_step();
+            if (t + 1 < stop) fetch_head(t + 1);
             __syncthreads();
             rows.give_overwritten(s.episode.step, a.overwritten + record(j) * kWords);
             episode.write_and_read(rows, T(a.eps));
@@ -80,21 +87,30 @@ struct Backward {
     MANN_INLINE void fetch(int t, int start) {
         const int64_t b = episode.example;
         const int j = t - start;
-        episode.fetch_head(t);
-        take_slots(t);
-        for (int k = thread_again(); k < kWords; k += kThreads) {
-            s.dreads[k % W][k / W] = to_arith(a.dreads[episode.row(t) * kWords + k]);
-            s.overwritten[k] = a.overwritten[record(j) * kWords + k]; // of slots of the part; no other is looked at
+        fetch_head(t);
+#pragma unroll
+        for (int i = 0; i < share_of(kWords); ++i) {
+            const int k = thread_again() + i * kThreads;
+            if (k >= kWords) break;
+            fetched_dreads[i] = to_arith(a.dreads[episode.row(t) * kWords + k]);
+            fetched_overwritten[i] =
+                a.overwritten[record(j) * kWords + k]; // of slots of the part; no other is looked at
         }
-        if (int(threadIdx.x) < R) s.read_means[threadIdx.x] = means_of(j)[threadIdx.x];
+        if (int(threadIdx.x) < R) fetched_mean = means_of(j)[threadIdx.x];
         if (j > 0) rows.take_record(a.weights + record(j - 1) * N * kHeads);
         else if (start == 0) rows.take_next(a.read_weights + b * R * N);
         else rows.take_next(a.saved_read_weights + copy_before(start) * R * N);
         if ((j + 1) % kRestartEvery == 0) rows.take_memory(a.restarts + record(j / kRestartEvery) * N * W);
     }
     MANN_INLINE void undo(int t, int start) {
-        episode.make_step();
-        if (int(threadIdx.x) < R) s.means[threadIdx.x] = s.read_means[threadIdx.x] + s.mean_parts[threadIdx.x];
+        make_step();
+#pragma unroll
+        for (int i = 0; i < share_of(kWords); ++i) {
+            const int k = thread_again() + i * kThreads;
+            if (k >= kWords) break;
+            s.dreads[k % W][k / W] = fetched_dreads[i], s.overwritten[k] = fetched_overwritten[i];
+        }
+        if (int(threadIdx.x) < R) s.means[threadIdx.x] = fetched_mean + s.mean_parts[threadIdx.x];
         __syncthreads();
         if (warp_of_block() < kRowWarps) rows.undo(s.episode.step, s.dreads, s.means, s.overwritten, T(a.eps), s.warps);
         __syncthreads();
@@ -137,7 +153,8 @@ struct Backward {
             episode.open(), open_sums(s.sums);
             mailbox_open(&s.dhead_box[0], kDheadBytes), mailbox_open(&s.dhead_box[1], kDheadBytes);
         }
-        for (int i = thread_again(); i < W * kHeads; i += kThreads) s.dreads[0][i] = 0;
+        open_step(s.episode.step);
+        for (int i = thread_again(); i < W * kHeads; i += kThreads) s.dreads[i / kHeads][i % kHeads] = 0;
         for (int h = thread_again(); h < kHeads; h += kThreads) s.mean_parts[h] = 0;
         rows.take_dmemory(a.dmemory1 ? a.dmemory1 + b * N * W : nullptr);
         rows.take_dweights(a.dread_weights1 ? a.dread_weights1 + b * R * N : nullptr);
@@ -148,7 +165,7 @@ struct Backward {
             const int start = (stop - 1) / a.checkpoint_every * a.checkpoint_every;
             recompute_steps(start, stop);
             if (stop == length && a.dread_weights1) { // the means of the step that is undone first
-                if (warp_of_block() < kRowWarps) rows.sum_means(s.sums.sums[0]);
+                if (warp_of_block() < kRowWarps) rows.sum_means(s.sums.sums[warp_of_block()]);
                 exchange_sums(s.sums, 0, episode.part, exchanges, false);
                 if (int(threadIdx.x) < R) s.mean_parts[threadIdx.x] = s.sums.total[threadIdx.x];
             }

@@ -8,7 +8,7 @@ struct ForwardShared {
     EpisodeShared episode;
     Candidate candidates[2][kParts][R]; // by messages
     Mailbox candidate_box[2];
-    Order usage[kSlots];
+    alignas(4 * sizeof(Order)) Order usage[kOrders];
     Candidate chosen[R];
 };
 constexpr int kCandidateBytes = kParts * R * int(sizeof(Candidate));
@@ -51,7 +51,9 @@ struct Forward {
         rows.take_weights(a.read_weights + b * R * N);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) rows.usage[i] = rows.exists(i) ? to_arith(a.usage[b * N + rows.slot(i)]) : T(0);
+        rows.open_usage(s.usage);
         rows.give_usage(s.usage);
+        open_step(s.episode.step);
         if (length > 0) episode.fetch_head(0);
         cluster_barrier();
         for (int t = 0; t < length; ++t) {
@@ -64,8 +66,9 @@ struct Forward {
             episode.write_and_read(rows, T(a.eps));
             finish_step(rows, episode.parts_now(), s.episode.warps, T(a.decay));
             rows.give_usage(s.usage);
-            for (int k = thread_again(); k < kWords && episode.part == 0; k += kThreads)
-                a.reads[episode.row(t) * kWords + k] = to_storage<S>(read_of(episode.parts_now(), k));
+            if (episode.part == 0)
+                for (int k = thread_again(); k < kWords; k += kThreads)
+                    a.reads[episode.row(t) * kWords + k] = to_storage<S>(read_of(episode.parts_now(), k));
             if (a.saved_memory && (t + 1) % a.checkpoint_every == 0 && t + 1 < a.steps) copy_state(t);
             __syncthreads();
         }

@@ -10,7 +10,7 @@ namespace {
 MannPlan forced; // by mann_cuda_plan
 bool is_forced = false;
 
-constexpr int64_t kThreads = 512, kWarps = 16;
+constexpr int64_t kThreads = kRowThreads, kWarps = kThreads / 32;
 
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t padded(int64_t n) { return divided(n, 4) * 4; }
@@ -25,20 +25,31 @@ struct RowShape {
     }
 };
 
+// The hidden units of a block as in controller.h: of a warp, of the warps that have some, of all blocks.
+struct UnitShape {
+    int64_t units, of_warp = 1, padded, hidden;
+
+    UnitShape(const MannSizes &s, int64_t blocks) : units(divided(s.H, blocks)) {
+        while (of_warp * kWarps < units) of_warp *= 2;
+        padded = divided(units, of_warp) * of_warp, hidden = blocks * padded;
+    }
+};
+
 // What ForwardShared and BackwardShared take, or a little more.
 int64_t shared_bytes(const MannSizes &s, const MannPlan &p, bool backward) {
-    const int64_t E = p.examples, C = p.blocks, P = p.parts, units = divided(s.H, C), words = s.words();
+    const UnitShape shape(s, p.blocks);
+    const int64_t E = p.examples, C = p.blocks, P = p.parts, units = shape.units, words = s.words();
     const int64_t head = padded(s.head()), part = padded(words + 2 * s.R), R = padded(s.R);
     const bool held = backward ? p.held_backward : p.held_forward;
-    int64_t numbers = (held ? 4 : 4 * units * s.recurrent()) + units * head + (s.write_add ? 2 : 1) * s.W * R + 8 * R;
-    numbers += head + part + divided(s.N, P) + 2 * kWarps * s.R + 512;
+    int64_t numbers = held ? 4 : 4 * units * ((backward ? s.H : shape.hidden) + words);
+    numbers += units * head + (s.write_add ? 2 : 1) * s.W * R + 8 * R + head + part + 2 * kWarps * s.R + 512;
     if (!backward) {
-        numbers += 2 * s.H * E + C * head + E * P * part + 8 * P * s.R;
-        numbers += words * E + units * E + part + kWarps * words;
+        numbers += 2 * shape.hidden * E + C * head + E * P * part + 8 * P * s.R + divided(s.N, P);
+        numbers += words * E + shape.padded * E + kWarps * part;
     } else {
         numbers += 2 * C * units * E + C * padded(words) + E * P * padded(s.head() + s.R);
         numbers += head * E + 4 * units * E + (s.write_add ? 2 : 1) * kWarps * words + 4 * kWarps * s.R;
-        numbers += 6 * words + head + 4 * P * R + 2 * units * E;
+        numbers += 2 * words + head + 2 * s.W * R + 4 * P * R;
     }
     return numbers * s.number_bytes + 1024;
 }
@@ -69,12 +80,12 @@ int64_t clusters_at_once(int blocks, int multiprocessors) {
     return std::max<int64_t>(of_h100 * multiprocessors / 132, 1);
 }
 
-// Registers are for 128 numbers of a thread in all.
-bool held_forward(const MannSizes &s, int64_t units) {
-    return divided(units, kWarps) * 4 * (divided(s.H, 32) + divided(s.words(), 32)) <= 60;
+// A thread has 255 registers.
+bool held_forward(const MannSizes &s, const UnitShape &shape) {
+    return shape.of_warp * 4 * (divided(shape.hidden, 32) + divided(s.words(), 32)) <= 64;
 }
 bool held_backward(const MannSizes &s, int64_t units, const RowShape &shape) {
-    return divided(s.recurrent(), kThreads) * units * 4 <= 60 && shape.rows * shape.columns <= 12;
+    return divided(s.recurrent(), kThreads) * units * 4 <= 64 && shape.rows * shape.columns <= 24;
 }
 
 } // namespace
@@ -96,7 +107,7 @@ MannPlan lrua_plan(const MannSizes &s, int64_t shared_limit, int multiprocessors
                            1024;
         const bool fits = std::max(p.forward_bytes, p.backward_bytes) <= shared_limit;
         if (!fits || divided(s.N, shape.slots) != parts || (parts > 1 && s.N < parts * s.R)) continue;
-        if (shape.rows * shape.columns > 40 || s.R > 16) continue;
+        if (shape.rows * shape.columns > 80 || s.R > 16) continue;
         // Two exchanges a step forward, two backward.
         const double clocks = 15 * double(shape.slots * words) / 128 + (parts > 1 ? 4 * 1100 : 0) + 7000 +
                               double(6 * s.R * shape.rows) * 12 * std::log2(double(shape.lanes));
@@ -119,12 +130,13 @@ MannPlan mann_plan(const MannSizes &s, int64_t shared_limit, int multiprocessors
         for (int examples = 1; examples <= 8 && examples <= blocks; examples *= 2)
             for (int parts = 1; examples * parts <= blocks; parts *= 2) {
                 const RowShape shape(s, parts);
-                const int64_t units = divided(s.H, blocks);
-                MannPlan p{blocks, examples, parts, held_forward(s, units), held_backward(s, units, shape), 0, 0};
+                const UnitShape units(s, blocks);
+                MannPlan p{blocks, examples, parts, held_forward(s, units), held_backward(s, units.units, shape), 0, 0};
                 p = filled(p);
                 const bool fits = std::max(p.forward_bytes, p.backward_bytes) <= shared_limit;
                 if (!fits || divided(s.N, shape.slots) != parts || (parts > 1 && s.N < parts * s.R)) continue;
-                if (shape.rows * shape.columns > 40 || s.R * shape.columns > 64 || s.R > 16 || parts * s.R > kThreads)
+                if (shape.rows * shape.columns > 80 || s.R * shape.columns > 128 || s.R > 16 ||
+                    parts * s.R > kThreads || units.of_warp * examples > 32)
                     continue;
                 const int64_t clusters = divided(std::max<int64_t>(s.B, 1), examples);
                 const double clocks =

@@ -15,6 +15,8 @@ struct MannSizes {
     int64_t recurrent() const { return H + words(); }
 };
 
+constexpr int kRowThreads = 256; // of a block that has rows of a memory in its registers
+
 // Clusters of `blocks` blocks with `examples` examples, the slots of each in `parts` of the blocks; 0 blocks: not on
 // clusters. `held`: weight_hh in registers (forward), else in shared memory.
 struct MannPlan {

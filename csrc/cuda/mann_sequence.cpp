@@ -7,7 +7,6 @@
 
 namespace mann::cuda {
 
-constexpr int kThreads = 512;
 constexpr int64_t kMost = 1 << 30;
 
 static MannSizes mann_sizes(const Tensor &weight_hh, const Tensor &c, const Tensor &read_weights, const Tensor &steps,
@@ -31,6 +30,7 @@ static Build build_of(const Call &call, const char *source, const MannSizes &s, 
         .set("MANN_W", s.W)
         .set("MANN_R", s.R)
         .set("MANN_H", s.H)
+        .set("MANN_THREADS", kRowThreads)
         .set("MANN_BLOCKS", plan.blocks)
         .set("MANN_EXAMPLES", plan.examples)
         .set("MANN_PARTS", plan.parts)
@@ -45,7 +45,7 @@ static Build build_of(const Call &call, const char *source, const MannSizes &s, 
 }
 static Grid grid_of(const MannSizes &s, const MannPlan &plan, int64_t shared_bytes) {
     const int64_t clusters = (s.B + plan.examples - 1) / plan.examples;
-    return {clusters * plan.blocks, kThreads, plan.blocks, shared_bytes};
+    return {clusters * plan.blocks, kRowThreads, plan.blocks, shared_bytes};
 }
 static MannPlan plan_of(const Call &call, MannSizes s) {
     s.number_bytes = call.arith_bytes();

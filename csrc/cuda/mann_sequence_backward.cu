@@ -17,8 +17,9 @@
 
 namespace mann::cuda {
 
-constexpr int kUnitWarps = least(kUnits, kWarps), kUnitsOfWarp = (kUnits + kUnitWarps - 1) / kUnitWarps;
-constexpr int kColumnsOfThread = (kRecurrent + kThreads - 1) / kThreads;
+// Columns of weight_hh: a thread has one in every kColumnStride.
+constexpr int kColumnsOfThread = share_of(kRecurrent);
+constexpr int kColumnStride = (kRecurrent + kColumnsOfThread - 1) / kColumnsOfThread;
 
 struct BackwardShared {
     // By messages.
@@ -35,10 +36,9 @@ struct BackwardShared {
     alignas(16) T own_dhead[kSent]; // of dhead_parts
     alignas(16) T dreads[W][kHeads];
     alignas(16) Step step;
-    T raw_head[kHead], bias_head[kHead], doutput[kWords], output[kWords], overwritten[kWords], carried[kWords];
+    T products[W][kHeads]; // of dreads and reads
+    T bias_head[kHead], overwritten[kWords], carried[kWords], mean_parts[kHeads];
     WarpGradients warps;
-    T means[kHeads], mean_parts[kHeads];
-    T dh[kUnits][kExamples], dc[kUnits][kExamples]; // each written and read by the warp of the unit
 };
 constexpr int kDheadBytes = kOwners * kSent * sizeof(T);
 constexpr int kDreadBytes = kBlocks * kWords * sizeof(T);
@@ -48,28 +48,39 @@ struct Backward {
     BackwardShared &s;
     const Share share;
     RowsBackward rows;
-    T gate[kUnitsOfWarp], previous_c[kUnitsOfWarp], doutput[kUnitsOfWarp]; // of the step to be undone
+    // Of the lane's cell.
+    const bool exists;                                            // whether there is such a unit
+    const int example, length;                                    // in the batch; its real steps
+    T dh = 0, dc = 0, gates[4] = {}, previous_c = 0, doutput = 0; // gates and what follows: of the step to be undone
+    T dgates[kGatesOfLane];                                       // the lane's, of the step that is undone
+    // Of the step to come, for the owned example.
+    int fetched_slot;
+    T fetched_head[kHeadShare], fetched_doutput[share_of(kWords)], fetched_reads[share_of(kWords)];
+    T fetched_overwritten[share_of(kWords)];
     T held[MANN_HELD ? kColumnsOfThread : 1][MANN_HELD ? kUnits : 1][4];
-    int length, owned_length, last; // real steps of the lane's example, of the block's, of the longest
-    int exchanges = 0, undone = 0;  // of sums; steps so far
+    const int owned_length;        // real steps of the block's example
+    int last = 0;                  // of the longest of the cluster
+    int exchanges = 0, undone = 0; // of sums; steps so far
 
     MANN_INLINE Backward(const MannBackward<S> &args, BackwardShared &shared)
-        : a(args), s(shared), share(args.batch), rows{} {
+        : a(args), s(shared), share(args.batch), rows{}, exists(Cell::unit() < share.units()),
+          example(share.first_example + Cell::example()),
+          length(share.steps_of(args.lengths, Cell::example(), args.steps)),
+          owned_length(share.owns() ? share.steps_of(args.lengths, share.owned(), args.steps) : 0) {
         rows.part = share.part();
-        length = share.steps_of(a.lengths, GateLane::example(), a.steps);
-        owned_length = share.owns() ? share.steps_of(a.lengths, share.owned(), a.steps) : 0;
-        last = 0;
         for (int e = 0; e < kExamples; ++e) last = max(last, share.steps_of(a.lengths, e, a.steps));
     }
-    MANN_INLINE int unit(int k) const { return warp_of_block() + k * kUnitWarps; }
-    MANN_INLINE bool has_unit(int k) const { return warp_of_block() < kUnitWarps && unit(k) < share.units(); }
-    MANN_INLINE T &dh(int k) const { return s.dh[least(unit(k), kUnits - 1)][GateLane::example()]; }
-    MANN_INLINE T &dc(int k) const { return s.dc[least(unit(k), kUnits - 1)][GateLane::example()]; }
-    MANN_INLINE int lane_example() const { return share.first_example + GateLane::example(); }
+    MANN_INLINE bool is_real() const { return exists && example < a.batch; }
+    MANN_INLINE int unit() const { return share.first_unit() + Cell::unit(); } // of all
     MANN_INLINE int64_t row(int t, int b) const { return int64_t(t) * a.batch + b; }
-    MANN_INLINE int64_t unit_at(int64_t row, int k) const { return row * H + share.first_unit() + unit(k); }
-    MANN_INLINE T weight_hh(int unit, int k, int gate) const {
-        return to_arith(a.weight_hh[(int64_t(gate) * H + share.first_unit() + unit) * kRecurrent + k]);
+    MANN_INLINE int64_t unit_at(int64_t row) const { return row * H + unit(); }
+    MANN_INLINE int64_t gates_at(int t, int gate) const { return (row(t, example) * 4 + gate) * H + unit(); }
+    MANN_INLINE static int column_of_thread(int n) { return int(threadIdx.x) + n * kColumnStride; }
+    MANN_INLINE static bool has_column(int n) {
+        return int(threadIdx.x) < kColumnStride && column_of_thread(n) < kRecurrent;
+    }
+    MANN_INLINE T weight_hh(int u, int k, int gate) const {
+        return to_arith(a.weight_hh[(int64_t(gate) * H + share.first_unit() + u) * kRecurrent + k]);
     }
 
     MANN_INLINE int dh_bytes() const { return kBlocks * share.units() * kExamples * int(sizeof(T)); }
@@ -87,8 +98,8 @@ struct Backward {
                 for (int u = 0; u < kUnits; ++u)
 #pragma unroll
                     for (int g = 0; g < 4; ++g) {
-                        const int k = int(threadIdx.x) + n * kThreads;
-                        held[n][u][g] = u < share.units() && k < kRecurrent ? weight_hh(u, k, g) : T(0);
+                        const bool there = u < share.units() && has_column(n);
+                        held[n][u][g] = there ? weight_hh(u, column_of_thread(n), g) : T(0);
                     }
         } else {
             for (int i = thread_again(); i < kUnits * 4 * kRecurrent; i += kThreads) {
@@ -102,10 +113,11 @@ struct Backward {
             s.weight_head[u][p] = there ? to_arith(a.weight_head[int64_t(p) * H + share.first_unit() + u]) : T(0);
         }
         for (int p = thread_again(); p < kHead; p += kThreads) s.bias_head[p] = to_arith(a.bias_head[p]);
-        for (int i = thread_again(); i < 4 * kUnits * kExamples; i += kThreads) s.dgates[0][i] = 0;
-        for (int i = thread_again(); i < (kHeadPadded - kHead) * kExamples; i += kThreads) s.dhead[kHead][i] = 0;
+        open_step(s.step);
+        for (int i = thread_again(); i < 4 * kUnits * kExamples; i += kThreads) s.dgates[i / kExamples][i % kExamples] = 0;
+        for (int i = thread_again(); i < (kHeadPadded - kHead) * kExamples; i += kThreads) s.dhead[kHead + i / kExamples][i % kExamples] = 0;
         for (int p = thread_again(); p < kSent; p += kThreads) s.own_dhead[p] = 0;
-        for (int i = thread_again(); i < W * kHeads; i += kThreads) s.dreads[0][i] = 0;
+        for (int i = thread_again(); i < W * kHeads; i += kThreads) s.dreads[i / kHeads][i % kHeads] = 0;
         for (int h = thread_again(); h < kHeads; h += kThreads) s.mean_parts[h] = 0;
         const bool real = share.is_real();
         const int b = share.example();
@@ -113,62 +125,57 @@ struct Backward {
             s.carried[k] = real && a.dreads1 ? to_arith(a.dreads1[int64_t(b) * kWords + k]) : T(0);
         rows.take_dmemory(real && a.dmemory1 ? a.dmemory1 + int64_t(b) * N * W : nullptr);
         rows.take_dweights(real && a.dread_weights1 ? a.dread_weights1 + int64_t(b) * R * N : nullptr);
-#pragma unroll
-        for (int k = 0; k < kUnitsOfWarp; ++k) {
-            gate[k] = previous_c[k] = doutput[k] = 0;
-            if (!has_unit(k) || !GateLane::first() || GateLane::gate() != 0) continue;
-            const int64_t at = unit_at(int64_t(lane_example()), k);
-            dh(k) = lane_example() < a.batch && a.dh1 ? to_arith(a.dh1[at]) : T(0);
-            dc(k) = lane_example() < a.batch && a.dc1 ? to_arith(a.dc1[at]) : T(0);
+        if (is_real()) {
+            const int64_t at = unit_at(example);
+            dh = a.dh1 ? to_arith(a.dh1[at]) : T(0), dc = a.dc1 ? to_arith(a.dc1[at]) : T(0);
         }
     }
     // Of the steps in which no example of the cluster takes part.
     MANN_INLINE void pad() const {
         for (int t = last; t < a.steps; ++t) {
+            if (is_real() && Cell::first())
 #pragma unroll
-            for (int k = 0; k < kUnitsOfWarp; ++k)
-                if (has_unit(k) && GateLane::first() && lane_example() < a.batch)
-                    a.dgates[row(t, lane_example()) * 4 * H + GateLane::gate() * H + share.first_unit() + unit(k)] =
-                        to_storage<S>(T(0));
+                for (int g = 0; g < 4; ++g) a.dgates[gates_at(t, g)] = to_storage<S>(T(0));
             for (int p = thread_again(); p < kHead && share.is_real() && share.part() == 0; p += kThreads)
                 a.dhead[row(t, share.example()) * kHead + p] = to_storage<S>(T(0));
         }
     }
 
     MANN_INLINE void recompute_cells(int start, int stop) const {
-        if (lane_example() >= a.batch || GateLane::gate() != 0 || !GateLane::first()) return;
+        if (!is_real() || !Cell::first()) return;
+        T c = start == 0 ? to_arith(a.c[unit_at(example)])
+                         : a.saved_c[unit_at(row(start / a.checkpoint_every - 1, example))];
+        const int end = min(stop, length);
+        constexpr int kAhead = 8;
+        for (int t = start; t < end; t += kAhead) {
+            T in[kAhead], forget[kAhead], cell[kAhead];
 #pragma unroll
-        for (int k = 0; k < kUnitsOfWarp; ++k) {
-            if (!has_unit(k)) continue;
-            T c = start == 0 ? to_arith(a.c[unit_at(int64_t(lane_example()), k)])
-                             : a.saved_c[unit_at(row(start / a.checkpoint_every - 1, lane_example()), k)];
-            const int end = min(stop, length);
-            constexpr int kAhead = 8;
-            for (int t = start; t < end; t += kAhead) {
-                T in[kAhead], forget[kAhead], cell[kAhead];
+            for (int i = 0; i < kAhead; ++i) {
+                const T *from = a.saved_gates + gates_at(min(t + i, end - 1), 0);
+                in[i] = from[0], forget[i] = from[H], cell[i] = from[2 * H];
+            }
 #pragma unroll
-                for (int i = 0; i < kAhead; ++i) {
-                    const T *gates =
-                        a.saved_gates + row(min(t + i, end - 1), lane_example()) * 4 * H + share.first_unit() + unit(k);
-                    in[i] = gates[0], forget[i] = gates[H], cell[i] = gates[2 * H];
-                }
-#pragma unroll
-                for (int i = 0; i < kAhead; ++i) {
-                    if (t + i < end) a.cells[unit_at(row(t + i - start, lane_example()), k)] = c;
-                    c = forget[i] * c + in[i] * cell[i];
-                }
+            for (int i = 0; i < kAhead; ++i) {
+                if (t + i < end) a.cells[unit_at(row(t + i - start, example))] = c;
+                c = forget[i] * c + in[i] * cell[i];
             }
         }
     }
-    // What stands in shared memory before a step is recomputed or undone: its head before the activations, its slots.
+    // What makes a step of the owned example, before it is made.
     MANN_INLINE void fetch_head(int t) {
         const int64_t at = row(t, share.example());
-        for (int p = thread_again(); p < kHead; p += kThreads) s.raw_head[p] = a.heads[at * kHead + p] + s.bias_head[p];
-        for (int h = thread_again(); h < R; h += kThreads) // whoever calls, no slot is outside memory
-            s.step.slots[h] = max(0, min(a.saved_least_used[at * R + h], N - 1));
+#pragma unroll
+        for (int i = 0; i < kHeadShare; ++i) {
+            const int p = thread_again() + i * kThreads;
+            if (p < kHead) fetched_head[i] = a.heads[at * kHead + p];
+        }
+        if (int(threadIdx.x) < R) fetched_slot = a.saved_least_used[at * R + threadIdx.x];
     }
+    // Barrier before and after.
     MANN_INLINE void make_step() {
-        make_head(s.step, [&](int p) { return s.raw_head[p]; });
+        make_head(s.step, [&](int p, int i) { return fetched_head[i] + s.bias_head[p]; });
+        if (int(threadIdx.x) < R) // whoever calls, no slot is outside memory
+            s.step.slots[threadIdx.x] = max(0, min(fetched_slot, N - 1));
     }
     MANN_INLINE void recompute_steps(int start, int stop) {
         if (start >= owned_length) return;
@@ -181,22 +188,23 @@ struct Backward {
             rows.take_weights(a.saved_read_weights + copy * R * N);
         }
         const int end = min(stop, owned_length);
+        fetch_head(start);
         for (int t = start; t < end; ++t) {
             const int j = t - start;
             const int64_t record = row(j, share.example());
-            fetch_head(t);
             __syncthreads();
             make_step();
+            if (t + 1 < end) fetch_head(t + 1);
             __syncthreads();
             rows.give_overwritten(s.step, a.overwritten + record * kWords);
-            rows.write_and_match(s.step, T(a.eps), s.sums.tops[0]);
+            if (warp_of_block() < kRowWarps) rows.write_and_match(s.step, T(a.eps), s.sums.tops[warp_of_block()]);
             finish_recomputed(rows, s.sums, share.owned() * kParts, exchanges);
             rows.give_record(a.weights + record * N * kHeads);
             if ((j + 1) % kRestartEvery == 0)
                 rows.give_memory(a.restarts + row(j / kRestartEvery, share.example()) * N * W);
         }
         if (owned_length <= stop && a.dread_weights1) { // the means of the step that is undone first
-            if (warp_of_block() < kRowWarps) rows.sum_means(s.sums.sums[0]);
+            if (warp_of_block() < kRowWarps) rows.sum_means(s.sums.sums[warp_of_block()]);
             exchange_sums(s.sums, share.owned() * kParts, share.part(), exchanges, false);
             if (int(threadIdx.x) < R) s.mean_parts[threadIdx.x] = s.sums.total[threadIdx.x];
         }
@@ -204,24 +212,25 @@ struct Backward {
     }
 
     // What undoing step t needs, before it is needed.
-    MANN_INLINE void fetch_units(int t, int start) {
+    MANN_INLINE void fetch_cell(int t, int start) {
+        if (!exists || t >= length) return;
 #pragma unroll
-        for (int k = 0; k < kUnitsOfWarp; ++k) {
-            if (!has_unit(k) || t >= length) continue;
-            const int64_t at = row(t, lane_example());
-            gate[k] = a.saved_gates[at * 4 * H + GateLane::gate() * H + share.first_unit() + unit(k)];
-            previous_c[k] = a.cells[unit_at(row(t - start, lane_example()), k)];
-            doutput[k] = to_arith(a.doutput[at * kRecurrent + share.first_unit() + unit(k)]);
-        }
+        for (int g = 0; g < 4; ++g) gates[g] = a.saved_gates[gates_at(t, g)];
+        previous_c = a.cells[unit_at(row(t - start, example))];
+        doutput = to_arith(a.doutput[row(t, example) * kRecurrent + unit()]);
     }
     MANN_INLINE void fetch(int t, int start) {
         if (t >= owned_length) return;
         const int j = t - start, b = share.example();
         fetch_head(t);
-        for (int k = thread_again(); k < kWords; k += kThreads) {
-            s.doutput[k] = to_arith(a.doutput[row(t, b) * kRecurrent + H + k]);
-            s.output[k] = to_arith(a.output[row(t, b) * kRecurrent + H + k]);
-            s.overwritten[k] = a.overwritten[row(j, b) * kWords + k]; // of slots of the part; no other is looked at
+#pragma unroll
+        for (int i = 0; i < share_of(kWords); ++i) {
+            const int k = thread_again() + i * kThreads;
+            if (k >= kWords) break;
+            fetched_doutput[i] = to_arith(a.doutput[row(t, b) * kRecurrent + H + k]);
+            fetched_reads[i] = to_arith(a.output[row(t, b) * kRecurrent + H + k]);
+            fetched_overwritten[i] =
+                a.overwritten[row(j, b) * kWords + k]; // of slots of the part; no other is looked at
         }
         if (j > 0) rows.take_record(a.weights + row(j - 1, b) * N * kHeads);
         else if (start == 0) rows.take_next(a.read_weights + int64_t(b) * R * N);
@@ -229,26 +238,31 @@ struct Backward {
         if ((j + 1) % kRestartEvery == 0) rows.take_memory(a.restarts + row(j / kRestartEvery, b) * N * W);
     }
 
-    // The gradient of the reads of step t and the means, a head to a warp.
+    // What was fetched of the step of the owned example that is undone next. Barrier before and after.
+    MANN_INLINE void make_fetched() {
+        make_step();
+#pragma unroll
+        for (int i = 0; i < share_of(kWords); ++i)
+            if (thread_again() + i * kThreads < kWords)
+                s.overwritten[thread_again() + i * kThreads] = fetched_overwritten[i];
+    }
+
+    // The gradient of the reads of step t.
     MANN_INLINE void receive_dreads(int t) {
         if (undone > 0) mailbox_wait(&s.dread_box, undone - 1);
         if (undone > 0 && threadIdx.x == 0) mailbox_expect(&s.dread_box, kDreadBytes);
         if (t >= owned_length) return;
-        for (int h = warp_of_block(); h < R; h += kWarps) {
-            T mean = 0;
-            for (int w = lane_of_warp(); w < W; w += kWarp) {
-                const int k = h * W + w;
-                T sum = t + 1 < owned_length ? T(0) : s.carried[k];
-                if (t + 1 < owned_length) {
 #pragma unroll
-                    for (int from = 0; from < kBlocks; ++from) sum += s.dread_parts[from][k];
-                }
-                sum += s.doutput[k];
-                s.dreads[w][h] = sum;
-                mean += sum * s.output[k];
+        for (int i = 0; i < share_of(kWords); ++i) {
+            const int k = thread_again() + i * kThreads;
+            if (k >= kWords) break;
+            T sum = t + 1 < owned_length ? T(0) : s.carried[k];
+            if (t + 1 < owned_length) {
+#pragma unroll
+                for (int from = 0; from < kBlocks; ++from) sum += s.dread_parts[from][k];
             }
-            mean = sum_lanes(mean, 1, kWarp);
-            if (lane_of_warp() == 0) s.means[h] = mean + s.mean_parts[h];
+            sum += fetched_doutput[i];
+            s.dreads[k % W][k / W] = sum, s.products[k % W][k / W] = sum * fetched_reads[i];
         }
         __syncthreads();
     }
@@ -256,10 +270,19 @@ struct Backward {
     // all blocks.
     MANN_INLINE void forget(int t) {
         if (t < owned_length) {
-            if (warp_of_block() < kRowWarps) rows.undo(s.step, s.dreads, s.means, s.overwritten, T(a.eps), s.warps);
+            if (warp_of_block() < kRowWarps) {
+                T means[R]; // the sum over all slots of read weight times its gradient
+                sum_heads([&](int w, int h) { return s.products[w][h]; }, means);
+#pragma unroll
+                for (int h = 0; h < R; ++h) means[h] += s.mean_parts[h];
+                rows.undo(s.step, s.dreads, means, s.overwritten, T(a.eps), s.warps);
+            }
             __syncthreads();
-            for (int p = thread_again(); p < kHead + R; p += kThreads)
-                s.own_dhead[p] = head_gradient(s.warps, s.step, p);
+#pragma unroll
+            for (int i = 0; i < share_of(kHead + R); ++i) {
+                const int p = thread_again() + i * kThreads;
+                if (p < kHead + R) s.own_dhead[p] = head_gradient(s.warps, s.step, p);
+            }
         }
         __syncthreads();
         for (int i = thread_again(); i < kSent / 4 * kBlocks; i += kThreads) {
@@ -271,8 +294,10 @@ struct Backward {
     MANN_INLINE void receive_heads(int t) {
         mailbox_wait(&s.dhead_box, undone);
         if (threadIdx.x == 0 && t > 0) mailbox_expect(&s.dhead_box, kDheadBytes);
-        for (int i = thread_again(); i < kHead * kExamples; i += kThreads) {
-            const int p = i % kHead, e = i / kHead;
+#pragma unroll
+        for (int n = 0; n < share_of(kHead * kExamples); ++n) {
+            const int i = thread_again() + n * kThreads, p = i % kHead, e = i / kHead;
+            if (i >= kHead * kExamples) break;
             T sum = 0;
 #pragma unroll
             for (int part = 0; part < kParts; ++part) sum += s.dhead_parts[e * kParts + part][p];
@@ -294,87 +319,88 @@ struct Backward {
         const int buffer = (undone - 1) & 1;
         mailbox_wait(&s.dh_box[buffer], (undone - 1) / 2);
         if (threadIdx.x == 0 && t > 0) mailbox_expect(&s.dh_box[buffer], dh_bytes());
-        if (warp_of_block() >= kUnitWarps) return;
+        if (!exists || t + 1 >= length) return;
+        T sum = 0;
 #pragma unroll
-        for (int k = 0; k < kUnitsOfWarp; ++k) {
-            if (!has_unit(k) || t + 1 >= length) continue;
-            T sum = 0;
-#pragma unroll
-            for (int from = 0; from < kBlocks; ++from) sum += s.dh_parts[buffer][from][unit(k)][GateLane::example()];
-            if (GateLane::first() && GateLane::gate() == 0) dh(k) = sum;
-        }
+        for (int from = 0; from < kBlocks; ++from) sum += s.dh_parts[buffer][from][Cell::unit()][Cell::example()];
+        dh = sum;
     }
     MANN_INLINE void lstm(int t) {
         if (warp_of_block() >= kUnitWarps) return;
+        T sums[kCells] = {}; // of what comes through the head
+        const int first = warp_of_block() * kUnitsOfWarp;
 #pragma unroll
-        for (int k = 0; k < kUnitsOfWarp; ++k) {
-            T sums[kExamples] = {};
-            for (int p = lane_of_warp(); p < kHeadPadded; p += kWarp) {
-                const T weight = s.weight_head[least(unit(k), kUnits - 1)][p];
-                const Each each = Each::load(s.dhead[p]);
+        for (int i = 0; i < (kHeadPadded + kWarp - 1) / kWarp; ++i) {
+            const int p = i * kWarp + lane_of_warp();
+            if (p >= kHeadPadded) continue;
+            const Each each = Each::load(s.dhead[p]);
 #pragma unroll
-                for (int e = 0; e < kExamples; ++e) sums[e] += weight * each.at[e];
+            for (int n = 0; n < kUnitsOfWarp; ++n) {
+                const T weight = s.weight_head[least(first + n, kUnits - 1)][p];
+#pragma unroll
+                for (int e = 0; e < kExamples; ++e) sums[n * kExamples + e] += weight * each.at[e];
             }
-            scatter_sums(sums, 1);
-            const T through_head = __shfl_sync(kWholeWarp, sums[0], GateLane::example() * (kWarp / kExamples));
-            T gates[4];
+        }
+        scatter_sums(sums, 1);
+        T all[4] = {};
+        if (exists && t < length) {
+            const T c = gates[1] * previous_c + gates[0] * gates[2];
+            const auto cell = lstm_cell_backward(gates[0], gates[1], gates[2], gates[3], previous_c,
+                                                 hyperbolic_tangent(c), dh + doutput + sums[0], dc);
+            all[0] = cell.gate_in, all[1] = cell.gate_forget, all[2] = cell.cell, all[3] = cell.gate_out, dc = cell.c;
+        }
 #pragma unroll
-            for (int g = 0; g < 4; ++g)
-                gates[g] = __shfl_sync(kWholeWarp, gate[k], GateLane::of(g, GateLane::example()));
-            T grad = 0, dc_before = 0;
-            if (t < length && has_unit(k)) {
-                const T c = gates[1] * previous_c[k] + gates[0] * gates[2];
-                const auto cell = lstm_cell_backward(gates[0], gates[1], gates[2], gates[3], previous_c[k],
-                                                     hyperbolic_tangent(c), dh(k) + doutput[k] + through_head, dc(k));
-                const int g = GateLane::gate();
-                grad = g == 0 ? cell.gate_in : g == 1 ? cell.gate_forget : g == 2 ? cell.cell : cell.gate_out;
-                dc_before = cell.c;
-            }
-            __syncwarp(); // all have read dc
-            if (t < length && has_unit(k) && GateLane::first() && GateLane::gate() == 0) dc(k) = dc_before;
-            if (!has_unit(k) || !GateLane::first()) continue;
-            s.dgates[unit(k) * 4 + GateLane::gate()][GateLane::example()] = rounded_to<S>(grad);
-            gate[k] = grad; // for store_gates
+        for (int i = 0; i < kGatesOfLane; ++i) {
+            dgates[i] = all[0];
+#pragma unroll
+            for (int g = 1; g < 4; ++g) dgates[i] = Cell::gate(i) == g ? all[g] : dgates[i];
+            if (exists && Cell::first_of_gates())
+                s.dgates[Cell::unit() * 4 + Cell::gate(i)][Cell::example()] = rounded_to<S>(dgates[i]);
         }
     }
     MANN_INLINE void store_gates(int t) const {
+        if (!is_real() || !Cell::first_of_gates()) return;
+        S *to = a.dgates + gates_at(t, Cell::gate(0));
 #pragma unroll
-        for (int k = 0; k < kUnitsOfWarp; ++k)
-            if (has_unit(k) && GateLane::first() && lane_example() < a.batch)
-                a.dgates[row(t, lane_example()) * 4 * H + GateLane::gate() * H + share.first_unit() + unit(k)] =
-                    to_storage<S>(gate[k]);
+        for (int i = 0; i < kGatesOfLane; ++i) to[i * H] = to_storage<S>(dgates[i]);
     }
     // The part of the gradient of (h, reads) that goes through the block's gates, to whom it belongs.
     MANN_INLINE void send_parts() {
+        if (int(threadIdx.x) >= kColumnStride) return;
+        T sums[kColumnsOfThread][kExamples] = {};
 #pragma unroll
-        for (int n = 0; n < kColumnsOfThread; ++n) {
-            const int k = int(threadIdx.x) + n * kThreads;
-            if (k >= kRecurrent) continue;
-            Each sum{};
+        for (int u = 0; u < kUnits; ++u) {
+            Each each[4];
 #pragma unroll
-            for (int u = 0; u < kUnits; ++u) {
+            for (int g = 0; g < 4; ++g) each[g] = Each::load(s.dgates[4 * u + g]);
+#pragma unroll
+            for (int n = 0; n < kColumnsOfThread; ++n) {
                 Four<T> weights;
                 if constexpr (MANN_HELD) {
 #pragma unroll
                     for (int g = 0; g < 4; ++g) weights[g] = held[n][u][g];
                 } else {
-                    weights = *reinterpret_cast<const Four<T> *>(s.weight_hh[u][k]);
+                    weights =
+                        *reinterpret_cast<const Four<T> *>(s.weight_hh[u][least(column_of_thread(n), kRecurrent - 1)]);
                 }
 #pragma unroll
-                for (int g = 0; g < 4; ++g) {
-                    const Each each = Each::load(s.dgates[4 * u + g]);
+                for (int g = 0; g < 4; ++g)
 #pragma unroll
-                    for (int e = 0; e < kExamples; ++e) sum.at[e] += weights[g] * each.at[e];
-                }
+                    for (int e = 0; e < kExamples; ++e) sums[n][e] += weights[g] * each[g].at[e];
             }
+        }
+#pragma unroll
+        for (int n = 0; n < kColumnsOfThread; ++n) {
+            const int k = column_of_thread(n);
             if (k < H) {
-                sum.send_to(s.dh_parts[undone & 1][share.rank][k % kUnits], k / kUnits, &s.dh_box[undone & 1]);
-            } else {
+                send_several<kExamples>(s.dh_parts[undone & 1][share.rank][k % kUnits], k / kUnits,
+                                        &s.dh_box[undone & 1], sums[n]);
+            } else if (k < kRecurrent) {
 #pragma unroll
                 for (int e = 0; e < kExamples; ++e)
 #pragma unroll
                     for (int part = 0; part < kParts; ++part)
-                        send(&s.dread_parts[share.rank][k - H], e * kParts + part, &s.dread_box, sum.at[e]);
+                        send(&s.dread_parts[share.rank][k - H], e * kParts + part, &s.dread_box, sums[n][e]);
             }
         }
     }
@@ -392,8 +418,8 @@ struct Backward {
         __syncthreads();
         send_parts();
         store_gates(t);
-        if (t > start) fetch_units(t - 1, start);
-        if (share.owns() && t > start && t - 1 < owned_length) make_step();
+        if (t > start) fetch_cell(t - 1, start);
+        if (share.owns() && t > start && t - 1 < owned_length) make_fetched();
         ++undone;
         __syncthreads();
     }
@@ -406,11 +432,11 @@ struct Backward {
             recompute_cells(start, stop);
             __syncthreads();
             recompute_steps(start, stop);
-            fetch_units(stop - 1, start);
+            fetch_cell(stop - 1, start);
             if (share.owns()) {
                 fetch(stop - 1, start);
                 __syncthreads();
-                if (stop - 1 < owned_length) make_step();
+                if (stop - 1 < owned_length) make_fetched();
             }
             __syncthreads();
             for (int t = stop - 1; t >= start; --t) undo(t, start);
@@ -422,11 +448,9 @@ struct Backward {
     MANN_INLINE void finish() {
         receive_dh(-1);
         if (share.owns() && undone > 0) mailbox_wait(&s.dread_box, undone - 1);
-#pragma unroll
-        for (int k = 0; k < kUnitsOfWarp; ++k) {
-            if (!has_unit(k) || !GateLane::first() || GateLane::gate() != 0 || lane_example() >= a.batch) continue;
-            const int64_t at = unit_at(int64_t(lane_example()), k);
-            a.dh[at] = to_storage<S>(dh(k)), a.dc[at] = to_storage<S>(dc(k));
+        if (is_real() && Cell::first()) {
+            const int64_t at = unit_at(example);
+            a.dh[at] = to_storage<S>(dh), a.dc[at] = to_storage<S>(dc);
         }
         if (!share.is_real()) return;
         const int b = share.example();

@@ -15,31 +15,37 @@
 
 namespace mann::cuda {
 
-constexpr int kUnitWarps = least(kUnits, kWarps), kUnitsOfWarp = (kUnits + kUnitWarps - 1) / kUnitWarps;
-constexpr int kLanesOfH = (H + kWarp - 1) / kWarp, kLanesOfReads = (kWords + kWarp - 1) / kWarp;
+constexpr int kLanesOfH = (kHidden + kWarp - 1) / kWarp, kLanesOfReads = (kWords + kWarp - 1) / kWarp;
+constexpr int kColumnsHere = kHidden + kWords; // of weight_hh as it stands here
+// The units' part of the heads: four numbers of an example to a thread, or the units split over several lanes.
+constexpr int kHeadItems = kHeadPadded / 4 * kExamples;
+constexpr int kHeadLanes = kHeadItems * 8 <= kThreads   ? 8
+                           : kHeadItems * 4 <= kThreads ? 4
+                           : kHeadItems * 2 <= kThreads ? 2
+                                                        : 1;
 
 struct ForwardShared {
     // By messages.
-    alignas(16) T h[2][H][kExamples];
+    alignas(16) T h[2][kHidden][kExamples];
     alignas(16) T head_parts[kBlocks][kHeadPadded];
     alignas(16) T read_parts[kOwners][kPart];
     Candidate candidates[kParts][R];
     Mailbox h_box[2], head_box, reads_box, candidate_box;
     // Of the block.
-    alignas(16) T weight_hh[MANN_HELD ? 1 : kUnits][MANN_HELD ? 1 : kRecurrent][4];
+    alignas(16) T weight_hh[MANN_HELD ? 1 : kUnits][MANN_HELD ? 1 : kColumnsHere][4];
     alignas(16) T weight_head[kUnits][kHeadPadded];
     alignas(16) T reads[kWords][kExamples];
-    alignas(16) T own_h[kUnits][kExamples];
+    alignas(16) T own_h[kUnitsPadded][kExamples];
     alignas(16) T own_part[kPart]; // of read_parts
     alignas(16) T bias_head[kHeadPadded];
     alignas(16) Step step;
     WarpSums warps;
-    Order usage[kSlots];
+    alignas(4 * sizeof(Order)) Order usage[kOrders];
     Candidate chosen[R];
 };
 static_assert(sizeof(Candidate) == sizeof(Four<T>));
 
-constexpr int kHBytes = H * kExamples * sizeof(T), kHeadBytes = kBlocks * kHeadPadded * sizeof(T);
+constexpr int kHBytes = kHidden * kExamples * sizeof(T), kHeadBytes = kBlocks * kHeadPadded * sizeof(T);
 constexpr int kReadsBytes = kOwners * kPart * sizeof(T), kCandidateBytes = kParts * R * sizeof(Candidate);
 
 struct Forward {
@@ -47,43 +53,51 @@ struct Forward {
     ForwardShared &s;
     const Share share;
     Rows rows;
-    T c[kUnitsOfWarp], h[kUnitsOfWarp], gates_x[kUnitsOfWarp]; // of the lane's example (and gate)
-    T sums[kUnitsOfWarp][4 * kExamples];                       // of the gates of the next step so far
-    T held[kUnitsOfWarp][MANN_HELD ? kLanesOfH + kLanesOfReads : 1][4];
-    int length, owned_length; // real steps of the lane's example and of the block's
+    // Of the lane's cell.
+    const bool exists;         // whether there is such a unit
+    const int example, length; // in the batch; its real steps
+    T c = 0, h = 0;
+    T gates_x[kGatesOfLane] = {}; // of the next step
+    T sums[4 * kCells];           // of the warp: the gates of the next step so far; then the lane's gates of the step
+    T held[MANN_HELD ? kUnitsOfWarp : 1][MANN_HELD ? kLanesOfH + kLanesOfReads : 1][4];
+    const int owned_length; // real steps of the block's example
 
     MANN_INLINE Forward(const MannForward<S> &args, ForwardShared &shared)
-        : a(args), s(shared), share(args.batch), rows{} {
+        : a(args), s(shared), share(args.batch), rows{}, exists(Cell::unit() < share.units()),
+          example(share.first_example + Cell::example()),
+          length(share.steps_of(args.lengths, Cell::example(), args.steps)),
+          owned_length(share.owns() ? share.steps_of(args.lengths, share.owned(), args.steps) : 0) {
         rows.part = share.part();
-        length = share.steps_of(a.lengths, GateLane::example(), a.steps);
-        owned_length = share.owns() ? share.steps_of(a.lengths, share.owned(), a.steps) : 0;
     }
-    MANN_INLINE int unit(int k) const { return warp_of_block() + k * kUnitWarps; }
-    MANN_INLINE bool has_unit(int k) const { return warp_of_block() < kUnitWarps && unit(k) < share.units(); }
-    MANN_INLINE int lane_example() const { return share.first_example + GateLane::example(); }
+    MANN_INLINE bool is_real() const { return exists && example < a.batch; }
+    MANN_INLINE int unit() const { return share.first_unit() + Cell::unit(); } // of all
     MANN_INLINE int64_t row(int t, int b) const { return int64_t(t) * a.batch + b; }
 
-    // weight_hh [4H, H + words] of a unit of the block.
-    MANN_INLINE T weight_hh(int unit, int k, int gate) const {
-        return to_arith(a.weight_hh[(int64_t(gate) * H + share.first_unit() + unit) * kRecurrent + k]);
+    // Column `at` of weight_hh [4H, H + words] of a unit of the block, in the order of kHidden; zero where there is
+    // none.
+    MANN_INLINE T weight_hh(int u, int at, int gate) const {
+        const int block = at / kUnitsPadded, other = at % kUnitsPadded;
+        const int k = at >= kHidden ? H + at - kHidden : block * kUnits + other;
+        const bool there = u < share.units() && at < kColumnsHere && (at >= kHidden || (other < kUnits && k < H));
+        return there ? to_arith(a.weight_hh[(int64_t(gate) * H + share.first_unit() + u) * kRecurrent + k]) : T(0);
     }
     MANN_INLINE void take_weights() {
         if constexpr (MANN_HELD) {
 #pragma unroll
-            for (int k = 0; k < kUnitsOfWarp; ++k)
+            for (int n = 0; n < kUnitsOfWarp; ++n)
 #pragma unroll
                 for (int i = 0; i < kLanesOfH + kLanesOfReads; ++i)
 #pragma unroll
                     for (int g = 0; g < 4; ++g) {
-                        const int at =
-                            i < kLanesOfH ? i * kWarp + lane_of_warp() : H + (i - kLanesOfH) * kWarp + lane_of_warp();
-                        const bool there = has_unit(k) && at < (i < kLanesOfH ? H : kRecurrent);
-                        held[k][i][g] = there ? weight_hh(unit(k), at, g) : T(0);
+                        const int k = (i < kLanesOfH ? i : i - kLanesOfH) * kWarp + lane_of_warp();
+                        const bool there = k < (i < kLanesOfH ? kHidden : kWords);
+                        const int u = warp_of_block() * kUnitsOfWarp + n, at = i < kLanesOfH ? k : kHidden + k;
+                        held[n][i][g] = there ? weight_hh(u, at, g) : T(0);
                     }
         } else {
-            for (int i = thread_again(); i < kUnits * 4 * kRecurrent; i += kThreads) {
-                const int k = i % kRecurrent, g = i / kRecurrent % 4, u = i / kRecurrent / 4;
-                s.weight_hh[u][k][g] = u < share.units() ? weight_hh(u, k, g) : T(0);
+            for (int i = thread_again(); i < kUnits * 4 * kColumnsHere; i += kThreads) {
+                const int k = i % kColumnsHere, g = i / kColumnsHere % 4, u = i / kColumnsHere / 4;
+                s.weight_hh[u][k][g] = weight_hh(u, k, g);
             }
         }
         for (int i = thread_again(); i < kUnits * kHeadPadded; i += kThreads) {
@@ -105,20 +119,22 @@ struct Forward {
             }
         }
         take_weights();
-        for (int i = thread_again(); i < H * kExamples; i += kThreads) {
-            const int b = share.first_example + i % kExamples;
-            s.h[1][i / kExamples][i % kExamples] = b < a.batch ? to_arith(a.h[int64_t(b) * H + i / kExamples]) : T(0);
+        open_step(s.step);
+        rows.open_usage(s.usage);
+        for (int i = thread_again(); i < kHidden * kExamples; i += kThreads) {
+            const int b = share.first_example + i % kExamples, other = i / kExamples % kUnitsPadded;
+            const int u = i / kExamples / kUnitsPadded * kUnits + other;
+            const bool there = b < a.batch && other < kUnits && u < H;
+            s.h[1][i / kExamples][i % kExamples] = there ? to_arith(a.h[int64_t(b) * H + u]) : T(0);
         }
         for (int i = thread_again(); i < kWords * kExamples; i += kThreads) {
             const int b = share.first_example + i % kExamples;
             s.reads[i / kExamples][i % kExamples] =
                 b < a.batch ? to_arith(a.reads[int64_t(b) * kWords + i / kExamples]) : T(0);
         }
-#pragma unroll
-        for (int k = 0; k < kUnitsOfWarp; ++k) {
-            const bool there = has_unit(k) && lane_example() < a.batch;
-            const int64_t at = there ? int64_t(lane_example()) * H + share.first_unit() + unit(k) : 0;
-            h[k] = there ? to_arith(a.h[at]) : T(0), c[k] = there ? to_arith(a.c[at]) : T(0), gates_x[k] = 0;
+        if (is_real()) {
+            const int64_t at = int64_t(example) * H + unit();
+            h = to_arith(a.h[at]), c = to_arith(a.c[at]);
         }
         const bool real = share.is_real();
         const int b = share.example();
@@ -136,17 +152,18 @@ struct Forward {
         if (share.owns()) rows.give_usage(s.usage);
     }
 
+    MANN_INLINE int64_t gates_at(int t) const { return (row(t, example) * 4 + Cell::gate(0)) * H + unit(); }
     // Of step t, long before they are used.
     MANN_INLINE void fetch(int t) {
+        if (!exists || t >= length) return;
+        const S *from = a.gates_x + gates_at(t);
 #pragma unroll
-        for (int k = 0; k < kUnitsOfWarp; ++k)
-            if (has_unit(k) && t < length)
-                gates_x[k] = to_arith(
-                    a.gates_x[row(t, lane_example()) * 4 * H + GateLane::gate() * H + share.first_unit() + unit(k)]);
+        for (int i = 0; i < kGatesOfLane; ++i) gates_x[i] = to_arith(from[i * H]);
     }
     // sums += weight_hh's columns from `start` on times x [count, kExamples].
     template <int count, int start, int held_at> MANN_INLINE void multiply(const T (*x)[kExamples]) {
         constexpr int iterations = (count + kWarp - 1) / kWarp;
+        const int first = warp_of_block() * kUnitsOfWarp;
 #pragma unroll
         for (int i = 0; i < iterations; ++i) {
             const int k = i * kWarp + lane_of_warp();
@@ -154,85 +171,91 @@ struct Forward {
             const Each each = Each::load(x[k]);
 #pragma unroll
             for (int n = 0; n < kUnitsOfWarp; ++n) {
-                T weights[4];
+                Four<T> weights;
                 if constexpr (MANN_HELD) {
 #pragma unroll
                     for (int g = 0; g < 4; ++g) weights[g] = held[n][held_at + i][g];
                 } else {
-                    const Four<T> four =
-                        *reinterpret_cast<const Four<T> *>(s.weight_hh[least(unit(n), kUnits - 1)][start + k]);
-#pragma unroll
-                    for (int g = 0; g < 4; ++g) weights[g] = four[g];
+                    weights = *reinterpret_cast<const Four<T> *>(s.weight_hh[least(first + n, kUnits - 1)][start + k]);
                 }
 #pragma unroll
-                for (int g = 0; g < 4; ++g)
+                for (int e = 0; e < kExamples; ++e)
 #pragma unroll
-                    for (int e = 0; e < kExamples; ++e) sums[n][g * kExamples + e] += weights[g] * each.at[e];
+                    for (int g = 0; g < 4; ++g) sums[(n * kExamples + e) * 4 + g] += weights[g] * each.at[e];
             }
         }
     }
     MANN_INLINE void gates_of_h(int t) { // the h before step t
 #pragma unroll
-        for (int n = 0; n < kUnitsOfWarp; ++n)
-#pragma unroll
-            for (int i = 0; i < 4 * kExamples; ++i) sums[n][i] = 0;
-        if (warp_of_block() < kUnitWarps) multiply<H, 0, 0>(s.h[(t + 1) & 1]);
+        for (int i = 0; i < 4 * kCells; ++i) sums[i] = 0;
+        if (warp_of_block() < kUnitWarps) multiply<kHidden, 0, 0>(s.h[(t + 1) & 1]);
     }
 
     // Eq. 9 to 16 for the units of the warp; h goes to every block.
     MANN_INLINE void lstm(int t) {
         if (warp_of_block() >= kUnitWarps) return;
-        multiply<kWords, H, kLanesOfH>(s.reads);
+        multiply<kWords, kHidden, kLanesOfH>(s.reads);
+        scatter_sums(sums, 1);
 #pragma unroll
-        for (int n = 0; n < kUnitsOfWarp; ++n) {
-            scatter_sums(sums[n], 1);
-            T gate = sums[n][0] + gates_x[n];
-            gate = GateLane::gate() == 2 ? hyperbolic_tangent(gate) : sigmoid(gate);
-            T gates[4];
+        for (int i = 0; i < kGatesOfLane; ++i) {
+            const T x = sums[i] + gates_x[i];
+            sums[i] = Cell::gate(i) == 2 ? hyperbolic_tangent(x) : sigmoid(x);
+        }
+        T gates[4];
 #pragma unroll
-            for (int g = 0; g < 4; ++g) gates[g] = __shfl_sync(kWholeWarp, gate, GateLane::of(g, GateLane::example()));
-            if (t < length) {
-                c[n] = gates[1] * c[n] + gates[0] * gates[2];
-                h[n] = rounded_to<S>(gates[3] * hyperbolic_tangent(c[n]));
-            }
-            Each all;
+        for (int g = 0; g < 4; ++g)
+            gates[g] = __shfl_sync(kWholeWarp, sums[g % kGatesOfLane], g / kGatesOfLane * kGateLanes, kCellLanes);
+        if (exists && t < length) {
+            c = gates[1] * c + gates[0] * gates[2];
+            h = rounded_to<S>(gates[3] * hyperbolic_tangent(c));
+        }
+        if (Cell::first()) s.own_h[Cell::unit()][Cell::example()] = h;
+        send_h(t);
+    }
+    // The cells of the warp to every block: a few numbers to a lane, as far as there are lanes.
+    MANN_INLINE void send_h(int t) {
+        constexpr int kSize = least(kCells, 4), kPieces = kCells / kSize, kMessages = kBlocks * kPieces;
+        T *target = s.h[t & 1][share.rank * kUnitsPadded + warp_of_block() * kUnitsOfWarp];
 #pragma unroll
-            for (int e = 0; e < kExamples; ++e) all.at[e] = __shfl_sync(kWholeWarp, h[n], GateLane::of(0, e));
-            if (has_unit(n)) {
-                if (lane_of_warp() < kBlocks)
-                    all.send_to(s.h[t & 1][share.first_unit() + unit(n)], lane_of_warp(), &s.h_box[t & 1]);
-                if (lane_of_warp() == 0) {
+        for (int first = 0; first < kMessages; first += kWarp) {
+            const int message = first + lane_of_warp(), cell = message / kBlocks % kPieces * kSize;
+            T x[kSize];
 #pragma unroll
-                    for (int e = 0; e < kExamples; ++e) s.own_h[unit(n)][e] = all.at[e];
-                }
-            }
-            sums[n][0] = gate; // for store_gates
+            for (int j = 0; j < kSize; ++j) x[j] = __shfl_sync(kWholeWarp, h, (cell + j) * kCellLanes);
+            if (message < kMessages) send_several<kSize>(target + cell, message % kBlocks, &s.h_box[t & 1], x);
         }
     }
     MANN_INLINE void store_gates(int t) const {
-        if (!GateLane::first() || lane_example() >= a.batch) return;
+        if (!is_real()) return;
+        if (a.saved_gates && t < length && Cell::first_of_gates()) {
+            T *to = a.saved_gates + gates_at(t);
 #pragma unroll
-        for (int n = 0; n < kUnitsOfWarp; ++n) {
-            if (!has_unit(n)) continue;
-            const int64_t at = row(t, lane_example());
-            const int u = share.first_unit() + unit(n);
-            if (a.saved_gates && t < length) a.saved_gates[at * 4 * H + GateLane::gate() * H + u] = sums[n][0];
-            if (GateLane::gate() == 0) a.output[at * kRecurrent + u] = to_storage<S>(t < length ? h[n] : T(0));
+            for (int i = 0; i < kGatesOfLane; ++i) to[i * H] = sums[i];
         }
+        if (Cell::first()) a.output[row(t, example) * kRecurrent + unit()] = to_storage<S>(t < length ? h : T(0));
     }
     // The units' part of every head, to the blocks that want it.
     MANN_INLINE void send_heads() {
-        for (int i = thread_again(); i < kHeadPadded / 4 * kExamples; i += kThreads) {
-            const int p = i % (kHeadPadded / 4), e = i / (kHeadPadded / 4);
+        constexpr int kLanesInAll = kHeadItems * kHeadLanes;
+        for (int i = thread_again(); i < round_up(kLanesInAll, kWarp); i += kThreads) {
+            const int item = least(i / kHeadLanes, kHeadItems - 1), from = i % kHeadLanes;
+            const int p = item % (kHeadPadded / 4), e = item / (kHeadPadded / 4);
             Four<T> sum{};
-            for (int u = 0; u < share.units(); ++u) {
+#pragma unroll
+            for (int n = 0; n < (kUnits + kHeadLanes - 1) / kHeadLanes; ++n) {
+                const int u = n * kHeadLanes + from;
+                if (kUnits % kHeadLanes != 0 && u >= kUnits) break;
                 const Four<T> weights = reinterpret_cast<const Four<T> *>(s.weight_head[u])[p];
                 const T x = s.own_h[u][e];
 #pragma unroll
                 for (int j = 0; j < 4; ++j) sum[j] += x * weights[j];
             }
 #pragma unroll
-            for (int k = 0; k < kParts; ++k) send(&s.head_parts[share.rank][4 * p], e * kParts + k, &s.head_box, sum);
+            for (int j = 0; j < 4; ++j) sum[j] = sum_lanes(sum[j], 1, kHeadLanes);
+            if (from == 0 && i < kLanesInAll)
+#pragma unroll
+                for (int k = 0; k < kParts; ++k)
+                    send(&s.head_parts[share.rank][4 * p], e * kParts + k, &s.head_box, sum);
         }
     }
 
@@ -257,33 +280,37 @@ struct Forward {
                 if (threadIdx.x == 0 && t + 1 < owned_length) mailbox_expect(&s.candidate_box, kCandidateBytes);
                 merge_candidates(s.candidates[0], s.step);
             }
-            make_head(s.step, [&](int p) {
+            make_head(s.step, [&](int p, int) {
                 T sum = s.bias_head[p];
 #pragma unroll
                 for (int from = 0; from < kBlocks; ++from) sum += s.head_parts[from][p];
                 return sum;
             });
             __syncthreads();
-            rows.write_and_match(s.step, T(a.eps), s.warps.tops[0]);
             if (warp_of_block() < kRowWarps) {
-                rows.sum_exps(s.warps.sums[0]);
-                rows.sum_rows(s.warps.reads[0]);
+                T *part = s.warps.of_warp();
+                rows.write_and_match(s.step, T(a.eps), part + kTopAt);
+                rows.sum_exps(part + kSumAt);
+                rows.sum_rows(part);
             }
-            __syncthreads();
-            sum_warps(s.warps, s.own_part);
         }
         __syncthreads();
-        for (int i = thread_again(); i < kPart / 4 * kBlocks; i += kThreads) {
-            const int p = i % (kPart / 4), to = i / (kPart / 4);
-            send(&s.read_parts[share.rank][4 * p], to, &s.reads_box, reinterpret_cast<const Four<T> *>(s.own_part)[p]);
+        for (int i = thread_again(); i < kPart / 4; i += kThreads) {
+            Four<T> &part = reinterpret_cast<Four<T> *>(s.own_part)[i];
+            if (t < owned_length) part = sum_warps(s.warps, i);
+            const Four<T> sum = part;
+#pragma unroll
+            for (int to = 0; to < kBlocks; ++to) send(&s.read_parts[share.rank][4 * i], to, &s.reads_box, sum);
         }
     }
     // The reads of step t from their parts, for every example; read weights and usage of the owned one.
     MANN_INLINE void receive_reads(int t) {
         mailbox_wait(&s.reads_box, t);
         if (threadIdx.x == 0 && t + 1 < a.steps) mailbox_expect(&s.reads_box, kReadsBytes);
-        for (int i = thread_again(); i < kWords * kExamples; i += kThreads) {
-            const int e = i % kExamples, k = i / kExamples;
+#pragma unroll
+        for (int n = 0; n < share_of(kWords * kExamples); ++n) {
+            const int i = thread_again() + n * kThreads, e = i % kExamples, k = i / kExamples;
+            if (i >= kWords * kExamples) break;
             s.reads[k][e] = rounded_to<S>(read_of(&s.read_parts[e * kParts], k));
         }
         if (share.owns() && t < owned_length) {
@@ -304,10 +331,7 @@ struct Forward {
             a.saved_least_used[row(t, share.example()) * R + h] = t < owned_length ? s.step.slots[h] : 0;
     }
     MANN_INLINE void copy_state(int copy) {
-#pragma unroll
-        for (int n = 0; n < kUnitsOfWarp; ++n)
-            if (has_unit(n) && GateLane::first() && GateLane::gate() == 0 && lane_example() < a.batch)
-                a.saved_c[row(copy, lane_example()) * H + share.first_unit() + unit(n)] = c[n];
+        if (is_real() && Cell::first()) a.saved_c[row(copy, example) * H + unit()] = c;
         if (!share.is_real()) return;
         rows.give_memory(a.saved_memory + row(copy, share.example()) * N * W);
         rows.give_weights(a.saved_read_weights + row(copy, share.example()) * R * N);
@@ -325,14 +349,14 @@ struct Forward {
             lstm(t);
             __syncthreads();
             send_heads();
-            if (t > 0) store_reads(t - 1);
-            store_gates(t);
             fetch(t + 1);
             if (share.owns()) {
                 if (t < owned_length) choose();
+                if (t > 0) store_reads(t - 1);
                 remember(t);
                 store_slots(t);
             }
+            store_gates(t);
             mailbox_wait(&s.h_box[t & 1], t / 2);
             if (threadIdx.x == 0 && t + 2 < a.steps) mailbox_expect(&s.h_box[t & 1], kHBytes);
             if (t + 1 < a.steps) gates_of_h(t + 1);
@@ -344,11 +368,9 @@ struct Forward {
         cluster_barrier(); // nobody writes to a block that has ended
     }
     MANN_INLINE void finish() {
-#pragma unroll
-        for (int n = 0; n < kUnitsOfWarp; ++n) {
-            if (!has_unit(n) || !GateLane::first() || GateLane::gate() != 0 || lane_example() >= a.batch) continue;
-            const int64_t at = int64_t(lane_example()) * H + share.first_unit() + unit(n);
-            a.h1[at] = to_storage<S>(h[n]), a.c1[at] = to_storage<S>(c[n]);
+        if (is_real() && Cell::first()) {
+            const int64_t at = int64_t(example) * H + unit();
+            a.h1[at] = to_storage<S>(h), a.c1[at] = to_storage<S>(c);
         }
         if (!share.is_real()) return;
         const int b = share.example();

@@ -5,30 +5,40 @@
 
 namespace mann::cuda {
 
-// What the warps of a block leave of a step forward.
+// What the warps of a block leave of a step forward, each as a part does.
 struct WarpSums {
-    T reads[kRowWarps][kWords], sums[kWarps][R], tops[kWarps][R];
+    alignas(16) T part[kRowWarps][kPart];
+
+    MANN_INLINE T *of_warp() { return part[least(warp_of_block(), kRowWarps - 1)]; }
 };
 
-// A part's share of the reads and of the sums of the softmax [kPart], from those of its warps. Barrier before and
-// after.
-MANN_INLINE void sum_warps(const WarpSums &warps, T *part) {
-    for (int p = thread_again(); p < kTopAt; p += kThreads) {
-        const int h = p < kWords ? p / W : p - kWords;
-        T top = 0, sum = 0;
-        if (kKeyStrength) {
-            top = warps.tops[0][h];
+// Numbers 4 i and following of a part, from those of its warps. Barrier before.
+MANN_INLINE Four<T> sum_warps(const WarpSums &warps, int i) {
+    Four<T> sum{}, top{};
+    int head[4];
 #pragma unroll
-            for (int w = 1; w < kRowWarps; ++w) top = warps.tops[w][h] > top ? warps.tops[w][h] : top;
-            if (p >= kWords) part[kTopAt + h] = top;
-        }
+    for (int j = 0; j < 4; ++j) {
+        const int p = 4 * i + j;
+        head[j] = p < kWords ? p / W : p < kTopAt ? p - kWords : least(p - kTopAt, R - 1);
+        if (!kKeyStrength) continue;
+        top[j] = warps.part[0][kTopAt + head[j]];
 #pragma unroll
-        for (int w = 0; w < kRowWarps; ++w) {
-            const T x = p < kWords ? warps.reads[w][p] : warps.sums[w][h];
-            sum += kKeyStrength ? x * exponential(warps.tops[w][h] - top) : x;
+        for (int w = 1; w < kRowWarps; ++w) {
+            const T other = warps.part[w][kTopAt + head[j]];
+            top[j] = other > top[j] ? other : top[j];
         }
-        part[p] = sum;
     }
+#pragma unroll
+    for (int w = 0; w < kRowWarps; ++w) {
+        const Four<T> x = reinterpret_cast<const Four<T> *>(warps.part[w])[i];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            sum[j] += kKeyStrength ? x[j] * exponential(warps.part[w][kTopAt + head[j]] - top[j]) : x[j];
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+        if (4 * i + j >= kTopAt) sum[j] = top[j];
+    return sum;
 }
 
 // What makes shares of the whole of what each part has summed for a head; parts [kParts, kPart] of an example.
@@ -47,7 +57,7 @@ struct Factors {
             of[p] = kKeyStrength ? exponential(parts[p][kTopAt + h] - top) : T(1);
             sum += parts[p][kSumAt + h] * of[p];
         }
-        const T scale = 1 / sum;
+        const T scale = fast_reciprocal(sum);
 #pragma unroll
         for (int p = 0; p < kParts; ++p) of[p] *= scale;
     }
@@ -74,7 +84,7 @@ MANN_INLINE void finish_step(Rows &rows, const T (*parts)[kPart], const WarpSums
         scale[h] = Factors(parts, h).of_part(rows.part);
         if (kKeyStrength)
             scale[h] *= warp_of_block() < kRowWarps
-                            ? exponential(warps.tops[warp_of_block()][h] - parts[rows.part][kTopAt + h])
+                            ? exponential(warps.part[warp_of_block()][kTopAt + h] - parts[rows.part][kTopAt + h])
                             : T(0);
     }
     rows.normalise(scale, decay);
@@ -131,12 +141,12 @@ MANN_INLINE void exchange_sums(PartSums &s, int first_rank, int part, int &numbe
 
 // Read weights after a step that is recomputed, of which write_and_match is done; exchanges sums.
 MANN_INLINE void finish_recomputed(Rows &rows, PartSums &s, int first_rank, int &number) {
-    if (warp_of_block() < kRowWarps) rows.sum_exps(s.sums[0]);
+    if (warp_of_block() < kRowWarps) rows.sum_exps(s.sums[warp_of_block()]);
     exchange_sums(s, first_rank, rows.part, number, kKeyStrength);
     T scale[R];
 #pragma unroll
     for (int h = 0; h < R; ++h) {
-        scale[h] = 1 / s.total[h];
+        scale[h] = fast_reciprocal(s.total[h]);
         if (kKeyStrength)
             scale[h] *= warp_of_block() < kRowWarps ? exponential(s.tops[warp_of_block()][h] - s.top[h]) : T(0);
     }

@@ -18,9 +18,6 @@ constexpr bool kSoftplus = MANN_SOFTPLUS; // of key strengths, which are logits 
 constexpr bool kShared = MANN_SHARED_LRU, kEraseAll = MANN_ERASE_ALL;
 constexpr int kParts = MANN_PARTS; // blocks that share the slots of an example
 
-#if !defined(MANN_THREADS)
-#define MANN_THREADS 512
-#endif
 constexpr int kThreads = MANN_THREADS, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 MANN_CONSTEXPR int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -34,6 +31,7 @@ MANN_CONSTEXPR int lanes_of_row() {
 }
 constexpr int kLanes = lanes_of_row(), kGroups = kThreads / kLanes;
 constexpr int kRows = (kSlots + kGroups - 1) / kGroups, kColumns = (W + kLanes - 1) / kLanes;
+constexpr int kOrders = round_up(kSlots, 4 * kLanes); // usages of a part, padded
 // Columns of a thread that are summed over rows at once: the sums of all heads take registers.
 constexpr int kChunk = least(R < 8 ? 8 / R : 1, kColumns);
 constexpr int kRowWarps = least(kWarps, (kSlots * kLanes + kWarp - 1) / kWarp); // that have rows at all
@@ -96,28 +94,33 @@ template <int count> MANN_INLINE Scattered<count> scatter_sums(T (&v)[count], in
     return s;
 }
 
-// A usage as an integer in the same order, NaN last: what comes first is then one comparison.
+// A usage as an integer in the same order, NaN last, kNoSlot after that: what comes first is then one comparison.
 #if defined(MANN_CUDA_ON_CPU)
 MANN_INLINE uint64_t order_of(double usage) {
     const double positive = usage == 0 ? 0 : usage; // -0 is 0
     uint64_t bits;
     memcpy(&bits, &positive, sizeof(bits));
-    return usage != usage ? ~uint64_t(0) : bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
+    return usage != usage ? ~uint64_t(1) : bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
 }
 #endif
 MANN_INLINE uint32_t order_of(float usage) {
     const uint32_t bits = __float_as_uint(usage == 0 ? 0.0f : usage); // -0 is 0
-    return usage != usage ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
+    return usage != usage ? ~1u : bits >> 31 ? ~bits : bits | 1u << 31;
 }
 using Order = decltype(order_of(T(0)));
+constexpr Order kNoSlot = ~Order(0);
 // Whether slot i comes before slot j: ties to the lowest index.
 MANN_INLINE bool less_used(Order a, int i, Order b, int j) { return a < b || (a == b && i < j); }
 
 // The head of an example and the slots to write to, in shared memory.
 struct Step {
     T key[W][kHeads], add[kWriteAdd ? W : 1][kHeads]; // the heads that do not exist are zero
-    T gate[kHeads], beta[kHeads], square[kHeads];     // gate after its sigmoid; square sums of the keys
+    T gate[kHeads], beta[kHeads];                     // gate after its sigmoid
     int32_t slots[R];                                 // the least used, ascending
+};
+
+struct alignas(4 * sizeof(Order)) Orders {
+    Order at[4];
 };
 
 // What one of several parts finds to be its least used slots.
@@ -126,25 +129,43 @@ struct alignas(16) Candidate {
     T unused[2];
 };
 
-// A head before its activations, raw(p), to a step: by all threads, a head to a warp. Barrier needed afterwards.
-template <typename Raw> MANN_INLINE void make_head(Step &step, Raw &&raw) {
-    for (int h = warp_of_block(); h < kHeads; h += kWarps) {
-        T square = 0;
-        for (int w = lane_of_warp(); w < W; w += kWarp) {
-            T key = h < R ? raw(h * W + w) : T(0), add = kWriteAdd && h < R ? raw(kAddAt + h * W + w) : T(0);
-            if (kSquash) key = hyperbolic_tangent(key), add = hyperbolic_tangent(add);
-            step.key[w][h] = key;
-            if (kWriteAdd) step.add[w][h] = add;
-            square += key * key;
-        }
-        square = sum_lanes(square, 1, kWarp);
-        if (lane_of_warp() == 0) {
-            step.square[h] = square;
-            step.gate[h] = h < R ? sigmoid(raw(kWords + h)) : T(0);
-            const T x = kKeyStrength && h < R ? raw(kBetaAt + h) : T(0);
-            step.beta[h] = !kKeyStrength ? T(1) : kSoftplus ? softplus(x) : x;
-        }
+// What no head changes. Barrier needed afterwards.
+MANN_INLINE void open_step(Step &step) {
+    for (int i = thread_again(); i < W * kHeads; i += kThreads) {
+        step.key[i / kHeads][i % kHeads] = 0;
+        if (kWriteAdd) step.add[i / kHeads][i % kHeads] = 0;
     }
+    for (int h = thread_again(); h < kHeads; h += kThreads) step.gate[h] = 0, step.beta[h] = kKeyStrength ? 0 : 1;
+}
+// Numbers of a head, or a thread's share of `count` numbers.
+MANN_CONSTEXPR int share_of(int count) { return (count + kThreads - 1) / kThreads; }
+constexpr int kHeadShare = share_of(kHead);
+
+// A head before its activations to a step: number p = thread + i * kThreads of it is raw(p, i). Barrier needed
+// afterwards.
+template <typename Raw> MANN_INLINE void make_head(Step &step, Raw &&raw) {
+    const auto squash = [](T x) { return kSquash ? hyperbolic_tangent(x) : x; };
+#pragma unroll
+    for (int i = 0; i < kHeadShare; ++i) {
+        const int p = thread_again() + i * kThreads;
+        if (p >= kHead) break;
+        const T x = raw(p, i);
+        if (p < kWords) step.key[p % W][p / W] = squash(x);
+        else if (p < kBetaAt) step.gate[p - kWords] = sigmoid(x);
+        else if (kKeyStrength && p < kAddAt) step.beta[p - kBetaAt] = kSoftplus ? softplus(x) : x;
+        else if (kWriteAdd) step.add[(p - kAddAt) % W][(p - kAddAt) / W] = squash(x);
+    }
+}
+
+// The sum over w of x(w, h) for every head, by each warp for itself: to sums [R] of all its lanes.
+template <typename F> MANN_INLINE void sum_heads(F &&x, T (&sums)[R]) {
+    constexpr int kHeadLanes = R <= 4 ? 4 : R <= 8 ? 8 : R <= 16 ? 16 : 32, kAtOnce = kWarp / kHeadLanes;
+    const int h = lane_of_warp() % kHeadLanes;
+    T sum = 0;
+    for (int w = lane_of_warp() / kHeadLanes; h < R && w < W; w += kAtOnce) sum += x(w, h);
+    sum = sum_lanes(sum, kHeadLanes, kWarp);
+#pragma unroll
+    for (int k = 0; k < R; ++k) sums[k] = __shfl_sync(kWholeWarp, sum, k);
 }
 
 struct Rows {
@@ -213,9 +234,10 @@ struct Rows {
     }
 
     // Erase, write (eq. 8), and the cosine of every row with every key (eq. 2), of which `exps` become the powers:
-    // where there are key strengths relative to the largest of the warp, which goes to tops [kWarps, R].
+    // where there are key strengths relative to the largest of the warp, which goes to its tops [R].
     MANN_INLINE void write_and_match(const Step &step, T eps, T *tops) {
-        T write[kRows][R], squares[kRows], dots[kRows][R];
+        T write[kRows][R], squares[kRows], dots[kRows][R], key_squares[R];
+        sum_heads([&](int w, int h) { return step.key[w][h] * step.key[w][h]; }, key_squares);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             write_sum[i] = squares[i] = 0;
@@ -252,7 +274,7 @@ struct Rows {
 #pragma unroll
             for (int h = 0; h < R; ++h) {
                 const T dot = sum_lanes(dots[i][h], 1, kLanes);
-                exps[i][h] = dot * inverse_square_root(squares[i] * step.square[h] + eps) * step.beta[h]; // eq. 2
+                exps[i][h] = dot * inverse_square_root(squares[i] * key_squares[h] + eps) * step.beta[h]; // eq. 2
             }
         }
 #pragma unroll
@@ -263,7 +285,7 @@ struct Rows {
 #pragma unroll
                 for (int i = 0; i < kRows; ++i) top = exists(i) && exps[i][h] > top ? exps[i][h] : top;
                 top = largest_lane(top);
-                if (lane_of_warp() == 0) tops[warp_of_block() * R + h] = top;
+                if (lane_of_warp() == 0) tops[h] = top;
             }
 #pragma unroll
             for (int i = 0; i < kRows; ++i) exps[i][h] = exists(i) ? quick_exponential(exps[i][h] - top) : T(0);
@@ -278,18 +300,23 @@ struct Rows {
         }
     }
 
-    // The warp's sums of the powers, to sums [kWarps, R].
+    // The warp's sums of the powers, to its sums [R].
     MANN_INLINE void sum_exps(T *sums) const {
+        T v[R] = {};
 #pragma unroll
-        for (int h = 0; h < R; ++h) {
-            T sum = 0;
+        for (int h = 0; h < R; ++h)
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) sum += exps[i][h];
-            sum = sum_lanes(sum, kLanes, kWarp);
-            if (lane_of_warp() == 0) sums[warp_of_block() * R + h] = sum;
-        }
+            for (int i = 0; i < kRows; ++i) v[h] += exps[i][h];
+        give_head_sums(v, sums);
     }
-    // And of the rows weighted by them, to reads [kWarps, words].
+    // Values [count] of each group of lanes, summed over the groups of the warp, to target [count].
+    template <int count> MANN_INLINE static void give_head_sums(T (&v)[count], T *target) {
+        const auto s = scatter_sums(v, kLanes);
+#pragma unroll
+        for (int i = 0; i < count; ++i)
+            if (i < s.length && s.mine && lane() == 0) target[s.first + i] = v[i];
+    }
+    // And of the rows weighted by them, to its reads [words].
     MANN_INLINE void sum_rows(T *reads) const {
 #pragma unroll
         for (int first = 0; first < kColumns; first += kChunk) {
@@ -300,7 +327,7 @@ struct Rows {
                 for (int h = 0; h < R; ++h)
 #pragma unroll
                     for (int i = 0; i < kRows; ++i) v[h * kChunk + j - first] += exps[i][h] * m[i][j];
-            give_sums(v, first, reads + warp_of_block() * kWords);
+            give_sums(v, first, reads);
         }
     }
     // Values [R, kChunk] of each lane, of its columns from `first` on, summed over the rows of the warp, to a target
@@ -328,25 +355,46 @@ struct Rows {
         }
     }
 
-    // Eq. 6, after the order of the usages [kSlots] of the part was written and a barrier: the R least used of the
-    // part, ascending, to chosen [R]. Where the part has fewer slots, the rest have no number: usage NaN, slot N.
-    // Barrier needed afterwards.
+    // Eq. 6, after the order of the usages of the part was written to orders [kOrders] and a barrier: the R least used
+    // of the part, ascending, to chosen [R]. Where the part has fewer slots, the rest have no number: usage NaN, slot
+    // N. Barrier needed afterwards.
     MANN_INLINE void give_usage(Order *orders) const {
 #pragma unroll
         for (int i = 0; i < kRows; ++i)
-            if (local(i) < kSlots && lane() == 0) orders[local(i)] = order_of(usage[i]);
+            if (local(i) < kSlots && lane() == 0) orders[local(i)] = exists(i) ? order_of(usage[i]) : kNoSlot;
+    }
+    // Of what is never written: once, before the first.
+    MANN_INLINE static void open_usage(Order *orders) {
+        for (int i = kSlots + thread_again(); i < kOrders; i += kThreads) orders[i] = kNoSlot;
     }
     MANN_INLINE void choose(const Order *orders, Candidate *chosen) const {
-        const int count = least(kSlots, N - part * kSlots);
+        // Four slots at a time; those of four that all come before the own one by index count where they are equal too.
+        Order own[kRows];
+        int rank[kRows];
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-            const Order own = order_of(usage[i]);
-            int rank = 0;
-            for (int other = lane(); other < count; other += kLanes)
-                rank += less_used(orders[other], other, own, local(i));
-            rank = sum_lanes(rank, 1, kLanes);
-            if (exists(i) && lane() == 0 && rank < R) chosen[rank] = {usage[i], T(slot(i)), {}};
+            own[i] = exists(i) ? order_of(usage[i]) : kNoSlot;
+            rank[i] = 0;
+            const int four = least(local(i), kSlots - 1) / 4 * 4;
+#pragma unroll
+            for (int j = 0; j < 3; ++j) rank[i] += lane() == 0 && four + j < local(i) && orders[four + j] == own[i];
         }
+#pragma unroll(kOrders / (4 * kLanes) <= 16 ? kOrders / (4 * kLanes) : 8)
+        for (int four = 4 * lane(); four < kOrders; four += 4 * kLanes) {
+            const Orders others = *reinterpret_cast<const Orders *>(orders + four);
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+                const Order below = own[i] + (four + 4 <= local(i)); // no overflow: nobody asks for what has no slot
+#pragma unroll
+                for (int j = 0; j < 4; ++j) rank[i] += others.at[j] < below;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            const int r = sum_lanes(rank[i], 1, kLanes);
+            if (exists(i) && lane() == 0 && r < R) chosen[r] = {usage[i], T(slot(i)), {}};
+        }
+        const int count = least(kSlots, N - part * kSlots);
         for (int h = count + int(threadIdx.x); h < R; h += kThreads) chosen[h] = {T(not_a_number()), T(N + h), {}};
     }
 };

@@ -82,22 +82,22 @@ struct RowsBackward : Rows {
                     if (has_column(j)) target[h * W + column(j)] = m[i][j];
             }
     }
-    // The warp's sums of read weight times gradient, to sums [kWarps, R].
+    // The warp's sums of read weight times gradient, to its sums [R].
     MANN_INLINE void sum_means(T *sums) const {
+        T v[R] = {};
 #pragma unroll
-        for (int h = 0; h < R; ++h) {
-            T sum = 0;
+        for (int h = 0; h < R; ++h)
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) sum += weights[i][h] * dweights[i][h];
-            sum = sum_lanes(sum, kLanes, kWarp);
-            if (lane_of_warp() == 0) sums[warp_of_block() * R + h] = sum;
-        }
+            for (int i = 0; i < kRows; ++i) v[h] += weights[i][h] * dweights[i][h];
+        give_head_sums(v, sums);
     }
 
     // Undoes a step. dreads [W, kHeads] and means [R]: the sum over all slots of read weight times its gradient.
     MANN_INLINE void undo(const Step &step, const T (*dreads)[kHeads], const T *means, const T *overwritten, T eps,
                           WarpGradients &warps) {
         T read[kRows][R], write[kRows][R], squares[kRows], dots[kRows][R], through[kRows][R], shrink[kRows];
+        T key_squares[R];
+        sum_heads([&](int w, int h) { return step.key[w][h] * step.key[w][h]; }, key_squares);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             squares[i] = shrink[i] = 0;
@@ -128,11 +128,11 @@ struct RowsBackward : Rows {
                 const T dot = sum_lanes(dots[i][h], 1, kLanes),
                         dweight = dweights[i][h] + sum_lanes(through[i][h], 1, kLanes);
                 const T dx = read[i][h] * (dweight - means[h]);
-                const T inverse_norm = inverse_square_root(squares[i] * step.square[h] + eps);
+                const T inverse_norm = inverse_square_root(squares[i] * key_squares[h] + eps);
                 const T similarity = dot * inverse_norm, ddot = step.beta[h] * dx * inverse_norm;
                 // of the cosine with respect to |key|^2 |row|^2, doubled
                 const T norm = ddot * similarity * inverse_norm;
-                shrink[i] += norm * step.square[h];
+                shrink[i] += norm * key_squares[h];
                 sums[h] += norm * squares[i];
                 sums[R + h] += dx * similarity;
                 dots[i][h] = ddot;
@@ -180,10 +180,7 @@ struct RowsBackward : Rows {
             }
             restore(step, overwritten, i);
         }
-        const auto s = scatter_sums(sums, kLanes);
-#pragma unroll
-        for (int i = 0; i < 4 * R; ++i)
-            if (i < s.length && s.mine && lane() == 0) warps.scalars[warp_of_block()][s.first + i] = sums[i];
+        give_head_sums(sums, warps.scalars[warp_of_block()]);
     }
     // Of a row that was written to as least used: exactly what stood there; and no gradient comes from before an
     // erasure.

@@ -17,10 +17,10 @@ void launch_rows(Call &call, const char *source, const char *kernel, const GridS
                  int64_t shared_bytes, const Args &args) {
     Build build = call.build(source);
     build.set("MANN_N", s.N).set("MANN_W", s.memory.W).set("MANN_R", s.memory.R).set("MANN_PARTS", plan.parts);
-    build.set("MANN_SHARED_BYTES", shared_bytes).set("MANN_WRITE_ADD", s.memory.add);
+    build.set("MANN_THREADS", kRowThreads).set("MANN_SHARED_BYTES", shared_bytes).set("MANN_WRITE_ADD", s.memory.add);
     build.set("MANN_KEY_STRENGTH", s.memory.beta).set("MANN_SQUASH", 0).set("MANN_SOFTPLUS", 0);
     build.set("MANN_SHARED_LRU", s.shared).set("MANN_ERASE_ALL", s.erase_all);
-    call.launch(build, kernel, {s.B * plan.parts, 512, plan.parts, shared_bytes}, args);
+    call.launch(build, kernel, {s.B * plan.parts, kRowThreads, plan.parts, shared_bytes}, args);
 }
 
 } // namespace mann::cuda

@@ -174,6 +174,7 @@ namespace mann::cuda {
 inline int thread_again() { return int(threadIdx.x); }
 
 template <typename T> struct Four;
+template <typename T> struct Two;
 
 // 16 bytes on a GPU.
 template <typename T> Four<T> load_shared4(const T *shared) {
@@ -202,6 +203,10 @@ inline void mailbox_wait(const Mailbox *box, int phase, on_cpu::Place place = on
 }
 template <typename T> void send(T *target, int rank, Mailbox *box, T x) {
     on_cpu::send(target, rank, box, &x, sizeof(T));
+}
+template <typename T> void send(T *target, int rank, Mailbox *box, const Two<T> &x) {
+    on_cpu::check_aligned(target, 8, "message of two numbers");
+    on_cpu::send(target, rank, box, &x, sizeof(x));
 }
 template <typename T> void send(T *target, int rank, Mailbox *box, const Four<T> &x) {
     on_cpu::check_aligned(target, 16, "message of four numbers");
