@@ -152,8 +152,8 @@ FAULTS = {
     ),
     "one buffer for what may still be read": (
         "mann_sequence_backward.cu",
-        "sum.send_to(s.dh_parts[undone & 1]",
-        "sum.send_to(s.dh_parts[0]",
+        "(s.dh_parts[undone & 1]",
+        "(s.dh_parts[0]",
         "error",
     ),
     "expects a message that never comes": (
@@ -168,7 +168,13 @@ FAULTS = {
         "copy_state(t / a.checkpoint_every - 1);\n",
         "error",
     ),
-    "a candidate too few": ("rows.h", "const int count = least(kSlots", "const int count = least(kSlots - 1", "error"),
+    "reads that are overwritten before they are stored": (
+        "mann_sequence_forward.cu",
+        "                if (t > 0) store_reads(t - 1);\n                remember(t);\n",
+        "                remember(t);\n                if (t > 0) store_reads(t - 1);\n",
+        "error",
+    ),
+    "a slot that comes before itself": ("rows.h", "others.at[j] < below", "others.at[j] <= below", "error"),
     "a row that is not restored": (
         "rows_backward.h",
         "m[i][j] = overwritten[h * W + column(j)]",
