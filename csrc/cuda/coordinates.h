@@ -30,10 +30,6 @@ constexpr int kFragment = kApart ? 4 : 2; // numbers of a lane
 // Loops over the units of a part, unrolled unless they are long.
 constexpr int kUnroll = kUnits <= 8 ? kUnits : 1;
 
-template <typename X> struct alignas(2 * sizeof(X)) Two {
-    X at[2];
-};
-
 // x = big + small, to the bits that a tensor core takes of both.
 MANN_INLINE void take_apart(float x, float &big, float &small) {
     big = __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xFFFFE000u); // to the nearest

@@ -107,7 +107,6 @@ MANN_INLINE float sigmoid(float x) { return fast_reciprocal(1 + exponential(-x))
 MANN_INLINE float hyperbolic_tangent(float x) { return tanhf(x); }
 
 MANN_INLINE float infinity() { return __uint_as_float(0x7f800000u); }
-MANN_INLINE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
 // Four numbers that are loaded and stored together.
 template <typename T> struct alignas(16) Four {
@@ -243,17 +242,17 @@ MANN_INLINE void send(float *target, int rank, Mailbox *box, float x) {
                  "r"(__float_as_uint(x)), "r"(address_of_rank(box, rank))
                  : "memory");
 }
-MANN_INLINE void send(int32_t *target, int rank, Mailbox *box, int32_t x) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-                     address_of_rank(target, rank)),
-                 "r"(x), "r"(address_of_rank(box, rank))
-                 : "memory");
-}
 // Two numbers, to a target on 8 bytes.
 MANN_INLINE void send(float *target, int rank, Mailbox *box, const Two<float> &x) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
                      address_of_rank(target, rank)),
                  "r"(__float_as_uint(x.at[0])), "r"(__float_as_uint(x.at[1])), "r"(address_of_rank(box, rank))
+                 : "memory");
+}
+MANN_INLINE void send(uint32_t *target, int rank, Mailbox *box, const Two<uint32_t> &x) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+                     address_of_rank(target, rank)),
+                 "r"(x.at[0]), "r"(x.at[1]), "r"(address_of_rank(box, rank))
                  : "memory");
 }
 // Four numbers, to a target on 16 bytes.

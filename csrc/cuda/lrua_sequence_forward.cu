@@ -9,7 +9,6 @@ struct ForwardShared {
     Candidate candidates[2][kParts][R]; // by messages
     Mailbox candidate_box[2];
     alignas(4 * sizeof(Order)) Order usage[kOrders];
-    Candidate chosen[R];
 };
 constexpr int kCandidateBytes = kParts * R * int(sizeof(Candidate));
 
@@ -25,19 +24,19 @@ struct Forward {
     }
     // The slots of step t, of what is known after the step before. Barrier before and after.
     MANN_INLINE void choose(int t) {
-        rows.choose(s.usage, s.chosen);
-        __syncthreads();
-        if constexpr (kParts == 1) {
-            merge_candidates(s.chosen, s.episode.step);
-        } else {
-            for (int i = thread_again(); i < kParts * R; i += kThreads) {
-                const Candidate &mine = s.chosen[i % R];
-                send(&s.candidates[t & 1][episode.part][i % R].usage, i / R, &s.candidate_box[t & 1],
-                     Four<T>{{mine.usage, mine.slot, T(0), T(0)}});
-            }
-            mailbox_wait(&s.candidate_box[t & 1], t / 2);
-            if (threadIdx.x == 0) mailbox_expect(&s.candidate_box[t & 1], kCandidateBytes);
-            merge_candidates(s.candidates[t & 1][0], s.episode.step);
+        const int buffer = t & 1;
+        rows.choose(s.usage, [&](int h, Order order, int slot) {
+            if constexpr (kParts == 1) s.episode.step.slots[h] = slot;
+            else
+#pragma unroll
+                for (int to = 0; to < kParts; ++to)
+                    send(&s.candidates[buffer][episode.part][h].at[0], to, &s.candidate_box[buffer],
+                         Candidate{{order, Order(slot)}});
+        });
+        if constexpr (kParts > 1) {
+            mailbox_wait(&s.candidate_box[buffer], t / 2);
+            if (threadIdx.x == 0) mailbox_expect(&s.candidate_box[buffer], kCandidateBytes);
+            merge_candidates(s.candidates[buffer][0], s.episode.step);
         }
     }
     MANN_INLINE void run() {
@@ -57,8 +56,8 @@ struct Forward {
         if (length > 0) episode.fetch_head(0);
         cluster_barrier();
         for (int t = 0; t < length; ++t) {
-            episode.make_step();
             choose(t);
+            episode.make_step();
             if (t + 1 < length) episode.fetch_head(t + 1);
             __syncthreads();
             if (a.saved_least_used && episode.part == 0 && int(threadIdx.x) < R)

@@ -114,8 +114,10 @@ struct Backward {
         }
         for (int p = thread_again(); p < kHead; p += kThreads) s.bias_head[p] = to_arith(a.bias_head[p]);
         open_step(s.step);
-        for (int i = thread_again(); i < 4 * kUnits * kExamples; i += kThreads) s.dgates[i / kExamples][i % kExamples] = 0;
-        for (int i = thread_again(); i < (kHeadPadded - kHead) * kExamples; i += kThreads) s.dhead[kHead + i / kExamples][i % kExamples] = 0;
+        for (int i = thread_again(); i < 4 * kUnits * kExamples; i += kThreads)
+            s.dgates[i / kExamples][i % kExamples] = 0;
+        for (int i = thread_again(); i < (kHeadPadded - kHead) * kExamples; i += kThreads)
+            s.dhead[kHead + i / kExamples][i % kExamples] = 0;
         for (int p = thread_again(); p < kSent; p += kThreads) s.own_dhead[p] = 0;
         for (int i = thread_again(); i < W * kHeads; i += kThreads) s.dreads[i / kHeads][i % kHeads] = 0;
         for (int h = thread_again(); h < kHeads; h += kThreads) s.mean_parts[h] = 0;
@@ -341,19 +343,18 @@ struct Backward {
                 for (int e = 0; e < kExamples; ++e) sums[n * kExamples + e] += weight * each.at[e];
             }
         }
-        scatter_sums(sums, 1);
-        T all[4] = {};
+        scatter_sums<1>(sums);
+        LstmCellGrad<T> cell{};
         if (exists && t < length) {
             const T c = gates[1] * previous_c + gates[0] * gates[2];
-            const auto cell = lstm_cell_backward(gates[0], gates[1], gates[2], gates[3], previous_c,
-                                                 hyperbolic_tangent(c), dh + doutput + sums[0], dc);
-            all[0] = cell.gate_in, all[1] = cell.gate_forget, all[2] = cell.cell, all[3] = cell.gate_out, dc = cell.c;
+            cell = lstm_cell_backward(gates[0], gates[1], gates[2], gates[3], previous_c, hyperbolic_tangent(c),
+                                      dh + doutput + sums[0], dc);
+            dc = cell.c;
         }
 #pragma unroll
         for (int i = 0; i < kGatesOfLane; ++i) {
-            dgates[i] = all[0];
-#pragma unroll
-            for (int g = 1; g < 4; ++g) dgates[i] = Cell::gate(i) == g ? all[g] : dgates[i];
+            const int g = Cell::gate(i);
+            dgates[i] = g == 0 ? cell.gate_in : g == 1 ? cell.gate_forget : g == 2 ? cell.cell : cell.gate_out;
             if (exists && Cell::first_of_gates())
                 s.dgates[Cell::unit() * 4 + Cell::gate(i)][Cell::example()] = rounded_to<S>(dgates[i]);
         }

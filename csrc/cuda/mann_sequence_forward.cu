@@ -41,9 +41,7 @@ struct ForwardShared {
     alignas(16) Step step;
     WarpSums warps;
     alignas(4 * sizeof(Order)) Order usage[kOrders];
-    Candidate chosen[R];
 };
-static_assert(sizeof(Candidate) == sizeof(Four<T>));
 
 constexpr int kHBytes = kHidden * kExamples * sizeof(T), kHeadBytes = kBlocks * kHeadPadded * sizeof(T);
 constexpr int kReadsBytes = kOwners * kPart * sizeof(T), kCandidateBytes = kParts * R * sizeof(Candidate);
@@ -195,7 +193,7 @@ struct Forward {
     MANN_INLINE void lstm(int t) {
         if (warp_of_block() >= kUnitWarps) return;
         multiply<kWords, kHidden, kLanesOfH>(s.reads);
-        scatter_sums(sums, 1);
+        scatter_sums<1>(sums);
 #pragma unroll
         for (int i = 0; i < kGatesOfLane; ++i) {
             const T x = sums[i] + gates_x[i];
@@ -259,27 +257,27 @@ struct Forward {
         }
     }
 
-    // The slots of step t, of what was known after the step before: while the heads are on their way.
+    // The slots of the step to come, of what is known before it: while the heads are on their way.
     MANN_INLINE void choose() {
-        rows.choose(s.usage, s.chosen);
-        __syncthreads();
-        if (kParts == 1) return merge_candidates(s.chosen, s.step);
-        for (int i = thread_again(); i < kParts * R; i += kThreads) {
-            const Candidate &mine = s.chosen[i % R];
-            send(&s.candidates[share.part()][i % R].usage, share.owned() * kParts + i / R, &s.candidate_box,
-                 Four<T>{{mine.usage, mine.slot, T(0), T(0)}});
-        }
+        rows.choose(s.usage, [&](int h, Order order, int slot) {
+            if constexpr (kParts == 1) s.step.slots[h] = slot;
+            else
+#pragma unroll
+                for (int to = 0; to < kParts; ++to)
+                    send(&s.candidates[share.part()][h].at[0], share.owned() * kParts + to, &s.candidate_box,
+                         Candidate{{order, Order(slot)}});
+        });
     }
     // The memory's step of the owned example, as far as the block's slots go; its share of the reads to all blocks.
     MANN_INLINE void remember(int t) {
+        if (kParts > 1 && t < owned_length) {
+            mailbox_wait(&s.candidate_box, t);
+            if (threadIdx.x == 0 && t + 1 < owned_length) mailbox_expect(&s.candidate_box, kCandidateBytes);
+            merge_candidates(s.candidates[0], s.step);
+        }
         mailbox_wait(&s.head_box, t);
         if (threadIdx.x == 0 && t + 1 < a.steps) mailbox_expect(&s.head_box, kHeadBytes);
         if (t < owned_length) {
-            if (kParts > 1) {
-                mailbox_wait(&s.candidate_box, t);
-                if (threadIdx.x == 0 && t + 1 < owned_length) mailbox_expect(&s.candidate_box, kCandidateBytes);
-                merge_candidates(s.candidates[0], s.step);
-            }
             make_head(s.step, [&](int p, int) {
                 T sum = s.bias_head[p];
 #pragma unroll

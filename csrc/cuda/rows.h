@@ -62,35 +62,39 @@ MANN_INLINE T largest_lane(T x) {
 }
 // Sums `count` values over the lanes of a warp that differ in the bits from `from` on: afterwards v[0 ... length) of a
 // lane are the sums of the values from `first` on, and it is the one to hand them on if `mine`.
-template <int count> struct Scattered {
-    int first, length;
-    bool mine;
-};
-template <int count> MANN_INLINE Scattered<count> scatter_sums(T (&v)[count], int from) {
-    Scattered<count> s{0, count, true};
-    const int lane = lane_of_warp();
-#pragma unroll
-    for (int distance = kWarp / 2; distance >= 1; distance /= 2) {
-        if (distance < from) break;
-        if (s.length % 2 == 0) {
+template <int count, int from> struct Scattered {
+    MANN_CONSTEXPR static int length_after(int distance) {
+        int length = count;
+        for (int d = kWarp / 2; d >= distance; d /= 2)
+            if (length % 2 == 0) length /= 2;
+        return length;
+    }
+    static constexpr int length = length_after(from);
+    int first = 0;
+    bool mine = true;
+
+    template <int distance = kWarp / 2> MANN_INLINE void add(T (&v)[count], int lane) {
+        if constexpr (distance >= from) {
+            constexpr int before = length_after(2 * distance), after = length_after(distance);
             const bool upper = lane & distance;
-            s.length /= 2;
 #pragma unroll
-            for (int i = 0; i < count / 2; ++i) {
-                if (i >= s.length) break;
-                const T give = upper ? v[i] : v[s.length + i], keep = upper ? v[s.length + i] : v[i];
-                v[i] = keep + __shfl_xor_sync(kWholeWarp, give, distance);
+            for (int i = 0; i < after; ++i) {
+                if constexpr (before == after) {
+                    v[i] += __shfl_xor_sync(kWholeWarp, v[i], distance);
+                } else {
+                    const T give = upper ? v[i] : v[after + i], keep = upper ? v[after + i] : v[i];
+                    v[i] = keep + __shfl_xor_sync(kWholeWarp, give, distance);
+                }
             }
-            s.first += upper ? s.length : 0;
-        } else {
-#pragma unroll
-            for (int i = 0; i < count; ++i) {
-                if (i >= s.length) break;
-                v[i] += __shfl_xor_sync(kWholeWarp, v[i], distance);
-            }
-            s.mine &= !(lane & distance);
+            if constexpr (before == after) mine &= !upper;
+            else first += upper ? after : 0;
+            add<distance / 2>(v, lane);
         }
     }
+};
+template <int from, int count> MANN_INLINE Scattered<count, from> scatter_sums(T (&v)[count]) {
+    Scattered<count, from> s;
+    s.add(v, lane_of_warp());
     return s;
 }
 
@@ -109,9 +113,6 @@ MANN_INLINE uint32_t order_of(float usage) {
 }
 using Order = decltype(order_of(T(0)));
 constexpr Order kNoSlot = ~Order(0);
-// Whether slot i comes before slot j: ties to the lowest index.
-MANN_INLINE bool less_used(Order a, int i, Order b, int j) { return a < b || (a == b && i < j); }
-
 // The head of an example and the slots to write to, in shared memory.
 struct Step {
     T key[W][kHeads], add[kWriteAdd ? W : 1][kHeads]; // the heads that do not exist are zero
@@ -123,11 +124,8 @@ struct alignas(4 * sizeof(Order)) Orders {
     Order at[4];
 };
 
-// What one of several parts finds to be its least used slots.
-struct alignas(16) Candidate {
-    T usage, slot;
-    T unused[2];
-};
+// What one of several parts finds to be one of its least used slots.
+using Candidate = Two<Order>; // order, slot
 
 // What no head changes. Barrier needed afterwards.
 MANN_INLINE void open_step(Step &step) {
@@ -311,10 +309,10 @@ struct Rows {
     }
     // Values [count] of each group of lanes, summed over the groups of the warp, to target [count].
     template <int count> MANN_INLINE static void give_head_sums(T (&v)[count], T *target) {
-        const auto s = scatter_sums(v, kLanes);
+        const auto s = scatter_sums<kLanes>(v);
 #pragma unroll
-        for (int i = 0; i < count; ++i)
-            if (i < s.length && s.mine && lane() == 0) target[s.first + i] = v[i];
+        for (int i = 0; i < s.length; ++i)
+            if (s.mine && lane() == 0) target[s.first + i] = v[i];
     }
     // And of the rows weighted by them, to its reads [words].
     MANN_INLINE void sum_rows(T *reads) const {
@@ -333,11 +331,11 @@ struct Rows {
     // Values [R, kChunk] of each lane, of its columns from `first` on, summed over the rows of the warp, to a target
     // [R, W].
     MANN_INLINE static void give_sums(T (&v)[R * kChunk], int first, T *target) {
-        const auto s = scatter_sums(v, kLanes);
+        const auto s = scatter_sums<kLanes>(v);
 #pragma unroll
-        for (int i = 0; i < R * kChunk; ++i) {
+        for (int i = 0; i < s.length; ++i) {
             const int at = s.first + i, h = at / kChunk, w = column(first + at % kChunk);
-            if (i < s.length && s.mine && w < W) target[h * W + w] = v[i];
+            if (s.mine && w < W) target[h * W + w] = v[i];
         }
     }
 
@@ -355,9 +353,9 @@ struct Rows {
         }
     }
 
-    // Eq. 6, after the order of the usages of the part was written to orders [kOrders] and a barrier: the R least used
-    // of the part, ascending, to chosen [R]. Where the part has fewer slots, the rest have no number: usage NaN, slot
-    // N. Barrier needed afterwards.
+    // Eq. 6, after the order of the usages of the part was written to orders [kOrders] and a barrier: give(h, order,
+    // slot) of the R least used of the part, ascending, each by one thread. Where the part has fewer slots, the rest
+    // are kNoSlot.
     MANN_INLINE void give_usage(Order *orders) const {
 #pragma unroll
         for (int i = 0; i < kRows; ++i)
@@ -367,7 +365,7 @@ struct Rows {
     MANN_INLINE static void open_usage(Order *orders) {
         for (int i = kSlots + thread_again(); i < kOrders; i += kThreads) orders[i] = kNoSlot;
     }
-    MANN_INLINE void choose(const Order *orders, Candidate *chosen) const {
+    template <typename F> MANN_INLINE void choose(const Order *orders, F &&give) const {
         // Four slots at a time; those of four that all come before the own one by index count where they are equal too.
         Order own[kRows];
         int rank[kRows];
@@ -392,21 +390,26 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             const int r = sum_lanes(rank[i], 1, kLanes);
-            if (exists(i) && lane() == 0 && r < R) chosen[r] = {usage[i], T(slot(i)), {}};
+            if (exists(i) && lane() == 0 && r < R) give(r, own[i], slot(i));
         }
         const int count = least(kSlots, N - part * kSlots);
-        for (int h = count + int(threadIdx.x); h < R; h += kThreads) chosen[h] = {T(not_a_number()), T(N + h), {}};
+        for (int h = count + int(threadIdx.x); h < R; h += kThreads) give(h, kNoSlot, N + h);
     }
 };
 
-// Of the candidates [kParts, R] of all parts, the R least used, to a step. By the first threads; barrier needed.
+// Of the candidates [kParts * R] of all parts, the R least used, to a step. By the first threads; barrier needed.
 MANN_INLINE void merge_candidates(const Candidate *all, Step &step) {
+    constexpr int kAll = kParts * R;
     const int i = int(threadIdx.x);
-    if (i >= kParts * R) return;
+    if (i >= kAll) return;
+    const Candidate own = all[i];
     int rank = 0;
-    for (int j = 0; j < kParts * R; ++j)
-        rank += less_used(order_of(all[j].usage), int(all[j].slot), order_of(all[i].usage), int(all[i].slot));
-    if (rank < R) step.slots[rank] = int(all[i].slot);
+#pragma unroll(kAll <= 32 ? kAll : 8)
+    for (int j = 0; j < kAll; ++j) {
+        const Candidate other = all[j]; // of ties the lowest slot
+        rank += other.at[0] < own.at[0] + (other.at[1] < own.at[1]) && j != i;
+    }
+    if (rank < R) step.slots[rank] = int(own.at[1]);
 }
 
 } // namespace mann::cuda

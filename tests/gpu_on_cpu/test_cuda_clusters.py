@@ -174,7 +174,7 @@ FAULTS = {
         "                remember(t);\n                if (t > 0) store_reads(t - 1);\n",
         "error",
     ),
-    "a slot that comes before itself": ("rows.h", "others.at[j] < below", "others.at[j] <= below", "error"),
+    "a slot that comes before itself": ("rows.h", "others.at[j] < below", "others.at[j] <= below", "error|deadlock"),
     "a row that is not restored": (
         "rows_backward.h",
         "m[i][j] = overwritten[h * W + column(j)]",
