@@ -2,10 +2,12 @@
 
     python tests/gpu_on_cpu/machine_code.py [ROW ...]  # the rows whose names contain one of these; without any, all
 
-A line for each launch of a training step, forward and backward, with what one warp goes through that takes part in everything: the
-longest way through the kernel, each loop once. Of an episode's kernel that is one pass of its loop over steps; of its backward pass
-one of each of the two loops, which recompute and undo a step. Left out is what only diverged warps, rare values (the slow way to
-divide) and a second try of a wait run. What torch launches itself, products before and after an episode, is not there.
+A line for each launch of a training step, forward and backward: how often it is made; what it uses (registers and spilled bytes of
+a thread, KiB of shared memory of a block); the instructions of the kernel; and those that one warp goes through that takes part in
+everything: the longest way through the kernel, each loop once. Of an episode's kernel that is one pass of its loop over steps; of
+its backward pass one of each of the two loops, which recompute and undo a step. Of these instructions: how many stand in loops, and
+run as often as these turn; and the kinds of COUNTED. Left out is what only diverged warps, rare values (the slow way to divide) and
+a second try of a wait run. What torch launches itself, products before and after an episode, is not there.
 """
 
 import re
@@ -38,17 +40,17 @@ MANY_SLOTS = {f"{N} slots": Shape(T, 1, 64, 200, N, 32, 4) for T, N in ((20, 327
 #: By column, the instructions that it counts, with all their variants.
 COUNTED = {
     "float32": ("FFMA", "FADD", "FMUL"),
-    "tensor cores": ("HMMA",),
-    "MUFU": ("MUFU",),
-    "shuffles": ("SHFL",),
-    "shared loads": ("LDS", "LDSM"),
-    "shared stores": ("STS",),
-    "global loads": ("LDG", "LDGSTS", "LD"),
-    "global stores": ("STG", "ST"),
-    "barriers": ("BAR",),
-    "waits for messages": ("SYNCS.PHASECHK",),
-    "messages": ("STAS",),
-    "barriers of the cluster": ("UCGABAR_WAIT",),
+    "HMMA": ("HMMA",),  # products on tensor cores
+    "MUFU": ("MUFU",),  # exponentials, reciprocals, roots
+    "SHFL": ("SHFL",),
+    "LDS": ("LDS", "LDSM"),
+    "STS": ("STS",),
+    "LDG": ("LDG", "LDGSTS", "LD"),
+    "STG": ("STG", "ST"),
+    "BAR": ("BAR",),  # barriers of the block
+    "waits": ("SYNCS.PHASECHK",),  # for messages of other blocks
+    "STAS": ("STAS",),  # messages to other blocks
+    "cluster BAR": ("UCGABAR_WAIT",),
 }
 
 
@@ -94,7 +96,7 @@ def code_of(text: str) -> tuple[list[str], networkx.DiGraph]:
             ends.append(at)
     operations = [operation for _, operation, _ in found]
     for at, operation in enumerate(operations):
-        if operation.startswith("SYNCS.PHASECHK") and any(at in graph[after] for after in range(at + 1, at + 4)):
+        if operation.startswith("SYNCS.PHASECHK") and any(graph.has_edge(after, at) for after in range(at + 1, at + 4)):
             graph.remove_node(at)  # waits again
     alive = {0} | networkx.descendants(graph, 0)
     return operations, graph.subgraph(alive & set(ends).union(*(networkx.ancestors(graph, end) for end in ends)))
@@ -164,8 +166,8 @@ def lines_of(launch: Launch, times: int) -> list[dict]:
         "threads": launch.threads,
         "cluster": launch.cluster,
         "registers": used.registers,
-        "spilled bytes": used.spilled,
-        "shared KiB": f"{(int(launch.shared_bytes) + used.shared) / 1024:.1f}",
+        "spilled": used.spilled,
+        "KiB": f"{(int(launch.shared_bytes) + used.shared) / 1024:.1f}",
         "code": len(operations),
     }
     lines = []
@@ -173,7 +175,7 @@ def lines_of(launch: Launch, times: int) -> list[dict]:
         found = counts(operations, inside)
         instructions = found["instructions"]
         of_block = int(launch.threads) // 32 * instructions
-        lines.append(line | {"of it": part, "instructions": instructions, "of a block": of_block} | found)
+        lines.append(line | {"part": part, "instructions": instructions, "a block": of_block} | found)
     return lines
 
 

@@ -200,10 +200,10 @@ def test_a_pass_of_the_loop_over_steps_is_counted():
     assert len(operations) == 29
     ((part, inside),) = machine_code.passes("episode_sequence_forward", graph).items()
     found = machine_code.counts(operations, inside)
-    once = {"MUFU", "shuffles", "shared loads", "barriers", "waits for messages", "messages"}
+    once = {"MUFU", "SHFL", "LDS", "BAR", "waits", "STAS"}
     assert part == "a step"
     assert found == dict.fromkeys(found, 0) | {"instructions": 15, "in loops": 2, "float32": 2} | dict.fromkeys(once, 1)
-    assert machine_code.counts(operations, graph)["barriers of the cluster"] == 1
+    assert machine_code.counts(operations, graph)["cluster BAR"] == 1
 
 
 def test_the_table_of_an_episode_on_clusters():
@@ -214,15 +214,15 @@ def test_the_table_of_an_episode_on_clusters():
         for launch, times in machine_code.launches_of(*row).items()
         for line in machine_code.lines_of(launch, times)
     )
-    assert [line["of it"] for line in (forward, recompute, undo)] == ["a step", "recompute a step", "undo a step"]
+    assert [line["part"] for line in (forward, recompute, undo)] == ["a step", "recompute a step", "undo a step"]
     for line, waits in ((forward, 3), (undo, 3), (recompute, 0)):
         assert line["launches"] == 1
-        assert line["spilled bytes"] == line["barriers of the cluster"] == 0
-        assert line["waits for messages"] == waits
-        assert line["messages"] >= waits
+        assert line["spilled"] == line["cluster BAR"] == 0
+        assert line["waits"] == waits
+        assert line["STAS"] >= waits
         assert line["in loops"] < line["instructions"] < line["code"]
-        assert line["of a block"] == line["instructions"] * int(line["threads"]) // 32
-    assert recompute["messages"] == 0
+        assert line["a block"] == line["instructions"] * int(line["threads"]) // 32
+    assert recompute["STAS"] == 0
     shown = machine_code.table([forward, recompute, undo]).splitlines()
     assert len(shown) == 5
     assert len({len(line) for line in shown}) == 1
