@@ -8,6 +8,7 @@ everything: the longest way through the kernel, each loop once. Of an episode's 
 its backward pass one of each of the two loops, which recompute and undo a step. Of these instructions: how many stand in loops, and
 run as often as these turn; and the kinds of COUNTED. Left out is what only diverged warps, rare values (the slow way to divide) and
 a second try of a wait run. What torch launches itself, products before and after an episode, is not there.
+The sources are those in the built library (`make setup`).
 """
 
 import re
