@@ -6,6 +6,9 @@ kernels[0].compiled.metadata.shared
 """
 
 import contextlib
+import ctypes
+import functools
+import importlib.util
 import math
 import re
 import subprocess
@@ -101,12 +104,55 @@ def resources_of(compiled):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        text = dumped(cubin)
-    registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
-    return {"registers": registers, "spilled": spilled, "shared": shared}
+        (used,) = resources(cubin).values()
+    return {"registers": used.registers, "spilled": used.spilled, "shared": shared}
 
 
-def dumped(binary: Path) -> str:
-    """What cuobjdump, which comes with Triton, says that the kernels of a binary use."""
-    command = [TOOLS / "cuobjdump", "--dump-resource-usage", binary]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+class Resources(NamedTuple):
+    """What a kernel uses: registers and bytes of local memory of a thread, bytes of static shared memory of a block."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def resources(cubin: Path) -> dict[str, Resources]:
+    """What cuobjdump, which comes with Triton, says that the kernels of a cubin use, by name."""
+    command = [TOOLS / "cuobjdump", "--dump-resource-usage", cubin]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\w+):\n +REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
+    assert found, said
+    return {
+        name: Resources(int(registers), int(stack) + int(local), int(shared))
+        for name, registers, stack, shared, local in found
+    }
+
+
+def disassembled(cubin: Path) -> dict[str, str]:
+    """The machine code of a cubin's kernels, by name."""
+    command = [TOOLS / "nvdisasm", "--print-code", cubin]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {part.split(",")[0]: part for part in said.split(".section\t.text.")[1:]}
+
+
+def nvrtc() -> list[Path]:
+    """The libraries of NVRTC, from the package nvidia-cuda-nvrtc."""
+    package = importlib.util.find_spec("nvidia")
+    folders = package.submodule_search_locations or () if package else ()
+    found = (sorted(Path(folder).glob("*/lib/libnvrtc*.so.1*")) for folder in folders)
+    return [library for libraries in found for library in libraries if ".alt." not in library.name]
+
+
+@functools.cache
+def cuda_compiler() -> ctypes.CDLL:
+    """The library of the CUDA kernels, which compiles them."""
+    for library in sorted(nvrtc(), key=lambda path: "builtins" not in path.name):
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(importlib.util.find_spec("mann_kernels._CUDA").origin)
+
+
+def compile_for(capability: int, source: str, options: str) -> tuple[int, str]:
+    """0 and the path of what NVRTC makes of a file of csrc/cuda for a compute capability, or 1 and what it says."""
+    said, compiler = ctypes.create_string_buffer(100_000), cuda_compiler()
+    failed = compiler.mann_cuda_compile(source.encode(), options.encode(), capability, said, ctypes.c_int64(len(said)))
+    return failed, said.value.decode()

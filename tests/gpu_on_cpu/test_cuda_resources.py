@@ -1,11 +1,8 @@
 """What NVRTC makes of the CUDA kernels, through the library's own compiler: they compile for every target, and at the paper's
 sizes no register is spilled."""
 
-import ctypes
 import functools
-import importlib.util
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -16,22 +13,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("has nothing to do with Triton", allow_module_level=True)
 
 import cuda_on_cpu
+import machine_code
 from against_reference import class_of
-from compiled import TOOLS, dumped
+from compiled import TOOLS, compile_for, disassembled, nvrtc, resources
 from expected_skips import NO_CUDA_KERNEL
 
 import mann_kernels
 from bench.operators import operators
 from mann_kernels import _backend, _library
-
-
-def nvrtc() -> list[Path]:
-    """The libraries of NVRTC, from the package nvidia-cuda-nvrtc."""
-    package = importlib.util.find_spec("nvidia")
-    folders = package.submodule_search_locations or () if package else ()
-    found = (sorted(Path(folder).glob("*/lib/libnvrtc*.so.1*")) for folder in folders)
-    return [library for libraries in found for library in libraries if ".alt." not in library.name]
-
 
 pytestmark = [
     pytest.mark.compiles,
@@ -44,31 +33,9 @@ pytestmark = [
 NEWER = ("sm_100", "sm_120")
 
 
-@pytest.fixture(scope="module")
-def compiler():
-    for library in sorted(nvrtc(), key=lambda path: "builtins" not in path.name):
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    return ctypes.CDLL(importlib.util.find_spec("mann_kernels._CUDA").origin)
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-
-def compile_for(compiler, capability, source, options):
-    """The path of the cubin, or what the compiler says."""
-    said = ctypes.create_string_buffer(100_000)
-    failed = compiler.mann_cuda_compile(source.encode(), options.encode(), capability, said, ctypes.c_int64(len(said)))
-    return failed, said.value.decode()
-
-
-def spilled(cubin):
-    """Bytes of local memory of each kernel of a cubin."""
-    said = dumped(Path(cubin))
-    found = re.findall(r"Function (\w+):\n.* STACK:(\d+) .*LOCAL:(\d+)", said)
-    assert found, said
-    return {name: int(stack) + int(local) for name, stack, local in found}
 
 
 def launches_of(op, inputs):
@@ -124,44 +91,38 @@ AT_PAPER = (
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str)
 @pytest.mark.parametrize("name", AT_PAPER)
-def test_no_spills_at_the_papers_sizes(name, dtype, compiler):
+def test_no_spills_at_the_papers_sizes(name, dtype):
     """But for a few numbers of d backward, which a warp keeps 255 registers of."""
     op, inputs = AT_PAPER[name]
     for source, macros in launches_of(op, inputs(dtype=dtype)):
-        failed, said = compile_for(compiler, 90, source, macros)
+        failed, said = compile_for(90, source, macros)
         assert not failed, said
-        assert max(spilled(said).values()) <= 100 * (op == "summarize_gradients"), (source, macros, spilled(said))
-
-
-def products(cubin):
-    """Instructions of the tensor cores in each kernel of a cubin."""
-    command = [TOOLS / "nvdisasm", "--print-code", cubin]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {part.split(",")[0]: part.count("HMMA") for part in code.split(".section\t.text.")[1:]}
+        spilled = {name: used.spilled for name, used in resources(Path(said)).items()}
+        assert max(spilled.values()) <= 100 * (op == "summarize_gradients"), (source, macros, spilled)
 
 
 @pytest.mark.parametrize("op", ["generate_fast_weights", "summarize_gradients"])
-def test_every_product_is_in_the_code(op, compiler):
+def test_every_product_is_in_the_code(op):
     """A product of float32 is three on tensor cores, of bfloat16 one: there is no other difference."""
     counts = {}
     for dtype in (torch.float32, torch.bfloat16):
         ((source, macros),) = launches_of(op, inputs_of(op, (1, 300, 20, 5), dtype))
-        failed, made = compile_for(compiler, 90, source, macros)
+        failed, made = compile_for(90, source, macros)
         assert not failed, made
-        counts[dtype] = products(made)
+        counts[dtype] = {name: code.count("HMMA") for name, code in disassembled(Path(made)).items()}
     assert counts[torch.float32] == {name: 3 * count for name, count in counts[torch.bfloat16].items()}
     assert sum(counts[torch.bfloat16].values()) > 50
 
 
 @pytest.mark.parametrize("op", sorted(set(_backend.OPS) - set(NO_CUDA_KERNEL)))
-def test_they_compile_for_every_target(op, compiler, tmp_path):
+def test_they_compile_for_every_target(op, tmp_path):
     """Hopper's own code; for what is newer, what its driver is given, by the assembler for it."""
     inputs = inputs_of(op, (2, 33, 9, 3), torch.float32, **class_of(op).options[-1])
     launches = launches_of(op, inputs)
     for source, macros in launches:
-        failed, said = compile_for(compiler, 90, source, macros)
+        failed, said = compile_for(90, source, macros)
         assert not failed, said
-        failed, made = compile_for(compiler, 120, source, macros)
+        failed, made = compile_for(120, source, macros)
         assert not failed, made
         for target in NEWER:
             command = [TOOLS / "ptxas-blackwell", f"--gpu-name={target}", made, "--output-file", tmp_path / "made"]
@@ -169,20 +130,99 @@ def test_they_compile_for_every_target(op, compiler, tmp_path):
             assert done.returncode == 0, done.stderr
 
 
-def test_a_cubin_is_kept_and_found_again(compiler, tmp_path):
+def test_a_cubin_is_kept_and_found_again(tmp_path):
     macros = sorted(launches_of("lrua_step", inputs_of("lrua_step", (2, 9, 4, 1), torch.float32)))[0]
-    failed, path = compile_for(compiler, 90, *macros)
+    failed, path = compile_for(90, *macros)
     assert not failed
     assert Path(path).parent == tmp_path / "mann_kernels"
     assert [file.name for file in Path(path).parent.iterdir()] == [Path(path).name]  # nothing half written
     Path(path).write_bytes(b"found")
-    assert compile_for(compiler, 90, *macros) == (0, path)
+    assert compile_for(90, *macros) == (0, path)
     assert Path(path).read_bytes() == b"found"
 
 
-def test_a_kernel_that_does_not_compile_says_why(compiler):
-    failed, said = compile_for(compiler, 90, "memory_write.cu", "-DMANN_STORAGE=nothing")
+def test_a_kernel_that_does_not_compile_says_why():
+    failed, said = compile_for(90, "memory_write.cu", "-DMANN_STORAGE=nothing")
     assert failed
     assert "memory_write.cu does not compile for sm_90a" in said
     assert "MANN_" in said
-    assert compile_for(compiler, 90, "nothing.cu", "")[1] == "mann_kernels: no source nothing.cu"
+    assert compile_for(90, "nothing.cu", "")[1] == "mann_kernels: no source nothing.cu"
+
+
+#: As nvdisasm writes it: a loop over steps that waits for a message, chooses between two ways, turns in a loop, is once divided by
+#: rare values, and sends a message; out of line, lanes that have parted and a second try of the wait.
+EPISODE = """
+\t.section\t.text.episode_sequence_forward,"ax",@progbits
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R5+URZ], R4 ;
+        /*0020*/              @!P0 BRA `(.L_x_8) ;
+.L_x_1:
+        /*0030*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   FFMA R1, R2, R3, R1 ;
+        /*0060*/                   FADD.FTZ R1, R2, R3 ;
+        /*0070*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0080*/                   FMUL R1, R2, R3 ;
+.L_x_3:
+        /*0090*/                   LDS.128 R4, [R9] ;
+        /*00a0*/               @P2 BRA `(.L_x_3) ;
+        /*00b0*/                   BRA.DIV UR4, `(.L_x_7) ;
+        /*00c0*/                   SHFL.BFLY PT, R1, R2, 0x1, 0x1f ;
+.L_x_4:
+        /*00d0*/               @P3 BRA `(.L_x_5) ;
+        /*00e0*/                   MOV R4, R7 ;
+        /*00f0*/                   MOV R5, R8 ;
+        /*0100*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_rcp_rn_f32_slowpath) ;
+        /*0110*/                   BRA `(.L_x_6) ;
+.L_x_5:
+        /*0120*/                   MUFU.RCP R4, R7 ;
+.L_x_6:
+        /*0130*/                   STAS.128 [R2.64], R4, desc[UR4][R8.64] ;
+        /*0140*/               @P4 BRA !P5, `(.L_x_0) ;
+        /*0150*/                   UCGABAR_WAIT ;
+        /*0160*/                   EXIT ;
+.L_x_7:
+        /*0170*/                   WARPSYNC.COLLECTIVE R6, `(.L_x_9) ;
+.L_x_9:
+        /*0180*/                   SHFL.BFLY PT, R1, R2, 0x1, 0x1f ;
+        /*0190*/                   BRA `(.L_x_4) ;
+.L_x_8:
+        /*01a0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R5+URZ], R4 ;
+        /*01b0*/              @!P0 BRA `(.L_x_8) ;
+        /*01c0*/                   BRA `(.L_x_1) ;
+"""
+
+
+def test_a_pass_of_the_loop_over_steps_is_counted():
+    operations, graph = machine_code.code_of(EPISODE)
+    assert len(operations) == 29
+    ((part, inside),) = machine_code.passes("episode_sequence_forward", graph).items()
+    found = machine_code.counts(operations, inside)
+    once = {"MUFU", "SHFL", "LDS", "BAR", "waits", "STAS"}
+    assert part == "a step"
+    assert found == dict.fromkeys(found, 0) | {"instructions": 15, "in loops": 2, "float32": 2} | dict.fromkeys(once, 1)
+    assert machine_code.counts(operations, graph)["cluster BAR"] == 1
+
+
+def test_the_table_of_an_episode_on_clusters():
+    """Messages of h, heads and reads forward; of heads, h and reads backward; the steps are recomputed without any."""
+    row = machine_code.rows()["mann_sequence small"]
+    forward, recompute, undo = (
+        line
+        for launch, times in machine_code.launches_of(*row).items()
+        for line in machine_code.lines_of(launch, times)
+    )
+    assert [line["part"] for line in (forward, recompute, undo)] == ["a step", "recompute a step", "undo a step"]
+    for line, waits in ((forward, 3), (undo, 3), (recompute, 0)):
+        assert line["launches"] == 1
+        assert line["spilled"] == line["cluster BAR"] == 0
+        assert line["waits"] == waits
+        assert line["STAS"] >= waits
+        assert line["in loops"] < line["instructions"] < line["code"]
+        assert line["a block"] == line["instructions"] * int(line["threads"]) // 32
+    assert recompute["STAS"] == 0
+    shown = machine_code.table([forward, recompute, undo]).splitlines()
+    assert len(shown) == 5
+    assert len({len(line) for line in shown}) == 1
