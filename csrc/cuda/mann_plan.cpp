@@ -109,8 +109,7 @@ MannPlan lrua_plan(const MannSizes &s, int64_t shared_limit, int multiprocessors
         if (!fits || divided(s.N, shape.slots) != parts || (parts > 1 && s.N < parts * s.R)) continue;
         if (shape.rows * shape.columns > 80 || s.R > 16) continue;
         // Two exchanges a step forward, two backward.
-        const double clocks = 15 * double(shape.slots * words) / 128 + (parts > 1 ? 4 * 1100 : 0) + 7000 +
-                              double(6 * s.R * shape.rows) * 12 * std::log2(double(shape.lanes));
+        const double clocks = 45 * double(shape.slots * words) / 128 + (parts > 1 ? 4 * 1100 : 0) + 6000;
         const int64_t at_once = clusters_at_once(parts, multiprocessors);
         const double whole = clocks * double(divided(std::max<int64_t>(s.B, 1), at_once));
         if (best.blocks == 0 || whole < least) best = p, least = whole;

@@ -253,8 +253,8 @@ struct Rows {
         for (int j = 0; j < kColumns; ++j) {
             if (!has_column(j)) continue;
             T key[kHeads], add[kHeads];
-            take_four_heads(step.key[column(j)], key);
-            if (kWriteAdd) take_four_heads(step.add[column(j)], add);
+            take_heads(step.key[column(j)], key);
+            if (kWriteAdd) take_heads(step.add[column(j)], add);
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
                 T x = m[i][j];
@@ -289,10 +289,11 @@ struct Rows {
             for (int i = 0; i < kRows; ++i) exps[i][h] = exists(i) ? quick_exponential(exps[i][h] - top) : T(0);
         }
     }
-    MANN_INLINE static void take_four_heads(const T *source, T (&heads)[kHeads]) {
+    // Of shared memory, where they are used: the compiler keeps none for the next pass over the columns.
+    MANN_INLINE static void take_heads(const T *source, T (&heads)[kHeads]) {
 #pragma unroll
         for (int g = 0; g < kHeadGroups; ++g) {
-            const Four<T> four = reinterpret_cast<const Four<T> *>(source)[g];
+            const Four<T> four = load_shared4(source + 4 * g);
 #pragma unroll
             for (int j = 0; j < 4; ++j) heads[4 * g + j] = four[j];
         }
@@ -320,11 +321,12 @@ struct Rows {
         for (int first = 0; first < kColumns; first += kChunk) {
             T v[R * kChunk] = {};
 #pragma unroll
-            for (int j = first; j < least(first + kChunk, kColumns); ++j)
+            for (int k = 0; k < kChunk; ++k)
 #pragma unroll
                 for (int h = 0; h < R; ++h)
 #pragma unroll
-                    for (int i = 0; i < kRows; ++i) v[h * kChunk + j - first] += exps[i][h] * m[i][j];
+                    for (int i = 0; i < kRows; ++i)
+                        if (first + k < kColumns) v[h * kChunk + k] += exps[i][h] * m[i][first + k];
             give_sums(v, first, reads);
         }
     }

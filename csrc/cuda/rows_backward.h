@@ -59,10 +59,13 @@ struct RowsBackward : Rows {
     MANN_INLINE void take_record(const T *source) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-            T heads[kHeads] = {};
-            if (exists(i)) take_four_heads(source + slot(i) * kHeads, heads);
 #pragma unroll
-            for (int h = 0; h < R; ++h) next[i][h] = heads[h];
+            for (int g = 0; g < kHeadGroups; ++g) {
+                const Four<T> none{}, *heads = reinterpret_cast<const Four<T> *>(source + slot(i) * kHeads);
+                const Four<T> four = exists(i) ? heads[g] : none;
+#pragma unroll
+                for (int j = 0; j < least(R - 4 * g, 4); ++j) next[i][4 * g + j] = four[j];
+            }
         }
     }
     template <typename V> MANN_INLINE void take_next(const V *source) { // [R, N]
@@ -111,7 +114,7 @@ struct RowsBackward : Rows {
         for (int j = 0; j < kColumns; ++j) {
             if (!has_column(j)) continue;
             T key[kHeads], dread[kHeads];
-            take_four_heads(step.key[column(j)], key), take_four_heads(dreads[column(j)], dread);
+            take_heads(step.key[column(j)], key), take_heads(dreads[column(j)], dread);
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
                 squares[i] += m[i][j] * m[i][j];
@@ -144,24 +147,25 @@ struct RowsBackward : Rows {
         for (int first = 0; first < kColumns; first += kChunk) {
             T keys[R * kChunk] = {}, adds[R * kChunk] = {};
 #pragma unroll
-            for (int j = first; j < least(first + kChunk, kColumns); ++j) {
-                if (!has_column(j)) continue;
+            for (int k = 0; k < kChunk; ++k) {
+                const int j = first + k;
+                if (j >= kColumns || !has_column(j)) continue;
                 T key[kHeads], add[kHeads], dread[kHeads];
-                take_four_heads(step.key[column(j)], key), take_four_heads(dreads[column(j)], dread);
-                take_four_heads(kWriteAdd ? step.add[column(j)] : step.key[column(j)], add);
+                take_heads(step.key[column(j)], key), take_heads(dreads[column(j)], dread);
+                if (kWriteAdd) take_heads(step.add[column(j)], add);
 #pragma unroll
                 for (int i = 0; i < kRows; ++i) {
                     T d = dm[i][j] - shrink[i] * m[i][j], before = m[i][j];
 #pragma unroll
                     for (int h = 0; h < R; ++h) {
                         d += read[i][h] * dread[h] + dots[i][h] * key[h];
-                        keys[h * kChunk + j - first] += dots[i][h] * m[i][j];
-                        before -= write[i][h] * add[h];
+                        keys[h * kChunk + k] += dots[i][h] * m[i][j];
+                        before -= write[i][h] * (kWriteAdd ? add[h] : key[h]);
                     }
 #pragma unroll
                     for (int h = 0; h < R; ++h) {
-                        through[i][h] += d * add[h];
-                        (kWriteAdd ? adds : keys)[h * kChunk + j - first] += write[i][h] * d;
+                        through[i][h] += d * (kWriteAdd ? add[h] : key[h]);
+                        (kWriteAdd ? adds : keys)[h * kChunk + k] += write[i][h] * d;
                     }
                     dm[i][j] = d, m[i][j] = before;
                 }
