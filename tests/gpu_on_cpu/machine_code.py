@@ -97,7 +97,10 @@ def code_of(text: str) -> tuple[list[str], networkx.DiGraph]:
             ends.append(at)
     operations = [operation for _, operation, _ in found]
     for at, operation in enumerate(operations):
-        if operation.startswith("SYNCS.PHASECHK") and any(graph.has_edge(after, at) for after in range(at + 1, at + 4)):
+        again = [at - 1, at] if at and operations[at - 1] == "YIELD" else [at]
+        if operation.startswith("SYNCS.PHASECHK") and any(
+            graph.has_edge(after, first) for first in again for after in range(at + 1, at + 4)
+        ):
             graph.remove_node(at)  # waits again
     alive = {0} | networkx.descendants(graph, 0)
     return operations, graph.subgraph(alive & set(ends).union(*(networkx.ancestors(graph, end) for end in ends)))
