@@ -12,7 +12,10 @@ from mann_kernels.modules._init import HeStart, flag
 from mann_kernels.ops._check import at_least_one, known_options
 from mann_kernels.ops.augmented_conv2d import augmented_conv2d
 from mann_kernels.ops.augmented_linear import augmented_linear
-from mann_kernels.reference.augmented_linear import ACTIVATIONS
+from mann_kernels.reference.augmented_linear import ACTIVATIONS as OF_REFERENCE
+
+#: The ReLU is torch's threshold, which keeps its input for the backward pass, as the tape does: no tensor more.
+ACTIVATIONS = {**OF_REFERENCE, "relu": lambda z: F.threshold(z, 0.0, 0.0)}
 
 
 class Tape:

@@ -8,7 +8,7 @@ from torch import nn
 
 from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, refuse_freed_weights, with_parameters
 from mann_kernels.modules._init import flag
-from mann_kernels.modules._metanet_input import check_queries, check_state, check_support
+from mann_kernels.modules._metanet_input import check_queries, check_state, check_support, examples_are_alike
 from mann_kernels.modules._metanet_losses import contrastive, cross_entropy, random_pairs
 from mann_kernels.modules._metanet_networks import Conv2d, hidden_conv, networks
 from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedSequential
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 #: How much smaller than usual the last layers of m and d start, so that the fast branch begins as a small addition.
 FIRST_FAST = 0.1
+
+#: Layers that take each example by itself: support examples and queries may go through them in one pass.
+ONE_BY_ONE = (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten)
 
 
 class MetaNetOptions(TypedDict, total=False):
@@ -302,7 +305,13 @@ class MetaNet(nn.Module):
         self, support_x: torch.Tensor, support_y: torch.Tensor, query_x: torch.Tensor, *,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        return self.predict(query_x, self.adapt(support_x, support_y, generator=generator))
+        together = examples_are_alike(support_x, support_y, query_x)
+        if not (together and all(isinstance(layer, ONE_BY_ONE) for layer in self.embedding)):
+            return self.predict(query_x, self.adapt(support_x, support_y, generator=generator))
+        state = self._checked_adapt(support_x, support_y, generator, query_x)
+        check_queries(query_x, state, support_y.dim() == 1)
+        index, key = state.index.split([support_y.shape[-1], query_x.shape[support_y.dim() - 1]], -2)
+        return self._logits(query_x, state._replace(index=index), key)
 
     def adapt(
         self, support_x: torch.Tensor, support_y: torch.Tensor, *, generator: torch.Generator | None = None
@@ -311,16 +320,20 @@ class MetaNet(nn.Module):
 
         generator: draws the pairs of the contrastive loss (on the CPU); None is torch's own.
         """
+        return self._checked_adapt(support_x, support_y, generator)
+
+    def _checked_adapt(self, support_x, support_y, generator, query_x=None) -> MetaNetState:
+        """What `adapt` returns, but with the keys of the queries, too, at the end of `index`."""
         check_support(support_x, support_y, self.ways, self.fewer_classes)
         if self._create_graph:
             refuse_freed_weights(self)
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-            return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator)
+            return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator, query_x)
         # gradients are taken in it; and so the state is one that autograd takes
         with torch.inference_mode(False), torch.no_grad():
-            return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator)
+            return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator, query_x)
 
-    def _adapt(self, support_x, support_y, generator) -> MetaNetState:
+    def _adapt(self, support_x, support_y, generator, query_x) -> MetaNetState:
         x, y = (support_x, support_y) if support_y.dim() == 1 else (support_x.flatten(0, 1), support_y.flatten())
         task_fast = None
         if self.variant != "metanet-":
@@ -331,7 +344,8 @@ class MetaNet(nn.Module):
         memory = with_parameters(
             memory if support_y.dim() == 1 else memory.unflatten(0, support_y.shape), self.embedding_head
         )
-        index = self._key(support_x, task_fast, support_y.dim() == 2)
+        with_queries = support_x if query_x is None else torch.cat([support_x, query_x], support_y.dim() - 1)
+        index = self._key(with_queries, task_fast, support_y.dim() == 2)
         if self.variant == "metanet+":
             m = self._size_of_chunks(support_y.shape[-1])
             summary = self._summarize(self.base_learner, x, cross_entropy(y, m), len(y) // m, support_y.shape[:-1])
@@ -340,13 +354,17 @@ class MetaNet(nn.Module):
 
     def predict(self, query_x: torch.Tensor, state: MetaNetState) -> torch.Tensor:
         """Lines 16 to 20 of Algorithm 1: the logits of queries, given what `adapt` returned."""
-        tasks = not check_state(state, self)
-        check_queries(query_x, state, not tasks)
-        mix = self.memory(state.index, self._key(query_x, state.task_fast, tasks))
+        alone = check_state(state, self)
+        check_queries(query_x, state, alone)
+        return self._logits(query_x, state, self._key(query_x, state.task_fast, not alone))
+
+    def _logits(self, query_x, state: MetaNetState, key) -> torch.Tensor:
+        """What the base learner says of queries with these keys."""
+        mix = self.memory(state.index, key)
         if self.variant == "metanet+":
             mix = F.pad(mix, (0, 1), value=1.0)
         fast = self.base_learner.split(state.memory)
-        return self.base_learner(query_x, fast, mix, slow=not self.fast_only, tasks=tasks)
+        return self.base_learner(query_x, fast, mix, slow=not self.fast_only, tasks=key.dim() == 3)
 
     @property
     def _create_graph(self) -> bool:
@@ -354,7 +372,7 @@ class MetaNet(nn.Module):
 
     def _key(self, x: torch.Tensor, task_fast: torch.Tensor | None, tasks: bool) -> torch.Tensor:
         """Compute the keys of examples, u(Q, Q*, x) of eq. 5; tasks: there is a dimension G."""
-        fast = None if task_fast is None else self.embedding.split(task_fast)
+        fast = None if task_fast is None else self.embedding.split(task_fast.unsqueeze(-2))  # one row
         return called_with_autograd(self.embedding, x, fast, tasks=tasks)
 
     def _size_of_chunks(self, S: int) -> int:
