@@ -213,9 +213,10 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
 
     def weight_gradients(self, x: torch.Tensor, dz: torch.Tensor, n: int) -> torch.Tensor:
         """Gradients of n losses: x [n*m, C, ...], dz [n*m, O, ...], at `slow(x)` -> [n, O*C*k*k], each over its m images."""
-        patches = F.unfold(x, self.kernel_size, padding=self.padding)  # type: ignore[arg-type]  # no string here
+        # unfold takes one image after the other, but all channels of one at once: so the images as one image
+        patches = F.unfold(x.flatten(0, 1), self.kernel_size, padding=self.padding)  # type: ignore[arg-type]  # no string here
         # a product for each image, then the sum over the m of a loss: the patches stay where unfold put them
-        each = torch.bmm(dz.flatten(2), patches.mT).flatten(1)
+        each = torch.bmm(dz.flatten(2), patches.view(len(x), -1, patches.shape[1]).mT).flatten(1)
         return each if len(each) == n else each.view(n, -1, each.shape[1]).sum(1)
 
     def extra_repr(self) -> str:
@@ -246,10 +247,11 @@ class AugmentedSequential(nn.Sequential):
 
     def split(self, fast: torch.Tensor) -> list[torch.Tensor]:
         """[..., P] -> a view [..., *weight.shape] for each augmented layer."""
-        if fast.shape[-1] != self.num_coordinates:
-            raise ValueError(f"fast: got shape {list(fast.shape)}, want [..., P] with P={self.num_coordinates}")
         shapes = [layer.fast_shape for layer in self.augmented]
-        parts = fast.split([shape.numel() for shape in shapes], -1)
+        sizes = [shape.numel() for shape in shapes]
+        if fast.shape[-1] != sum(sizes):
+            raise ValueError(f"fast: got shape {list(fast.shape)}, want [..., P] with P={sum(sizes)}")
+        parts = fast.split(sizes, -1)
         return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def forward(

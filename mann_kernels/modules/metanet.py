@@ -305,6 +305,7 @@ class MetaNet(nn.Module):
         self, support_x: torch.Tensor, support_y: torch.Tensor, query_x: torch.Tensor, *,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:  # fmt: skip
+        # the keys of all examples from one pass, where no layer can mix examples
         together = examples_are_alike(support_x, support_y, query_x)
         if not (together and all(isinstance(layer, ONE_BY_ONE) for layer in self.embedding)):
             return self.predict(query_x, self.adapt(support_x, support_y, generator=generator))
@@ -335,20 +336,20 @@ class MetaNet(nn.Module):
 
     def _adapt(self, support_x, support_y, generator, query_x) -> MetaNetState:
         x, y = (support_x, support_y) if support_y.dim() == 1 else (support_x.flatten(0, 1), support_y.flatten())
+        lead, S = support_y.shape[:-1], support_y.shape[-1]
         task_fast = None
         if self.variant != "metanet-":
-            examples, losses, n = self._embedding_losses(x, y, support_y.shape[-1], generator)
-            task_fast = self._summarize(self.embedding, examples, losses, n, support_y.shape[:-1])
+            of_chunks = self.embedding.loss_gradients(
+                *self._embedding_losses(x, y, S, generator), create_graph=self._create_graph
+            )
+            task_fast = self._summarize(self.embedding, of_chunks, lead)
         gradients = self.base_learner.loss_gradients(x, cross_entropy(y, 1), len(y), create_graph=self._create_graph)
         memory = self._fast(self.generators, self.base_learner, gradients)
-        memory = with_parameters(
-            memory if support_y.dim() == 1 else memory.unflatten(0, support_y.shape), self.embedding_head
-        )
-        with_queries = support_x if query_x is None else torch.cat([support_x, query_x], support_y.dim() - 1)
-        index = self._key(with_queries, task_fast, support_y.dim() == 2)
+        memory = with_parameters(memory.unflatten(0, support_y.shape) if lead else memory, self.embedding_head)
+        with_queries = support_x if query_x is None else torch.cat([support_x, query_x], len(lead))
+        index = self._key(with_queries, task_fast, bool(lead))
         if self.variant == "metanet+":
-            m = self._size_of_chunks(support_y.shape[-1])
-            summary = self._summarize(self.base_learner, x, cross_entropy(y, m), len(y) // m, support_y.shape[:-1])
+            summary = self._summarize(self.base_learner, gradients, lead, self._size_of_chunks(S))
             memory = torch.cat([memory, summary.unsqueeze(-2)], -2)
         return MetaNetState(index, memory, task_fast)
 
@@ -400,37 +401,32 @@ class MetaNet(nn.Module):
         labels = y[pairs].view(-1, 2)
         return x[pairs], contrastive(labels[:, 0] == labels[:, 1], self.margin), len(labels)
 
-    def _summarize(
-        self, network: AugmentedSequential, x: torch.Tensor, losses, n: int, lead: torch.Size
-    ) -> torch.Tensor:
-        """eq. 4: d of the gradients of T losses, [*lead, P]; n = G*T."""
-        gradients = network.loss_gradients(x, losses, n, create_graph=self._create_graph)
+    def _summarize(self, network: AugmentedSequential, gradients: list[torch.Tensor], lead: torch.Size, m: int = 1):
+        """eq. 4: d of the gradients of T losses in each of the tasks `lead`, each the mean of m of those given -> [*lead, P]."""
 
         def steps_first(grads):
+            grads = grads.unflatten(0, (-1, m)).mean(1) if m > 1 else grads
             grads = grads.unflatten(0, (*lead, -1)).transpose(0, 1) if lead else grads
             return grads.mean(0) if self.summarizer == "mean" else grads
 
         return self._fast(self.summarizers, network, gradients, steps_first)
 
     def _fast(
-        self, made_by: nn.ModuleDict, network: AugmentedSequential, gradients: list[torch.Tensor], arranged=None
-    ) -> torch.Tensor:
+        self, made_by: nn.ModuleDict, network: AugmentedSequential, gradients: list[torch.Tensor],
+        arranged=lambda grads: grads,
+    ) -> torch.Tensor:  # fmt: skip
         """What the generators make of the gradients of each augmented layer, [n, P_i], as one tensor [.., P]: one call of each, on
         what `arranged` makes of its gradients."""
         kinds = [self._kind(layer) for layer in network.augmented]
-        made = {}
-        for kind in dict.fromkeys(kinds):
-            grads = torch.cat([gradients[i] for i in range(len(kinds)) if kinds[i] == kind], -1)
-            made[kind] = made_by[kind](arranged(grads) if arranged else grads)
-        parts = list(made.values())
-        if kinds != sorted(kinds, key=list(made).index):  # the layers of a kind are not all together
-            sizes = {
-                kind: [layer.fast_shape.numel() for layer in network.augmented if self._kind(layer) == kind]
-                for kind in made
-            }
-            pieces = {kind: iter(fast.split(sizes[kind], -1)) for kind, fast in made.items()}
-            parts = [next(pieces[kind]) for kind in kinds]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        firsts = list(dict.fromkeys(kinds))
+        order = [i for kind in firsts for i in range(len(kinds)) if kinds[i] == kind]
+        grads = [torch.cat([gradients[i] for i in order if kinds[i] == kind], -1) for kind in firsts]
+        fast = [made_by[kind](arranged(grad)) for kind, grad in zip(firsts, grads, strict=True)]
+        if order != sorted(order):  # the layers of a kind are not all together
+            sizes = [gradients[i].shape[-1] for i in order]
+            parts = dict(zip(order, torch.cat(fast, -1).split(sizes, -1), strict=True))
+            fast = [parts[i] for i in sorted(order)]
+        return fast[0] if len(fast) == 1 else torch.cat(fast, -1)
 
     def extra_repr(self) -> str:
         text = f"variant={self.variant!r}, second_order={self.second_order}, summary_steps={self.summary_steps}"
