@@ -267,18 +267,15 @@ class AugmentedSequential(nn.Sequential):
         rest = None if fast is None else list(fast)
         if rest is not None and len(rest) != len(self.augmented):
             raise ValueError(f"fast: got {len(rest)} tensors, want {len(self.augmented)}, one for each augmented layer")
-        lead, flat = (
-            x.shape[:2],
-            not tasks,
-        )  # flat: whether x is [G*L, ...], as all but layers with fast weights take it
+        lead = x.shape[:2]
+        flat = not tasks  # whether x is [G*L, ...], as all layers but those with fast weights take it
         ours = True  # whether the next layer would get a tensor that is the caller's, or that autograd has kept
         for layer in self:
             augmented = isinstance(layer, _Augmented)
             if tasks and flat == (augmented and rest is not None):
                 x, flat = x.unflatten(0, lead) if flat else x.flatten(0, 1), not flat
             if not augmented:
-                # it may write into what it gets
-                x, ours = layer(x.clone() if ours else x), False
+                x, ours = layer(x.clone() if ours else x), False  # it may write into what it gets
             elif rest is None:
                 x, ours = layer(x, tape=tape), not getattr(layer, "pool", False)
             else:
