@@ -80,51 +80,51 @@ def test_tasks_do_not_see_each_other():
     for g in range(2):
         alone = net(x[g : g + 1], net.split(fast[g : g + 1]), mix[g : g + 1])
         torch.testing.assert_close(together[g : g + 1], alone)
+        without_g = net(x[g], net.split(fast[g]), mix[g], tasks=False)
+        torch.testing.assert_close(together[g], without_g)
 
 
 @pytest.mark.parametrize("m", [1, 3])
 def test_loss_gradients_are_those_of_each_loss_alone(m):
-    net, x = network(), normal(2, 4, m, 2, 7, 7)
+    net, x = network(), normal(4 * m, 2, 7, 7)
     target = normal(5, seed=3)
 
     def losses(y):
-        return (y - target).square().sum(-1).mean(-1)
+        return (y - target).square().sum() / m
 
-    got = net.loss_gradients(x, losses)
+    got = net.loss_gradients(x, losses, 4)
     weights = [layer.weight for layer in net.augmented]
-    for g in range(2):
-        for i in range(4):
-            loss = losses(net(x[g : g + 1, i]).unsqueeze(1))
-            for all_of_them, one in zip(got, torch.autograd.grad(loss.sum(), weights), strict=True):
-                torch.testing.assert_close(all_of_them[g, i], one)
+    for i, own in enumerate(x.split(m)):
+        loss = losses(net(own, tasks=False))
+        for all_of_them, one in zip(got, torch.autograd.grad(loss, weights), strict=True):
+            torch.testing.assert_close(all_of_them[i], one.flatten())
     assert not any(grads.requires_grad for grads in got)
 
 
 def test_loss_gradients_can_be_differentiated_again():
-    net, x = network(), normal(1, 3, 1, 2, 7, 7)
+    net, x = network(), normal(3, 2, 7, 7)
 
     def weighted(grads):
         return sum((grad * grad.detach().cos()).sum() for grad in grads)
 
     def losses(y):
-        return y.square().sum((-2, -1))
+        return y.square().sum()
 
     weights = [layer.weight for layer in net.augmented]
-    got = torch.autograd.grad(weighted(net.loss_gradients(x, losses, create_graph=True)), weights)
+    got = torch.autograd.grad(weighted(net.loss_gradients(x, losses, 3, create_graph=True)), weights)
     plain = []
-    for i in range(3):
-        plain.append(torch.autograd.grad(losses(net(x[:, i]).unsqueeze(1)).sum(), weights, create_graph=True))
-    want = torch.autograd.grad(weighted([torch.stack(grads)[None] for grads in zip(*plain, strict=True)]), weights)
-    for a, b in zip(got, want, strict=True):
+    for own in x.split(1):
+        plain += torch.autograd.grad(losses(net(own, tasks=False)), weights, create_graph=True)
+    for a, b in zip(got, torch.autograd.grad(weighted(plain), weights), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_loss_gradients_without_grad_mode_and_with_frozen_weights():
-    net, x = network(), normal(1, 3, 1, 2, 7, 7)
-    want = net.loss_gradients(x, lambda y: y.square().sum((-2, -1)))
+    net, x = network(), normal(3, 2, 7, 7)
+    want = net.loss_gradients(x, lambda y: y.square().sum(), 3)
     frozen = copy.deepcopy(net).requires_grad_(False)
     with torch.no_grad():
-        got = frozen.loss_gradients(x, lambda y: y.square().sum((-2, -1)))
+        got = frozen.loss_gradients(x, lambda y: y.square().sum(), 3)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

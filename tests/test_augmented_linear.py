@@ -9,15 +9,15 @@ from against_reference import DTYPES, Inputs, OperatorTests, compare, draw, loss
 
 from mann_kernels.ops._augment import ACTIVATION
 
-#: How fast weights may come: one for everything, one per example, one per task, a mixture; of one task or of several.
-FORMS = ("mixture", "task mixture", "shared", "task shared", "per example", "per task")
+#: How fast weights may come: one for everything, one per example, one per task, a mixture, one row; of one task or of several.
+FORMS = ("mixture", "task mixture", "row", "task row", "shared", "task shared", "per example", "per task")
 
 
 def draw_layer(seed, kind, lead, rows, layer, example, bias=True):
     """Inputs of an augmented layer; the weight has sizes `layer`, an example has sizes `example`, and lead is (G, L)."""
     lead = lead if kind.startswith("task") or kind == "per task" else lead[1:]
     fast = lead[:1] if kind in ("per example", "per task") else ()
-    fast = (*lead[:-1], rows) if kind.endswith("mixture") else fast
+    fast = (*lead[:-1], rows if kind.endswith("mixture") else 1) if kind.endswith(("mixture", "row")) else fast
     fan_in = torch.Size(layer[1:]).numel()
     drawn = draw(seed, x=(*lead, *example), weight=layer, fast=(*fast, *layer), mix=(*lead, rows), bias=layer[:1])
     drawn["weight"], drawn["fast"] = (drawn[name] * fan_in**-0.5 for name in ("weight", "fast"))

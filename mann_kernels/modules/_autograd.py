@@ -64,8 +64,8 @@ def called_with_autograd(module: nn.Module, *args, **kwargs):
     """`module(*args, **kwargs)`, also for parameters and buffers that were made in inference mode."""
     if torch.compiler.is_compiling():
         return module(*args, **kwargs)
-    named = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
-    copies = {name: tensor.clone() for name, tensor in named.items() if made_in_inference_mode(tensor)}
+    named = itertools.chain(module.named_parameters(), module.named_buffers())
+    copies = {name: tensor.clone() for name, tensor in named if tensor.is_inference()}
     if not copies:
         return module(*args, **kwargs)
     output = functional_call(module, copies, args, kwargs)

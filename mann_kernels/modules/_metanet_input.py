@@ -24,15 +24,17 @@ def check_support(support_x, support_y, ways: int, fewer: bool) -> None:
         raise ValueError("support_x: got an empty support set, want at least one example of each class")
     if not _readable(support_y):
         return
-    present = fewer | (support_y.unsqueeze(-1) == torch.arange(ways, device=support_y.device)).any(-2)
-    known = (support_y >= 0) & (support_y < ways)
-    if bool(present.all() & known.all()):  # one question, and so one wait for a GPU
-        return
-    if not known.all():
-        raise ValueError(f"support_y: got label {int(support_y[~known][0])}, want each in 0..{ways - 1} (ways={ways})")
-    *task, label = (~present).nonzero()[0].tolist()
-    where = f" in task {task[0]}" if task else ""
-    raise ValueError(f"support_y: got no example of class {label}{where}, want at least one of each of {ways} classes")
+    labels, classes = support_y.tolist(), set(range(ways))  # one wait for a GPU
+    for g, task in enumerate([labels] if support_y.dim() == 1 else labels):
+        found = set(task)
+        if not found <= classes:
+            label = next(label for label in task if label not in classes)
+            raise ValueError(f"support_y: got label {label}, want each in 0..{ways - 1} (ways={ways})")
+        if not fewer and found != classes:
+            where = f" in task {g}" if support_y.dim() == 2 else ""
+            raise ValueError(
+                f"support_y: got no example of class {min(classes - found)}{where}, want at least one of each of {ways} classes"
+            )
 
 
 def _readable(tensor) -> bool:
@@ -61,6 +63,15 @@ def check_state(state, metanet) -> bool:
         if getattr(state, name).shape != shape:
             raise ValueError(f"state.{name}: got shape {list(getattr(state, name).shape)}, want {list(shape)}")
     return alone
+
+
+def examples_are_alike(support_x, support_y, query_x) -> bool:
+    """Whether support examples and queries could be one tensor. What is wrong with them otherwise, the checks say."""
+    if not all(isinstance(value, torch.Tensor) for value in (support_x, support_y, query_x)):
+        return False
+    at = support_y.dim() - 1
+    kinds = [(x.dtype, x.device, x.dim(), x.shape[:at], x.shape[at + 1 :]) for x in (support_x, query_x)]
+    return kinds[0] == kinds[1]
 
 
 def check_queries(query_x, state, alone: bool) -> None:

@@ -4,25 +4,25 @@ import torch
 import torch.nn.functional as F
 
 
-def cross_entropy(labels: torch.Tensor):
-    """From logits [G, n, m, ways] to the mean losses [G, n] over m, for labels [G, n, m]."""
+def cross_entropy(labels: torch.Tensor, m: int):
+    """From logits [n*m, ways] to the sum of n losses, each the mean over m examples, for labels [n*m]."""
 
     def losses(logits):
-        each = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none")
-        return each.unflatten(0, labels.shape).mean(-1)
+        total = F.cross_entropy(logits, labels, reduction="sum")
+        return total if m == 1 else total / m
 
     return losses
 
 
-def contrastive(labels: torch.Tensor, margin: float):
-    """From keys [G, T, 2, K] of pairs to their losses [G, T], for labels [G, T, 2]."""
-    same = (labels[..., 0] == labels[..., 1]).double()
+def contrastive(same: torch.Tensor, margin: float):
+    """From keys [2*n, K] of n pairs to the sum of their losses; same: bool [n], whether a pair is of one class."""
 
     def losses(key):
-        square = (key[..., 0, :] - key[..., 1, :]).square().sum(-1)
+        first, second = key.unflatten(0, (-1, 2)).unbind(1)
+        square = (first - second).square().sum(-1)
         # the tiny term keeps the root's derivatives finite where two keys are equal
         apart = F.relu(margin - (square + 1e-12).sqrt()).square()
-        return (same.to(key.dtype) * square + (1 - same).to(key.dtype) * apart) / 2
+        return torch.where(same, square, apart).sum() / 2
 
     return losses
 

@@ -12,7 +12,10 @@ from mann_kernels.modules._init import HeStart, flag
 from mann_kernels.ops._check import at_least_one, known_options
 from mann_kernels.ops.augmented_conv2d import augmented_conv2d
 from mann_kernels.ops.augmented_linear import augmented_linear
-from mann_kernels.reference.augmented_linear import ACTIVATIONS
+from mann_kernels.reference.augmented_linear import ACTIVATIONS as OF_REFERENCE
+
+#: The ReLU is torch's threshold, which keeps its input for the backward pass, as the tape does: no tensor more.
+ACTIVATIONS = {**OF_REFERENCE, "relu": lambda z: F.threshold(z, 0.0, 0.0)}
 
 
 class Tape:
@@ -121,9 +124,10 @@ class AugmentedLinear(_Augmented, nn.Linear):
         """Compute the slow layer's `x W^T + b`."""
         return F.linear(x, self.weight, self.bias)
 
-    def weight_gradients(self, x: torch.Tensor, dz: torch.Tensor) -> torch.Tensor:
-        """Gradients of n losses: x [n, m, I], dz [n, m, O], the gradients at `slow(x)` -> [n, O, I], each over its m rows."""
-        return dz.transpose(1, 2) @ x
+    def weight_gradients(self, x: torch.Tensor, dz: torch.Tensor, n: int) -> torch.Tensor:
+        """Gradients of n losses: x [n*m, I], dz [n*m, O], the gradients at `slow(x)` -> [n, O*I], each over its m rows."""
+        x, dz = (tensor.view(n, -1, tensor.shape[1]) for tensor in (x, dz))
+        return torch.bmm(dz.mT, x).flatten(1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, form={self.form!r}, activation={self.activation!r}"
@@ -194,25 +198,26 @@ class AugmentedConv2d(_Augmented, nn.Conv2d):
     def fast_shape(self) -> torch.Size:
         return torch.Size([self.out_channels, self.in_channels, *self.kernel_size])
 
+    def _slow_only(self, x: torch.Tensor, tape: Tape | None) -> torch.Tensor:
+        if x.dim() <= 4:
+            return super()._slow_only(x, tape)
+        return super()._slow_only(x.flatten(0, -4), tape).unflatten(0, x.shape[:-3])
+
     def slow(self, x: torch.Tensor) -> torch.Tensor:
-        """The convolution with the slow weights and the bias."""
-        z = F.conv2d(x.reshape(-1, *x.shape[-3:]), self.weight, self.bias, padding=self.padding)
-        return z.reshape(*x.shape[:-3], *z.shape[1:])
+        """The convolution with the slow weights and the bias, of images [n, C, height, width]."""
+        return F.conv2d(x, self.weight, self.bias, padding=self.padding)
 
     def activate(self, z: torch.Tensor) -> torch.Tensor:
         y = super().activate(z)
-        if not self.pool:
-            return y
-        pooled = F.max_pool2d(y.reshape(-1, *y.shape[-3:]), 2, ceil_mode=True)
-        return pooled.reshape(*y.shape[:-3], *pooled.shape[1:])
+        return F.max_pool2d(y, 2, ceil_mode=True) if self.pool else y
 
-    def weight_gradients(self, x: torch.Tensor, dz: torch.Tensor) -> torch.Tensor:
-        """Gradients of n losses: x [n, m, C, ...], dz [n, m, O, ...], at `slow(x)` -> [n, O, C, k, k], each over its m images."""
-        n, m = x.shape[:2]
+    def weight_gradients(self, x: torch.Tensor, dz: torch.Tensor, n: int) -> torch.Tensor:
+        """Gradients of n losses: x [n*m, C, ...], dz [n*m, O, ...], at `slow(x)` -> [n, O*C*k*k], each over its m images."""
+        # unfold takes one image after the other, but all channels of one at once: so the images as one image
         patches = F.unfold(x.flatten(0, 1), self.kernel_size, padding=self.padding)  # type: ignore[arg-type]  # no string here
         # a product for each image, then the sum over the m of a loss: the patches stay where unfold put them
-        each = dz.flatten(0, 1).flatten(2) @ patches.transpose(1, 2)
-        return each.unflatten(0, (n, m)).sum(1).unflatten(-1, self.fast_shape[1:])
+        each = torch.bmm(dz.flatten(2), patches.view(len(x), -1, patches.shape[1]).mT).flatten(1)
+        return each if len(each) == n else each.view(n, -1, each.shape[1]).sum(1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, form={self.form!r}, activation={self.activation!r}, pool={self.pool}"
@@ -223,7 +228,8 @@ class AugmentedSequential(nn.Sequential):
 
     `forward(x, fast, mix)`: x [G, L, ...]; fast is None or a sequence with one tensor for each augmented layer, in order:
     [G, *weight.shape], one for each task, or with mix [G, L, S] the rows [G, S, *weight.shape] of a memory. The other
-    layers see [G*L, ...]. With `slow=False` the augmented layers have fast weights alone.
+    layers see [G*L, ...]. With `slow=False` the augmented layers have fast weights alone, with `tasks=False` there is one task and
+    all tensors lack G.
     """
 
     def __init__(self, *layers: nn.Module):
@@ -241,10 +247,11 @@ class AugmentedSequential(nn.Sequential):
 
     def split(self, fast: torch.Tensor) -> list[torch.Tensor]:
         """[..., P] -> a view [..., *weight.shape] for each augmented layer."""
-        if fast.shape[-1] != self.num_coordinates:
-            raise ValueError(f"fast: got shape {list(fast.shape)}, want [..., P] with P={self.num_coordinates}")
         shapes = [layer.fast_shape for layer in self.augmented]
-        parts = fast.split([shape.numel() for shape in shapes], -1)
+        sizes = [shape.numel() for shape in shapes]
+        if fast.shape[-1] != sum(sizes):
+            raise ValueError(f"fast: got shape {list(fast.shape)}, want [..., P] with P={sum(sizes)}")
+        parts = fast.split(sizes, -1)
         return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def forward(
@@ -254,56 +261,53 @@ class AugmentedSequential(nn.Sequential):
         mix: torch.Tensor | None = None,
         *,
         slow: bool = True,
+        tasks: bool = True,
         tape: Tape | None = None,
     ) -> torch.Tensor:
         rest = None if fast is None else list(fast)
         if rest is not None and len(rest) != len(self.augmented):
             raise ValueError(f"fast: got {len(rest)} tensors, want {len(self.augmented)}, one for each augmented layer")
+        lead = x.shape[:2]
+        flat = not tasks  # whether x is [G*L, ...], as all layers but those with fast weights take it
         ours = True  # whether the next layer would get a tensor that is the caller's, or that autograd has kept
         for layer in self:
-            if not isinstance(layer, _Augmented):
-                x, ours = self._plain(layer, x.clone() if ours else x), False
+            augmented = isinstance(layer, _Augmented)
+            if tasks and flat == (augmented and rest is not None):
+                x, flat = x.unflatten(0, lead) if flat else x.flatten(0, 1), not flat
+            if not augmented:
+                x, ours = layer(x.clone() if ours else x), False  # it may write into what it gets
             elif rest is None:
-                x, ours = layer(x, tape=tape), True
+                x, ours = layer(x, tape=tape), not getattr(layer, "pool", False)
             else:
                 x, ours = layer(x, rest.pop(0), mix, slow=slow), False
-        return x
-
-    @staticmethod
-    def _plain(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """A layer of any make, which may write into what it gets."""
-        return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return x.unflatten(0, lead) if tasks and flat else x
 
     @torch.compiler.disable  # a gradient taken within the forward pass: torch.compile runs this part as it is
     def loss_gradients(
-        self, x: torch.Tensor, losses: Callable[[torch.Tensor], torch.Tensor], *, create_graph: bool = False
+        self, x: torch.Tensor, losses: Callable[[torch.Tensor], torch.Tensor], n: int, *, create_graph: bool = False
     ) -> list[torch.Tensor]:
         """The gradients of many losses with respect to the slow weights of the augmented layers, from one pass.
 
         Args:
-            x: [G, n, m, ...]: n losses for each task, each of m examples.
-            losses: from outputs [G, n, m, ...] of the slow network to losses [G, n]; each must depend on its own
+            x: [n*m, ...]: m examples of each loss, one loss after the other.
+            losses: from outputs [n*m, ...] of the slow network to the sum of the losses; each must depend on its own
                 examples alone, so no layer may mix examples (batch normalisation before the first augmented layer may).
+            n: how many losses there are.
             create_graph: the result can be differentiated again; else it is a constant.
 
         Returns:
-            [G, n, *weight.shape] for each augmented layer.
+            [n, P_i] for each augmented layer, P_i the number of its weights.
 
         A layer's gradient for one loss is closed in the layer's inputs and the gradients at its outputs, and those of all
         losses are the gradients of their sum. Within torch.inference_mode too.
         """
-        G, n, m = x.shape[:3]
         tape = Tape()
         with with_autograd():
-            output = called_with_autograd(self, autograd_takes(x).flatten(1, 2), tape=tape)
-            total = losses(output.unflatten(1, (n, m))).sum()
-            gradients = _differentiated(total, tape.outputs, create_graph)
-        result = []
-        for layer, h, dz in zip(self.augmented, tape.inputs, gradients, strict=True):
-            h = h if create_graph else h.detach()
-            flat = (tensor.unflatten(1, (n, m)).flatten(0, 1) for tensor in (h, dz))
-            result.append(layer.weight_gradients(*flat).unflatten(0, (G, n)))
-        return result
+            output = called_with_autograd(self, autograd_takes(x), tasks=False, tape=tape)
+            gradients = _differentiated(losses(output), tape.outputs, create_graph)
+        with torch.set_grad_enabled(create_graph):
+            triples = zip(self.augmented, tape.inputs, gradients, strict=True)
+            return [layer.weight_gradients(h, dz, n) for layer, h, dz in triples]
 
 
 def _differentiated(total: torch.Tensor, outputs: list[torch.Tensor], create_graph: bool) -> Sequence[torch.Tensor]:

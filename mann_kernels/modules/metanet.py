@@ -8,7 +8,7 @@ from torch import nn
 
 from mann_kernels.modules._autograd import autograd_takes, called_with_autograd, refuse_freed_weights, with_parameters
 from mann_kernels.modules._init import flag
-from mann_kernels.modules._metanet_input import check_queries, check_state, check_support
+from mann_kernels.modules._metanet_input import check_queries, check_state, check_support, examples_are_alike
 from mann_kernels.modules._metanet_losses import contrastive, cross_entropy, random_pairs
 from mann_kernels.modules._metanet_networks import Conv2d, hidden_conv, networks
 from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedSequential
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 #: How much smaller than usual the last layers of m and d start, so that the fast branch begins as a small addition.
 FIRST_FAST = 0.1
+
+#: Layers that take each example by itself: support examples and queries may go through them in one pass.
+ONE_BY_ONE = (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten)
 
 
 class MetaNetOptions(TypedDict, total=False):
@@ -142,7 +145,7 @@ class FastWeightMemory(nn.Module):
         eps: inside the root of the cosine's denominator.
 
     Shapes: index [G, S, K] and key [G, L, K] -> mix [G, L, S], the softmax of the cosines over the S rows, with which an
-    augmented layer mixes the rows of a memory [G, S, P]. The order of the rows does not matter.
+    augmented layer mixes the rows of a memory [G, S, P]; or all of them without G. The order of the rows does not matter.
 
     Raises:
         TypeError, ValueError: as mann_kernels.content_address.
@@ -154,6 +157,8 @@ class FastWeightMemory(nn.Module):
         self.eps = eps
 
     def forward(self, index: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        if index.dim() == 2:
+            return content_address(index.unsqueeze(0), key.unsqueeze(0), eps=self.eps).squeeze(0)
         return content_address(index, key, eps=self.eps)
 
     def extra_repr(self) -> str:
@@ -300,7 +305,14 @@ class MetaNet(nn.Module):
         self, support_x: torch.Tensor, support_y: torch.Tensor, query_x: torch.Tensor, *,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        return self.predict(query_x, self.adapt(support_x, support_y, generator=generator))
+        # the keys of all examples from one pass, where no layer can mix examples
+        together = examples_are_alike(support_x, support_y, query_x)
+        if not (together and all(isinstance(layer, ONE_BY_ONE) for layer in self.embedding)):
+            return self.predict(query_x, self.adapt(support_x, support_y, generator=generator))
+        state = self._checked_adapt(support_x, support_y, generator, query_x)
+        check_queries(query_x, state, support_y.dim() == 1)
+        index, key = state.index.split([support_y.shape[-1], query_x.shape[support_y.dim() - 1]], -2)
+        return self._logits(query_x, state._replace(index=index), key)
 
     def adapt(
         self, support_x: torch.Tensor, support_y: torch.Tensor, *, generator: torch.Generator | None = None
@@ -309,97 +321,112 @@ class MetaNet(nn.Module):
 
         generator: draws the pairs of the contrastive loss (on the CPU); None is torch's own.
         """
+        return self._checked_adapt(support_x, support_y, generator)
+
+    def _checked_adapt(self, support_x, support_y, generator, query_x=None) -> MetaNetState:
+        """What `adapt` returns, but with the keys of the queries, too, at the end of `index`."""
         check_support(support_x, support_y, self.ways, self.fewer_classes)
         if self._create_graph:
             refuse_freed_weights(self)
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-            return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator)
+            return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator, query_x)
         # gradients are taken in it; and so the state is one that autograd takes
         with torch.inference_mode(False), torch.no_grad():
-            return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator)
+            return self._adapt(autograd_takes(support_x), autograd_takes(support_y), generator, query_x)
 
-    def _adapt(self, support_x, support_y, generator) -> MetaNetState:
-        alone = support_y.dim() == 1
-        if alone:
-            support_x, support_y = support_x.unsqueeze(0), support_y.unsqueeze(0)
+    def _adapt(self, support_x, support_y, generator, query_x) -> MetaNetState:
+        x, y = (support_x, support_y) if support_y.dim() == 1 else (support_x.flatten(0, 1), support_y.flatten())
+        lead, S = support_y.shape[:-1], support_y.shape[-1]
         task_fast = None
         if self.variant != "metanet-":
-            losses = self._embedding_gradients(support_x, support_y, generator)
-            task_fast = self._summarize(self.embedding, *losses)
-        gradients = self.base_learner.loss_gradients(
-            support_x.unsqueeze(2), cross_entropy(support_y.unsqueeze(2)), create_graph=self._create_graph
-        )
-        memory = self._fast(self.generators, self.base_learner, [grads.flatten(2) for grads in gradients])
-        memory = with_parameters(memory, self.embedding_head)
-        index = self._key(support_x, task_fast)
+            of_chunks = self.embedding.loss_gradients(
+                *self._embedding_losses(x, y, S, generator), create_graph=self._create_graph
+            )
+            task_fast = self._summarize(self.embedding, of_chunks, lead)
+        gradients = self.base_learner.loss_gradients(x, cross_entropy(y, 1), len(y), create_graph=self._create_graph)
+        memory = self._fast(self.generators, self.base_learner, gradients)
+        memory = with_parameters(memory.unflatten(0, support_y.shape) if lead else memory, self.embedding_head)
+        with_queries = support_x if query_x is None else torch.cat([support_x, query_x], len(lead))
+        index = self._key(with_queries, task_fast, bool(lead))
         if self.variant == "metanet+":
-            chunks = self._in_chunks(support_x, support_y)
-            summary = self._summarize(self.base_learner, chunks[0], cross_entropy(chunks[1]))
-            memory = torch.cat([memory, summary.unsqueeze(1)], 1)
-        state = MetaNetState(index, memory, task_fast)
-        return state.map(lambda field: field.squeeze(0)) if alone else state
+            summary = self._summarize(self.base_learner, gradients, lead, self._size_of_chunks(S))
+            memory = torch.cat([memory, summary.unsqueeze(-2)], -2)
+        return MetaNetState(index, memory, task_fast)
 
     def predict(self, query_x: torch.Tensor, state: MetaNetState) -> torch.Tensor:
         """Lines 16 to 20 of Algorithm 1: the logits of queries, given what `adapt` returned."""
         alone = check_state(state, self)
         check_queries(query_x, state, alone)
-        if alone:
-            query_x, state = query_x.unsqueeze(0), state.map(lambda field: field.unsqueeze(0))
-        mix = self.memory(state.index, self._key(query_x, state.task_fast))
+        return self._logits(query_x, state, self._key(query_x, state.task_fast, not alone))
+
+    def _logits(self, query_x, state: MetaNetState, key) -> torch.Tensor:
+        """What the base learner says of queries with these keys."""
+        mix = self.memory(state.index, key)
         if self.variant == "metanet+":
             mix = F.pad(mix, (0, 1), value=1.0)
-        logits = self.base_learner(query_x, self.base_learner.split(state.memory), mix, slow=not self.fast_only)
-        return logits.squeeze(0) if alone else logits
+        fast = self.base_learner.split(state.memory)
+        return self.base_learner(query_x, fast, mix, slow=not self.fast_only, tasks=key.dim() == 3)
 
     @property
     def _create_graph(self) -> bool:
         return self.second_order and torch.is_grad_enabled()
 
-    def _key(self, x: torch.Tensor, task_fast: torch.Tensor | None) -> torch.Tensor:
-        """Compute the keys of examples, u(Q, Q*, x) of eq. 5."""
-        return called_with_autograd(self.embedding, x, None if task_fast is None else self.embedding.split(task_fast))
+    def _key(self, x: torch.Tensor, task_fast: torch.Tensor | None, tasks: bool) -> torch.Tensor:
+        """Compute the keys of examples, u(Q, Q*, x) of eq. 5; tasks: there is a dimension G."""
+        fast = None if task_fast is None else self.embedding.split(task_fast.unsqueeze(-2))  # one row
+        return called_with_autograd(self.embedding, x, fast, tasks=tasks)
 
-    def _in_chunks(self, x: torch.Tensor, y: torch.Tensor):
-        """x [G, S, ...], y [G, S] -> [G, T, S/T, ...], [G, T, S/T]."""
-        S = x.shape[1]
+    def _size_of_chunks(self, S: int) -> int:
+        """m = S/T, the examples of each loss whose gradient d sees."""
         T = min(S, self.summary_steps)
         if S % T:
             raise ValueError(f"support_x: got {S} examples (S), want a multiple of summary_steps={T}")
-        return x.unflatten(1, (T, -1)), y.unflatten(1, (T, -1))
+        return S // T
 
-    def _embedding_gradients(self, x, y, generator):
-        """The examples [G, T, m, ...] of the T losses of the embedding and the function to those losses (eq. 2, 3, 6, 7)."""
-        if x.shape[1] <= self.ways:  # one example of each, of all classes or fewer
-            chunks, labels = self._in_chunks(x, y)
-            losses = cross_entropy(labels)
+    def _embedding_losses(self, x, y, S: int, generator):
+        """The examples [G*T*m, ...] of T losses of the embedding for each task, their sum as a function of the keys, and how many
+        losses there are (eq. 2, 3, 6, 7); x [G*S, ...], y [G*S]."""
+        if self.ways >= S:  # one example of each, of all classes or fewer
+            m = self._size_of_chunks(S)
+            losses = cross_entropy(y, m)
 
             def of_keys(key):
-                own = key.flatten(0, 2).clone()  # the head may write into what it gets
-                return losses(called_with_autograd(self.embedding_head, own).unflatten(0, key.shape[:3]))
+                # the head may write into what it gets
+                return losses(called_with_autograd(self.embedding_head, key.clone()))
 
-            return chunks, of_keys
-        pairs = random_pairs(*y.shape, self.summary_steps, generator).to(y.device)
-        tasks = torch.arange(len(y), device=y.device)[:, None, None]
-        return x[tasks, pairs], contrastive(y[tasks, pairs], self.margin)
+            return x, of_keys, len(y) // m
+        G = len(y) // S
+        pairs = random_pairs(G, S, self.summary_steps, generator)
+        pairs = (pairs + S * torch.arange(G, device="cpu")[:, None, None]).flatten().to(y.device)
+        labels = y[pairs].view(-1, 2)
+        return x[pairs], contrastive(labels[:, 0] == labels[:, 1], self.margin), len(labels)
 
-    def _summarize(self, network: AugmentedSequential, x: torch.Tensor, losses) -> torch.Tensor:
-        """eq. 4: d of the gradients of T losses, [G, P]."""
-        gradients = network.loss_gradients(x, losses, create_graph=self._create_graph)
-        if self.summarizer == "mean":
-            return self._fast(self.summarizers, network, [grads.mean(1).flatten(1) for grads in gradients])
-        return self._fast(self.summarizers, network, [grads.transpose(0, 1).flatten(2) for grads in gradients])
+    def _summarize(self, network: AugmentedSequential, gradients: list[torch.Tensor], lead: torch.Size, m: int = 1):
+        """eq. 4: d of the gradients of T losses in each of the tasks `lead`, each the mean of m of those given -> [*lead, P]."""
+
+        def steps_first(grads):
+            grads = grads.unflatten(0, (-1, m)).mean(1) if m > 1 else grads
+            grads = grads.unflatten(0, (*lead, -1)).transpose(0, 1) if lead else grads
+            return grads.mean(0) if self.summarizer == "mean" else grads
+
+        return self._fast(self.summarizers, network, gradients, steps_first)
 
     def _fast(
-        self, made_by: nn.ModuleDict, network: AugmentedSequential, gradients: list[torch.Tensor]
-    ) -> torch.Tensor:
-        """What the generators make of the gradients of each augmented layer, [.., P_i], as one tensor [.., P]: one call of each."""
-        kinds, sizes = [self._kind(layer) for layer in network.augmented], [grads.shape[-1] for grads in gradients]
-        parts: dict[int, torch.Tensor] = {}
-        for kind in dict.fromkeys(kinds):
-            mine = [i for i in range(len(kinds)) if kinds[i] == kind]
-            fast = made_by[kind](torch.cat([gradients[i] for i in mine], -1))
-            parts |= zip(mine, fast.split([sizes[i] for i in mine], -1), strict=True)
-        return torch.cat([parts[i] for i in range(len(kinds))], -1)
+        self, made_by: nn.ModuleDict, network: AugmentedSequential, gradients: list[torch.Tensor],
+        arranged=lambda grads: grads,
+    ) -> torch.Tensor:  # fmt: skip
+        """What the generators make of the gradients of each augmented layer, [n, P_i], as one tensor [.., P]: one call of each, on
+        what `arranged` makes of its gradients."""
+        kinds = [self._kind(layer) for layer in network.augmented]
+        firsts = list(dict.fromkeys(kinds))
+        order = [i for kind in firsts for i in range(len(kinds)) if kinds[i] == kind]
+        grads = [torch.cat([gradients[i] for i in order if kinds[i] == kind], -1) for kind in firsts]
+        fast = [made_by[kind](arranged(grad)) for kind, grad in zip(firsts, grads, strict=True)]
+        if order != sorted(order):  # the layers of a kind are not all together
+            sizes = [gradients[i].shape[-1] for i in order]
+            parts = dict(zip(order, torch.cat(fast, -1).split(sizes, -1), strict=True))
+            fast = [parts[i] for i in sorted(order)]
+        return fast[0] if len(fast) == 1 else torch.cat(fast, -1)
 
     def extra_repr(self) -> str:
         text = f"variant={self.variant!r}, second_order={self.second_order}, summary_steps={self.summary_steps}"

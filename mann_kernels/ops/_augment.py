@@ -16,10 +16,16 @@ def keeps_slopes(activation: int) -> bool:
     return ACTIVATION[activation] in ("gelu", "tanh")
 
 
+def one_row(x, weight, fast) -> bool:
+    """Whether fast, without a mixture, is the one row of a memory, [1, ...] or [G, 1, ...], for all examples of a task."""
+    dim = fast.dim() - weight.dim()
+    return dim == x.dim() + 1 - weight.dim() and fast.shape[dim - 1] == 1
+
+
 @_check.once
 def check_layer(x, weight, fast, mix, bias, layer: tuple[str, ...], example: tuple[str, ...]) -> None:
     """The tensors of a layer whose weight has the sizes `layer` and whose examples have the sizes `example`."""
-    sizes: dict[str, int] = {}
+    sizes = {"1": 1}
     _check.same_kind(x=x, weight=weight, fast=fast, mix=mix, bias=bias)
     _check.shape(sizes, "weight", weight, *layer)
     lead = ("G", "L") if x.dim() == len(example) + 2 else ("L",)
@@ -28,6 +34,8 @@ def check_layer(x, weight, fast, mix, bias, layer: tuple[str, ...], example: tup
     if mix is not None:
         _check.shape(sizes, "mix", mix, *lead, "S")
         _check.shape(sizes, "fast", fast, *lead[:-1], "S", *layer)
+    elif one_row(x, weight, fast):
+        _check.shape(sizes, "fast", fast, *lead[:-1], "1", *layer)
     else:
         _check.shape(sizes, "fast", fast, *(lead[:1] if fast.dim() > weight.dim() else ()), *layer)
     for letter in (*layer, "S"):
@@ -47,12 +55,13 @@ class Form:
     def __init__(self, x, weight, fast, mix):
         tasks = x.dim() == weight.dim() + 1
         shared = mix is None and fast.dim() == weight.dim()
+        rows = mix is not None or one_row(x, weight, fast)
         #: One fast weight for the examples of all tasks, which are taken as those of one.
         self.joined = shared and tasks
         #: Each example is a task of its own.
-        self.alone = mix is None and not shared and not tasks
+        self.alone = not rows and not shared and not tasks
         #: Where S is put into fast.
-        self.of_fast = None if mix is not None else 0 if shared else 1
+        self.of_fast = None if rows else 0 if shared else 1
 
     def rows(self, x):
         """x, or the gradient of y."""

@@ -111,8 +111,9 @@ def augmented_conv2d(
     Args:
         x: [L, C, H, W], L examples, or [G, L, C, H, W], those of G tasks.
         weight: [O, C, k, k], slow.
-        fast: one weight for everything [O, C, k, k]; for each example [L, O, C, k, k]; for each task [G, O, C, k, k];
-            or, with `mix`, the S rows of a memory, [S, O, C, k, k] or [G, S, O, C, k, k]: as in augmented_linear.
+        fast: one weight for everything [O, C, k, k] or [1, O, C, k, k]; for each example [L, O, C, k, k]; for each task
+            [G, O, C, k, k] or [G, 1, O, C, k, k]; or, with `mix`, the S rows of a memory, [S, O, C, k, k] or
+            [G, S, O, C, k, k]: as in augmented_linear.
             Rows may be slices of a larger memory [G, S, P] (contiguous in O, C, k, k): they are not copied.
         mix: [L, S] or [G, L, S]: the fast weight of example l is sum_s mix[l, s] fast[s], as in augmented_linear.
             On the CPU and in Triton the fast weights of the examples, [L, O, C, k, k], are never built; in CUDA those of as

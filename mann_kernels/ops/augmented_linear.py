@@ -82,8 +82,9 @@ def augmented_linear(
     Args:
         x: [L, I], L examples, or [G, L, I], those of G tasks.
         weight: [O, I], slow.
-        fast: one weight for everything [O, I]; for each example [L, O, I], of x [L, I]; for each task [G, O, I], of
-            x [G, L, I]; or, with `mix`, the S rows of a memory, [S, O, I] for x [L, I] or [G, S, O, I] for x [G, L, I].
+        fast: one weight for everything [O, I] or, of x [L, I], [1, O, I]; for each example [L, O, I], of x [L, I]; for each
+            task [G, O, I] or [G, 1, O, I], of x [G, L, I]; or, with `mix`, the S rows of a memory, [S, O, I] for x [L, I] or
+            [G, S, O, I] for x [G, L, I].
             Rows may be slices of a larger memory [G, S, P] (contiguous in O and I): they are not copied.
         mix: [L, S] or [G, L, S]: the fast weight of example l is sum_s mix[l, s] fast[s]. In MetaNet the softmax of
             cosine similarities, as content_address gives it. The weight of an example is never built.
