@@ -11,21 +11,16 @@ from mann_kernels.modules._init import flag
 from mann_kernels.modules._metanet_input import check_queries, check_state, check_support, examples_are_alike
 from mann_kernels.modules._metanet_losses import contrastive, cross_entropy, random_pairs
 from mann_kernels.modules._metanet_networks import Conv2d, hidden_conv, networks
-from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedSequential
+from mann_kernels.modules.augmented import AugmentedConv2d, AugmentedLinear, AugmentedSequential
+from mann_kernels.modules.generators import FastWeightGenerator, FastWeightMemory, GradientSummarizer
 from mann_kernels.modules.state import MetaNetState
-from mann_kernels.ops._check import at_least_one, eps_of_cosine, known_options, number, preprocessing
-from mann_kernels.ops.content_address import content_address
-from mann_kernels.ops.generate_fast_weights import generate_fast_weights
-from mann_kernels.ops.summarize_gradients import summarize_gradients
+from mann_kernels.ops._check import at_least_one, known_options, number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-#: How much smaller than usual the last layers of m and d start, so that the fast branch begins as a small addition.
-FIRST_FAST = 0.1
-
 #: Layers that take each example by itself: support examples and queries may go through them in one pass.
-ONE_BY_ONE = (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten)
+ONE_BY_ONE = (nn.Linear, AugmentedLinear, nn.Conv2d, Conv2d, AugmentedConv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten)
 
 
 class MetaNetOptions(TypedDict, total=False):
@@ -41,128 +36,6 @@ class MetaNetOptions(TypedDict, total=False):
     p: float
     margin: float
     eps: float
-
-
-class FastWeightGenerator(nn.Module):
-    """MetaNet's m (eq. 1): from the gradient at each weight to the fast weight there, by an MLP that all coordinates share.
-
-    Args:
-        hidden_size: D, units of both hidden layers.
-        p: of the gradients' preprocessing, see mann_kernels.generate_fast_weights.
-        device: of the parameters.
-        dtype: of the parameters.
-
-    Shapes: gradients of any shape -> fast weights of the same shape.
-
-    Raises:
-        TypeError, ValueError: a size below 1; otherwise as mann_kernels.generate_fast_weights.
-    """
-
-    weight1: nn.Parameter
-    bias1: nn.Parameter
-    weight2: nn.Parameter
-    bias2: nn.Parameter
-    weight3: nn.Parameter
-    bias3: nn.Parameter
-
-    def __init__(
-        self, hidden_size: int = 20, *, p: float = 7.0,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ):  # fmt: skip
-        super().__init__()
-        at_least_one(hidden_size=hidden_size)
-        preprocessing(p)
-        self.hidden_size, self.p = hidden_size, p
-        shapes = {"weight1": (hidden_size, 2), "bias1": (hidden_size,), "weight2": (hidden_size, hidden_size)}
-        shapes |= {"bias2": (hidden_size,), "weight3": (1, hidden_size), "bias3": (1,)}
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """See `_reset`."""
-        _reset(self, self.weight3)
-
-    def forward(self, grads: torch.Tensor) -> torch.Tensor:
-        weights = (self.weight1, self.bias1, self.weight2, self.bias2, self.weight3, self.bias3)
-        return generate_fast_weights(grads, *weights, p=self.p)
-
-    def extra_repr(self) -> str:
-        return f"hidden_size={self.hidden_size}, p={self.p}"
-
-
-class GradientSummarizer(nn.Module):
-    """MetaNet's d (eq. 4): from T gradients at each weight to one fast weight there, by an LSTM that all coordinates share.
-
-    Args:
-        hidden_size: D, units of the LSTM.
-        p: of the gradients' preprocessing, see mann_kernels.summarize_gradients.
-        device: of the parameters.
-        dtype: of the parameters.
-
-    Shapes: gradients [T, ...] -> fast weights [...]. The order of the T gradients matters.
-
-    Raises:
-        TypeError, ValueError: a size below 1; otherwise as mann_kernels.summarize_gradients.
-    """
-
-    weight_ih: nn.Parameter
-    weight_hh: nn.Parameter
-    bias: nn.Parameter
-    weight_out: nn.Parameter
-    bias_out: nn.Parameter
-
-    def __init__(
-        self, hidden_size: int = 20, *, p: float = 7.0,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ):  # fmt: skip
-        super().__init__()
-        at_least_one(hidden_size=hidden_size)
-        preprocessing(p)
-        self.hidden_size, self.p = hidden_size, p
-        gates = 4 * hidden_size
-        shapes = {"weight_ih": (gates, 2), "weight_hh": (gates, hidden_size), "bias": (gates,)}
-        for name, shape in (shapes | {"weight_out": (1, hidden_size), "bias_out": (1,)}).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """See `_reset`."""
-        _reset(self, self.weight_out)
-
-    def forward(self, grads: torch.Tensor) -> torch.Tensor:
-        weights = (self.weight_ih, self.weight_hh, self.bias, self.weight_out, self.bias_out)
-        return summarize_gradients(grads, *weights, p=self.p)
-
-    def extra_repr(self) -> str:
-        return f"hidden_size={self.hidden_size}, p={self.p}"
-
-
-class FastWeightMemory(nn.Module):
-    """MetaNet's memory: rows of fast weights, found by the cosine between keys (eq. 8 and 9).
-
-    Args:
-        eps: inside the root of the cosine's denominator.
-
-    Shapes: index [G, S, K] and key [G, L, K] -> mix [G, L, S], the softmax of the cosines over the S rows, with which an
-    augmented layer mixes the rows of a memory [G, S, P]; or all of them without G. The order of the rows does not matter.
-
-    Raises:
-        TypeError, ValueError: as mann_kernels.content_address.
-    """
-
-    def __init__(self, *, eps: float = 1e-6):
-        super().__init__()
-        eps_of_cosine(eps)
-        self.eps = eps
-
-    def forward(self, index: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        if index.dim() == 2:
-            return content_address(index.unsqueeze(0), key.unsqueeze(0), eps=self.eps).squeeze(0)
-        return content_address(index, key, eps=self.eps)
-
-    def extra_repr(self) -> str:
-        return f"eps={self.eps}"
 
 
 class MetaNet(nn.Module):
@@ -307,7 +180,7 @@ class MetaNet(nn.Module):
     ) -> torch.Tensor:  # fmt: skip
         # the keys of all examples from one pass, where no layer can mix examples
         together = examples_are_alike(support_x, support_y, query_x)
-        if not (together and all(isinstance(layer, ONE_BY_ONE) for layer in self.embedding)):
+        if not (together and all(type(layer) in ONE_BY_ONE for layer in self.embedding)):
             return self.predict(query_x, self.adapt(support_x, support_y, generator=generator))
         state = self._checked_adapt(support_x, support_y, generator, query_x)
         check_queries(query_x, state, support_y.dim() == 1)
@@ -433,18 +306,3 @@ class MetaNet(nn.Module):
         text += f", summarizer={self.summarizer!r}"
         text += f", shared_generators={self.shared_generators}, fast_only={self.fast_only}"
         return f"{text}, margin={self.margin}"
-
-
-def _reset(generator: nn.Module, last: Any) -> None:
-    """Normal with variance 1/inputs, no bias, the last layer smaller by FIRST_FAST.
-
-    The paper has every parameter uniform in +-0.1. Most gradients are tiny, so most fast weights begin equal, and a common
-    value as large as such a bias makes each layer of 576 inputs tens of times its input, or its fast branch dead.
-    """
-    for parameter in generator.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, 0, parameter.shape[1] ** -0.5)
-        else:
-            nn.init.zeros_(parameter)
-    with torch.no_grad():
-        last.mul_(FIRST_FAST)
