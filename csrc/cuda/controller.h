@@ -50,11 +50,14 @@ struct Each {
 // Numbers 0, 1, ... of x [count] to target of another block, in as few messages as there are.
 template <int count> MANN_INLINE void send_several(T *target, int rank, Mailbox *box, const T *x) {
     static_assert(count == 1 || count == 2 || count % 4 == 0);
-    if constexpr (count == 1) send(target, rank, box, *x);
-    else if constexpr (count == 2) send(target, rank, box, Two<T>{{x[0], x[1]}});
-    else
+    if constexpr (count == 1) {
+        send(target, rank, box, *x);
+    } else if constexpr (count == 2) {
+        send(target, rank, box, Two<T>{{x[0], x[1]}});
+    } else {
 #pragma unroll
         for (int j = 0; j < count; j += 4) send(target + j, rank, box, Four<T>{{x[j], x[j + 1], x[j + 2], x[j + 3]}});
+    }
 }
 
 // Who a block is.

@@ -26,12 +26,14 @@ struct Forward {
     MANN_INLINE void choose(int t) {
         const int buffer = t & 1;
         rows.choose(s.usage, [&](int h, Order order, int slot) {
-            if constexpr (kParts == 1) s.episode.step.slots[h] = slot;
-            else
+            if constexpr (kParts == 1) {
+                s.episode.step.slots[h] = slot;
+            } else {
 #pragma unroll
                 for (int to = 0; to < kParts; ++to)
                     send(&s.candidates[buffer][episode.part][h].at[0], to, &s.candidate_box[buffer],
                          Candidate{{order, Order(slot)}});
+            }
         });
         if constexpr (kParts > 1) {
             mailbox_wait(&s.candidate_box[buffer], t / 2);

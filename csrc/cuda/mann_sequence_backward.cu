@@ -135,9 +135,10 @@ struct Backward {
     // Of the steps in which no example of the cluster takes part.
     MANN_INLINE void pad() const {
         for (int t = last; t < a.steps; ++t) {
-            if (is_real() && Cell::first())
+            if (is_real() && Cell::first()) {
 #pragma unroll
                 for (int g = 0; g < 4; ++g) a.dgates[gates_at(t, g)] = to_storage<S>(T(0));
+            }
             for (int p = thread_again(); p < kHead && share.is_real() && share.part() == 0; p += kThreads)
                 a.dhead[row(t, share.example()) * kHead + p] = to_storage<S>(T(0));
         }

@@ -250,22 +250,23 @@ struct Forward {
             }
 #pragma unroll
             for (int j = 0; j < 4; ++j) sum[j] = sum_lanes(sum[j], 1, kHeadLanes);
-            if (from == 0 && i < kLanesInAll)
+            if (from != 0 || i >= kLanesInAll) continue;
 #pragma unroll
-                for (int k = 0; k < kParts; ++k)
-                    send(&s.head_parts[share.rank][4 * p], e * kParts + k, &s.head_box, sum);
+            for (int k = 0; k < kParts; ++k) send(&s.head_parts[share.rank][4 * p], e * kParts + k, &s.head_box, sum);
         }
     }
 
     // The slots of the step to come, of what is known before it: while the heads are on their way.
     MANN_INLINE void choose() {
         rows.choose(s.usage, [&](int h, Order order, int slot) {
-            if constexpr (kParts == 1) s.step.slots[h] = slot;
-            else
+            if constexpr (kParts == 1) {
+                s.step.slots[h] = slot;
+            } else {
 #pragma unroll
                 for (int to = 0; to < kParts; ++to)
                     send(&s.candidates[share.part()][h].at[0], share.owned() * kParts + to, &s.candidate_box,
                          Candidate{{order, Order(slot)}});
+            }
         });
     }
     // The memory's step of the owned example, as far as the block's slots go; its share of the reads to all blocks.

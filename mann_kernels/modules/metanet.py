@@ -19,8 +19,11 @@ from mann_kernels.ops._check import at_least_one, known_options, number
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-#: Layers that take each example by itself: support examples and queries may go through them in one pass.
-ONE_BY_ONE = (nn.Linear, AugmentedLinear, nn.Conv2d, Conv2d, AugmentedConv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten)
+#: What layers do that take each example by itself: support examples and queries may go through them in one pass.
+ONE_BY_ONE = tuple(
+    layer.forward
+    for layer in (nn.Linear, AugmentedLinear, nn.Conv2d, AugmentedConv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten)
+)
 
 
 class MetaNetOptions(TypedDict, total=False):
@@ -180,7 +183,7 @@ class MetaNet(nn.Module):
     ) -> torch.Tensor:  # fmt: skip
         # the keys of all examples from one pass, where no layer can mix examples
         together = examples_are_alike(support_x, support_y, query_x)
-        if not (together and all(type(layer) in ONE_BY_ONE for layer in self.embedding)):
+        if not (together and all(type(layer).forward in ONE_BY_ONE for layer in self.embedding)):
             return self.predict(query_x, self.adapt(support_x, support_y, generator=generator))
         state = self._checked_adapt(support_x, support_y, generator, query_x)
         check_queries(query_x, state, support_y.dim() == 1)
