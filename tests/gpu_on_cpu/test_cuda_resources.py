@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from compiled import TOOLS, dumped
 from expected_skips import NO_CUDA_KERNEL
 
 import mann_kernels
+from bench.layers import LayerShape
 from bench.operators import operators
 from mann_kernels import _backend, _library
 
@@ -63,22 +65,38 @@ def compile_for(compiler, capability, source, options):
     return failed, said.value.decode()
 
 
-def spilled(cubin):
-    """Bytes of local memory of each kernel of a cubin."""
+class Used(NamedTuple):
+    """Bytes of memory of a kernel of a cubin: local to a thread, which is what was spilled, and static shared memory."""
+
+    local: int
+    shared: int
+
+
+def used(cubin):
+    """What each kernel of a cubin uses, by name."""
     said = dumped(Path(cubin))
-    found = re.findall(r"Function (\w+):\n.* STACK:(\d+) .*LOCAL:(\d+)", said)
+    found = re.findall(r"Function (\w+):\n.* STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
     assert found, said
-    return {name: int(stack) + int(local) for name, stack, local in found}
+    return {name: Used(int(stack) + int(local), int(shared)) for name, stack, shared, local in found}
 
 
-def launches_of(op, inputs):
-    """The launches of a forward and a backward pass, none of which is run."""
-    with cuda_on_cpu.cuda_on_cpu() as library, cuda_on_cpu.recorded(library) as launches:
+def spilled(cubin):
+    return max(kernel.local for kernel in used(cubin).values())
+
+
+def recorded(op, inputs, capability):
+    """The launches of a forward and a backward pass on such a device, none of which is run."""
+    with cuda_on_cpu.cuda_on_cpu(capability=capability) as library, cuda_on_cpu.recorded(library) as launches:
         leaves = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
         outputs = getattr(mann_kernels, op)(**inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         sum(out.float().sum() for out in outputs if out.requires_grad).backward(inputs=leaves)
-    return {(launch.source, launch.options) for launch in launches}
+    return launches
+
+
+def launches_of(op, inputs):
+    """What they are compiled from, for an H100."""
+    return {(launch.source, launch.options) for launch in recorded(op, inputs, 90)}
 
 
 def layer_inputs(op, shape, dtype):
@@ -89,8 +107,8 @@ def layer_inputs(op, shape, dtype):
     return inputs | dict(bench.options)
 
 
-def inputs_of(op, size, dtype, **options):
-    inputs = class_of(op).inputs(1, *size, **options).to(dtype)
+def inputs_of(op, sizes, /, dtype, **options):
+    inputs = class_of(op).inputs(1, *sizes, **options).to(dtype)
     for value in inputs.values():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             value.requires_grad_()
@@ -130,13 +148,89 @@ def test_no_spills_at_the_papers_sizes(name, dtype, compiler):
     for source, macros in launches_of(op, inputs(dtype=dtype)):
         failed, said = compile_for(compiler, 90, source, macros)
         assert not failed, said
-        assert max(spilled(said).values()) <= 100 * (op == "summarize_gradients"), (source, macros, spilled(said))
+        assert spilled(said) <= 100 * (op == "summarize_gradients"), (source, macros, used(said))
+
+
+#: What compute capability 8.0 is enough for: the sizes of the paper and others, odd, large and the largest.
+OLDER = (80, 86, 89)
+NO_CLUSTERS = [op for op, least in _backend.CUDA_CAPABILITY.items() if least == (8, 0)]
+CONVOLUTIONS = {
+    "one by one": ((3, 64, 64, 5), {"size": (33, 17), "kernel": 1, "padding": 0}),
+    "five": ((2, 40, 36, 5), {"size": (19, 17), "kernel": 5, "padding": 2}),
+    "eleven, per task": ((2, 9, 12, 1), {"size": (32, 32), "kernel": 11, "kind": "per task"}),
+    "odd, gelu": ((9, 3, 5, 2), {"size": (7, 5), "kernel": 2, "activation": "gelu"}),
+}
+ON_OLDER = (
+    {name: AT_PAPER[name] for name in AT_PAPER if AT_PAPER[name][0] in NO_CLUSTERS}
+    | {
+        f"{op} D={hidden}": (op, functools.partial(inputs_of, op, (1, 40, hidden, steps)))
+        for op in ("generate_fast_weights", "summarize_gradients")
+        for hidden, steps in ((1, 1), (32, 30), (33, 2), (48, 9), (64, 3))
+    }
+    | {
+        f"linear {sizes}": ("augmented_linear", functools.partial(inputs_of, "augmented_linear", sizes, **options))
+        for sizes, options in (((140, 7, 5, 2), {"kind": "per example"}), ((300, 300, 333, 7), {"activation": "gelu"}))
+    }
+    | {
+        f"conv {name}": ("augmented_conv2d", functools.partial(inputs_of, "augmented_conv2d", sizes, **options))
+        for name, (sizes, options) in CONVOLUTIONS.items()
+    }
+    | {
+        "conv wide": (
+            "augmented_conv2d",
+            functools.partial(layer_inputs, "augmented_conv2d", LayerShape(2, 3, 130, 140, 16)),
+        )
+    }
+)
+ON_OLDER |= {f"{name}, TF32": ON_OLDER[name] for name in ON_OLDER if ON_OLDER[name][0] == "augmented_conv2d"}
+SHORT = ("conv wide, TF32", "summarize_gradients D=64", "linear (140, 7, 5, 2)", "generate_fast_weights")
+
+
+@pytest.fixture
+def tf32(request):
+    """TF32 is allowed to the cases that say so."""
+    torch.backends.cuda.matmul.allow_tf32 = "TF32" in request.node.name
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("capability", OLDER)
+@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in ON_OLDER])
+@pytest.mark.usefixtures("tf32")
+def test_they_fit_older_devices(name, capability, compiler, request):
+    """They compile for them, spill next to nothing at the papers' sizes, and have the shared memory that a block may have."""
+    op, inputs = ON_OLDER[name]
+    for dtype in (torch.float32, torch.bfloat16) if request.config.getoption("--long") else (torch.float32,):
+        launches = recorded(op, inputs(dtype=dtype), capability)
+        assert launches
+        for source, macros in {(launch.source, launch.options) for launch in launches}:
+            failed, said = compile_for(compiler, capability, source, macros)
+            assert not failed, said
+            kernels = used(said)
+            if name in AT_PAPER:
+                assert spilled(said) <= (100 if op == "summarize_gradients" else 8), (source, macros, kernels)
+            for launch in launches:
+                if (launch.source, launch.options) == (source, macros):
+                    bytes_of_block = int(launch.shared_bytes) + kernels[launch.kernel].shared
+                    assert bytes_of_block <= cuda_on_cpu.DEVICES[capability][0], launch
+
+
+@pytest.mark.parametrize("capability", OLDER)
+def test_older_devices_get_their_own_code(capability, compiler):
+    launches = launches_of("augmented_linear", inputs_of("augmented_linear", (3, 5, 4, 2), torch.float32))
+    failed, made = compile_for(compiler, capability, *sorted(launches)[0])
+    assert not failed, made
+    assert f".target\tsm_{capability}\n" in disassembled(made)
+
+
+def disassembled(cubin):
+    command = [TOOLS / "nvdisasm", "--print-code", cubin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def products(cubin):
     """Instructions of the tensor cores in each kernel of a cubin."""
-    command = [TOOLS / "nvdisasm", "--print-code", cubin]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = disassembled(cubin)
     return {part.split(",")[0]: part.count("HMMA") for part in code.split(".section\t.text.")[1:]}
 
 
