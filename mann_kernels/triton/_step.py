@@ -163,7 +163,7 @@ def choose_slots(usage, usage_ptr, slots_ptr, N: tl.constexpr, R, ACC: tl.conste
     slots_ptr [R] (eq. 6). The first BU of the usages [N] are usage [BU], the others come from usage_ptr."""
     o_r = tl.arange(0, BR)
     # in compiled code a round waits three times for all warps, and what it costs is what 2,048 comparisons do
-    if N <= BU and BU * BU <= 2048 * BR:
+    if N <= BU and BR > 1 and BU * BU <= 2048 * BR:
         slots = slots_by_rank(order_of(usage), N, ACC, BU, BR)
     else:
         slots = slots_by_rounds(order_of(usage), usage_ptr, N, R, ACC, BU, BR)
