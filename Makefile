@@ -74,7 +74,7 @@ test-long: setup verify-gpu
 # compute-sanitizer comes with CUDA; each kernel runs once, small.
 test-gpu: setup
 	$(RUN) -m pytest --durations 10 -m gpu tests $(TEST)
-	for tool in memcheck racecheck; do \
+	for tool in memcheck racecheck synccheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) tests/every_kernel.py || exit 1; done
 
 # A second call goes on from the last checkpoint. The tables are:

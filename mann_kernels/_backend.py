@@ -28,8 +28,18 @@ OPS = (
 NAMES = ("reference", "cpp", "triton", "cuda")
 CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16)
-#: The least compute capability that the CUDA kernels are written for: that of an H100. Older devices run Triton's.
-CUDA_CAPABILITY = (9, 0)
+#: The least compute capability that the CUDA kernels of an operator are written for: that of an A100, or, where the blocks of a
+#: cluster work together, of an H100. Older devices run Triton's.
+CUDA_CAPABILITY = {
+    "content_address": (9, 0),
+    "lrua_step": (9, 0),
+    "lrua_sequence": (9, 0),
+    "mann_sequence": (9, 0),
+    "augmented_linear": (8, 0),
+    "augmented_conv2d": (8, 0),
+    "generate_fast_weights": (8, 0),
+    "summarize_gradients": (8, 0),
+}
 TRITON_DTYPES = (*CPP_DTYPES, torch.float16)
 #: What the compiler does not make, though the interpreter runs it.
 TRITON_CANNOT = {
@@ -110,11 +120,9 @@ def _cuda_missing(op: str, device: str, dtype: torch.dtype) -> str | None:
     if dtype not in CUDA_DTYPES:
         return f"the CUDA kernels take {', '.join(map(str, CUDA_DTYPES))}, not {dtype}"
     capability, why = _devices()
-    if capability < CUDA_CAPABILITY:
-        return (
-            f"the CUDA kernels need compute capability {'.'.join(map(str, CUDA_CAPABILITY))} or more, a device here has"
-            f" {'.'.join(map(str, capability))}"
-        )
+    if capability < CUDA_CAPABILITY[op]:
+        least, found = (".".join(map(str, version)) for version in (CUDA_CAPABILITY[op], capability))
+        return f"the CUDA kernels of {op} need compute capability {least} or more, a device here has {found}"
     return why
 
 

@@ -57,7 +57,11 @@ def test_a_device_too_old_or_without_a_compiler_takes_triton(op, monkeypatch):
         assert _backend.default(op, "cuda", torch.float32)[0] == ("cuda" if found is None else "triton")
         return found
 
-    assert "capability 9.0 or more, a device here has 8.9" in why((8, 9))
+    if op.startswith(("augmented", "generate", "summarize")):
+        assert "capability 8.0 or more, a device here has 7.5" in why((7, 5))
+        assert why((8, 0)) is why((8, 9)) is None
+    else:
+        assert "capability 9.0 or more, a device here has 8.9" in why((8, 9))
     assert why((9, 0)) is why((10, 0)) is None
     assert why((9, 0), "no NVRTC found") == "no NVRTC found"
 

@@ -53,14 +53,16 @@ struct ConvCall {
         STD_TORCH_CHECK((H + 2 * pad) * (W + 2 * pad) < limit / std::max(C, O) && C * k * k < limit / O &&
                             G * L < limit && G * rows < limit,
                         "augmented_conv2d: a layer too large for the CUDA kernel");
-        shape = {int(C), int(H), int(W), int(O), int(k), int(pad), pool};
+        arith = call.arith_bytes(), bytes = call.dtype() == ScalarType::BFloat16 ? 2 : arith;
+        const int64_t room = call.on().shared_bytes / arith - ConvPacking::kRows * ConvPacking::kTogether;
+        shape = {int(C), int(H), int(W), int(O), int(k), int(pad), pool, int(room)};
         layer = {G, L, rows, nullptr, nullptr, nullptr, nullptr, 0, 0};
         layer.x = call.in(x, "x", {G, L, C, H, W});
         layer.weight = call.in(weight, "weight", {O, C, k, k});
         layer.mix = call.in(mix, "mix", {G, L, rows});
         layer.fast = call.rows(fast, "fast", {G, rows, O, C, k, k}, layer.task_stride, layer.row_stride);
-        arith = call.arith_bytes(), bytes = call.dtype() == ScalarType::BFloat16 ? 2 : arith;
-        tensor = C >= 8 && O >= 8 && (bytes == 2 || (bytes == 4 && allows_tf32()));
+        tensor = C >= 8 && O >= 8 && (bytes == 2 || (bytes == 4 && allows_tf32())) &&
+                 std::max(forward_tiling(shape, true).shared(), backward_tiling(shape, true).shared()) <= room;
     }
 
     Build build(const char *source) const {
@@ -69,6 +71,7 @@ struct ConvCall {
         return build.set("MANN_TAPS_SIDE", shape.k)
             .set("MANN_PADDING", padding)
             .set("MANN_POOL", shape.pool)
+            .set("MANN_ROOM", shape.room)
             .set("MANN_TENSOR", tensor);
     }
     int64_t weight_numbers() const { return int64_t(shape.O) * shape.K(); }
@@ -92,8 +95,7 @@ struct ConvCall {
         return some;
     }
     int64_t checked(int64_t numbers) const {
-        STD_TORCH_CHECK(numbers * arith <= call.on().shared_bytes,
-                        "augmented_conv2d: a kernel or an image too large for shared memory");
+        STD_TORCH_CHECK(numbers <= shape.room, "augmented_conv2d: a kernel or an image too large for shared memory");
         return numbers * arith;
     }
     // Blocks that lay out the weights of these tasks: tiles, and batches of examples with the slow weight's.
@@ -119,7 +121,7 @@ static std::tuple<Tensor, Tensor, Tensor> augmented_conv2d_cuda(Tensor x, Tensor
     const bool keep = save && (activation == kGelu || activation == kTanh);
     if (keep) slopes = of.call.empty({2, G, L, P, O}, of.call.arithmetic());
 
-    const ConvTiling tiling(s.height(), s.width(), s.k, s.C, int(ceil_div(O, 4)), of.tensor, kForwardThreads);
+    const ConvTiling tiling = forward_tiling(s, of.tensor);
     const int64_t padded = 4 * tiling.padded_groups(), packed = padded * s.K(), tasks = of.tasks_at_once(packed);
     const Build build = of.build("augmented_conv2d.cu").set("MANN_ACTIVATION", activation);
     void *scratch = of.call.scratch((1 + tasks * of.weights_of_task()) * packed);
@@ -155,9 +157,7 @@ struct ConvBackward {
     int64_t first_bytes, last_bytes; // of shared memory
 
     ConvBackward(ConvCall &call, bool need_dx)
-        : of(call), tiling(of.shape.H, of.shape.W, of.shape.k, 2 * of.shape.O, int(ceil_div(of.shape.C, 8)), of.tensor,
-                           kSecondThreads),
-          grad(of.shape) {
+        : of(call), tiling(backward_tiling(of.shape, of.tensor)), grad(of.shape) {
         const ConvShape &s = of.shape;
         const int64_t G = of.layer.G, L = of.layer.L;
         padded = 8 * tiling.padded_groups();

@@ -6,8 +6,7 @@
 namespace mann::cuda {
 
 struct OfForward {
-    static constexpr ConvTiling tiling{kHeight,          kWidth,         kSide, kShape.C, (kShape.O + 3) / 4,
-                                       MANN_TENSOR != 0, kForwardThreads};
+    static constexpr ConvTiling tiling = forward_tiling(kShape, MANN_TENSOR != 0);
 };
 using Forward = Tiled<OfForward>;
 

@@ -8,6 +8,7 @@ namespace mann::cuda {
 struct ConvShape {
     int C, H, W, O, k, padding;
     bool pool;
+    int room; // numbers of shared memory that a block may have, static ones aside
 
     MANN_CONSTEXPR int taps() const { return k * k; }
     MANN_CONSTEXPR int K() const { return C * k * k; }
@@ -51,7 +52,7 @@ struct ConvTiling {
     int least;                            // threads of a block
 
     MANN_CONSTEXPR ConvTiling(int height, int width, int kernel, int channel_count, int group_count, bool tensor_cores,
-                              int least_threads)
+                              int least_threads, int room)
         : tiles(height, width), tensor(tensor_cores), k(kernel), channels(channel_count), groups(group_count),
           together(1), quads(1), quad_groups(1), slices(1), rows(2 * tiles.height + kernel - 1), row_stride(0),
           plane(0), weights(0), chunk(1), least(least_threads) {
@@ -64,16 +65,18 @@ struct ConvTiling {
         const int lanes = tiles.width <= 2 ? 2 : tiles.width <= 4 ? 4 : 8, columns = 2 * tiles.width + kernel - 1;
         row_stride = tiles.height == 1 ? int(round_up(columns, 2)) : columns + (16 + lanes - columns % 16) % 16;
         plane = int(tensor ? round_up(rows * row_stride - 8, 32) + 8 : round_up(rows * row_stride, 4));
-        weights = 8 * together * kernel * kernel + (tensor ? 8 : 4 * together);
-        const int step = tensor ? 8 : 1, most = tensor ? 512 : kThreads;
+        const int step = tensor ? 8 : 1, most = tensor ? 512 : kThreads, fewest = tensor ? 4 : 1;
+        while (together > fewest && 2 * at_least(step, 2) * (plane + weights_of(together)) > room) together -= fewest;
+        weights = weights_of(together);
         while (2 * slices * step <= channels && 2 * slices * (tensor ? 32 * warps() : units()) <= most && slices < 32 &&
-               2 * slices * step * (plane + weights) <= kStage)
+               2 * slices * step * (plane + weights) <= kStage && 2 * slices * 32 * units() <= room)
             slices *= 2;
         const int even = step * slices > 1 ? step * slices : 2; // both sides of an output belong together
         const int chunks = int(ceil_div(channels, at_least(kStage / (plane + weights) / even * even, even)));
         chunk = int(round_up(ceil_div(channels, chunks), even));
     }
     MANN_CONSTEXPR int warps() const { return together / 4 * quad_groups; } // of a slice
+    MANN_CONSTEXPR int weights_of(int some) const { return 8 * some * k * k + (tensor ? 8 : 4 * some); }
     static constexpr int kThreads = 448;
     static constexpr int kStage = 10240; // numbers in shared memory, twice
     MANN_CONSTEXPR int units() const { return tiles.windows() * together; }
@@ -92,6 +95,13 @@ struct ConvTiling {
     MANN_CONSTEXPR int padded_groups() const { return group_tiles() * together; }
 };
 
+MANN_CONSTEXPR ConvTiling forward_tiling(const ConvShape &s, bool tensor) {
+    return {s.height(), s.width(), s.k, s.C, int(ceil_div(s.O, 4)), tensor, 32, s.room};
+}
+MANN_CONSTEXPR ConvTiling backward_tiling(const ConvShape &s, bool tensor) {
+    return {s.H, s.W, s.k, 2 * s.O, int(ceil_div(s.C, 8)), tensor, 256, s.room};
+}
+
 // The weights as a convolution reads them, [inner][outer][taps] to [outer][tap][padded inner]: mixed, one for the slow
 // weight and one for each example (without a mixture, for each row).
 struct ConvPacking {
@@ -102,11 +112,12 @@ struct ConvPacking {
             tile_c = int(at_most(at_least(36 / taps, 1), s.C));
             tile_o = int(at_most(at_least(kElements / (tile_c * taps), 4), 64));
         } else {
-            tile_c = int(at_most(32, s.C));
+            tile_c = int(at_most(at_most(at_least(2 * kElements / taps, 1), 32), s.C));
             tile_o = int(at_most(at_least(kElements / (tile_c * taps), 1), 64));
         }
     }
     static constexpr int kElements = 1152, kTogether = 8; // examples of a block
+    static constexpr int kRows = 32;                      // whose mixtures are in static shared memory
     MANN_CONSTEXPR int run(const ConvShape &s) const { return tile_c * s.taps(); }
     MANN_CONSTEXPR int stride(const ConvShape &s) const { return run(s) | 1; }
     MANN_CONSTEXPR int elements(const ConvShape &s) const { return tile_o * run(s); }
@@ -124,11 +135,14 @@ struct ConvGradTiling {
         : tiles(s.height(), s.width()), together_c(int(at_most(s.C, 32))), together_o(1), phases(1),
           rows(2 * tiles.height + s.k - 1), columns(2 * tiles.width + s.k - 1),
           entries(tiles.windows() * (s.pool ? 1 : 4)) {
-        together_o = int(at_most(at_most(kThreads / together_c, s.O), at_least(kEntries / entries, 1)));
+        while (together_c > 1 && image() + 4 * entries > s.room) together_c = (together_c + 1) / 2;
+        const int64_t most = at_most(kEntries, (s.room - image()) / 4);
+        together_o = int(at_most(at_most(kThreads / together_c, s.O), at_least(most / entries, 1)));
         phases = int(at_most(at_least(kThreads / (together_c * together_o), 1), entries));
     }
     static constexpr int kThreads = 512, kEntries = 3136; // in shared memory
     static constexpr int kBatch = 64;                     // examples whose mixtures are there
+    static constexpr int kSums = 32;                      // of a thread that are there at once
     MANN_CONSTEXPR int stride() const { return together_c | 1; }
     MANN_CONSTEXPR int tiles_c(const ConvShape &s) const { return int(ceil_div(s.C, together_c)); }
     MANN_CONSTEXPR int tiles_o(const ConvShape &s) const { return int(ceil_div(s.O, together_o)); }
@@ -136,7 +150,7 @@ struct ConvGradTiling {
     MANN_CONSTEXPR int entry_numbers() const { return 4 * together_o * entries; }
     MANN_CONSTEXPR int64_t shared(const ConvShape &s) const {
         const int64_t work = image() + entry_numbers();
-        return phases > 1 ? at_least(work, int64_t(kThreads) * (2 * s.taps() + 1)) : work;
+        return phases > 1 ? at_least(work, int64_t(kThreads) * at_most(s.taps() + 1, kSums)) : work;
     }
 };
 
@@ -204,6 +218,6 @@ template <typename S> struct ConvBackwardSecond {
     ConvBackwardRows<S> rows;
     int64_t examples, x_blocks; // of which the first are for dx
 };
-constexpr int kForwardThreads = 32, kPackThreads = 256, kSecondThreads = 256, kSumThreads = 256; // at least, or as many
+constexpr int kPackThreads = 256, kSumThreads = 256;
 
 } // namespace mann::cuda

@@ -5,8 +5,7 @@
 namespace mann::cuda {
 
 struct OfBackward {
-    static constexpr ConvTiling tiling{kShape.H,           kShape.W,         kSide,         2 * kShape.O,
-                                       (kShape.C + 7) / 8, MANN_TENSOR != 0, kSecondThreads};
+    static constexpr ConvTiling tiling = backward_tiling(kShape, MANN_TENSOR != 0);
 };
 using Backward = Tiled<OfBackward>;
 
@@ -118,17 +117,21 @@ template <int count> MANN_INLINE void add_phases(T (&sum)[count], T *shared) {
     constexpr int kPairs = W::kInputs * W::kOutputs;
     const int tid = int(threadIdx.x);
     if (W::kPhases == 1) return;
-    __syncthreads();
-    if (tid < W::kBusy) {
 #pragma unroll
-        for (int i = 0; i < count; ++i) shared[i * W::kBusy + tid] = sum[i];
-    }
-    __syncthreads();
-    if (tid < kPairs)
-        for (int phase = 1; phase < W::kPhases; ++phase) {
+    for (int first = 0; first < count; first += ConvGradTiling::kSums) {
+        const int last = int(at_most(first + ConvGradTiling::kSums, count));
+        __syncthreads();
+        if (tid < W::kBusy) {
 #pragma unroll
-            for (int i = 0; i < count; ++i) sum[i] += shared[i * W::kBusy + phase * kPairs + tid];
+            for (int i = first; i < last; ++i) shared[(i - first) * W::kBusy + tid] = sum[i];
         }
+        __syncthreads();
+        if (tid < kPairs)
+            for (int phase = 1; phase < W::kPhases; ++phase) {
+#pragma unroll
+                for (int i = first; i < last; ++i) sum[i] += shared[(i - first) * W::kBusy + phase * kPairs + tid];
+            }
+    }
 }
 
 // A group of examples, and a tile of outputs and inputs. A thread has an output, an input and a share of the pixels.

@@ -11,7 +11,7 @@ namespace mann::cuda {
 using S = MANN_STORAGE;
 using T = Arith<S>;
 
-constexpr ConvShape kShape{MANN_C, MANN_H, MANN_W, MANN_O, MANN_TAPS_SIDE, MANN_PADDING, MANN_POOL != 0};
+constexpr ConvShape kShape{MANN_C, MANN_H, MANN_W, MANN_O, MANN_TAPS_SIDE, MANN_PADDING, MANN_POOL != 0, MANN_ROOM};
 constexpr int kSide = kShape.k, kTaps = kShape.taps(), kK = kShape.K();
 constexpr int kHeight = kShape.height(), kWidth = kShape.width();
 constexpr int kPooledWidth = kShape.pooled_width(), kPooled = kShape.pooled();
@@ -43,7 +43,7 @@ MANN_INLINE void pack_weights(const ConvPack<S> &a, int tile, int64_t batch, T *
     using P = Packed<inner_is_o, kThreads>;
     constexpr int kTogether = P::kTogether, kTileO = P::kTileO, kTileC = P::kTileC;
     constexpr int kRun = P::kRun, kStride = P::kStride, kElements = P::kElements, kOwn = P::kOwn;
-    constexpr int kTilesC = P::kTilesC, kOuter = inner_is_o ? kShape.C : kShape.O, kRowsAtOnce = 32;
+    constexpr int kTilesC = P::kTilesC, kOuter = inner_is_o ? kShape.C : kShape.O, kRowsAtOnce = ConvPacking::kRows;
     MANN_SHARED(T, mixes, kRowsAtOnce * kTogether);
     const int tid = int(threadIdx.x), o0 = tile / kTilesC * kTileO, c0 = tile % kTilesC * kTileC;
     // weights that are made of rows: an example's with a mixture, else the row itself

@@ -99,14 +99,7 @@ class Call {
         return static_cast<T *>(kept_.back().mutable_data_ptr());
     }
 
-    // The device that the kernels run on; on the CPU, the numbers of an H100.
-    Device on() const {
-#if defined(MANN_CUDA_ON_CPU)
-        return {0, 232448, 132, 90};
-#else
-        return device(model_.get_device_index());
-#endif
-    }
+    const Device &on() const { return device(model_.get_device_index()); }
     int64_t arith_bytes() const { return arithmetic() == ScalarType::Double ? 8 : 4; }
 
     // Of the kernels in this file of csrc/cuda, for numbers stored as those of the call.

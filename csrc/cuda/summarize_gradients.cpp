@@ -21,14 +21,14 @@ struct SummarizePlan {
 
     SummarizePlan(const Call &call, int64_t D, int64_t steps) : sizes(int(D)) {
         const int64_t most = sizes.backward_threads / 32;
-        const int64_t numbers = call.on().shared_bytes / call.arith_bytes() - 2 * sizes.fragments;
+        const int64_t numbers = call.on().shared_bytes / call.arith_bytes() - sizes.both;
         const int64_t of_warp = sizes.stage + steps * sizes.state;
         states_in_shared = numbers / of_warp >= most;
         const int64_t each = states_in_shared ? of_warp : sizes.stage;
         warps = std::min(most, numbers / each);
         STD_TORCH_CHECK(numbers > 0 && warps > 0, "the CUDA kernel of summarize_gradients: ", D,
                         " hidden units (D) need more shared memory than this device has");
-        shared_bytes = (2 * sizes.fragments + warps * each) * call.arith_bytes();
+        shared_bytes = (sizes.both + warps * each) * call.arith_bytes();
     }
     Build build(const Call &call, int64_t D) const {
         return call.build("summarize_gradients.cu").set("MANN_D", D).set("MANN_STATES_IN_SHARED", states_in_shared);

@@ -41,6 +41,21 @@ MANN_INLINE void fill_backward(T *operands, const SummarizeWeights<S> &weights) 
     });
 }
 
+// Operand i of those, for gates 2s and 2s + 1. Where weights are not apart it is taken from the operands of
+// fill_forward, which has the same numbers in other places, the sigmoids' times -log2 e.
+MANN_INLINE Right load_backward(const T *operands, int i, int s, const Lane &lane) {
+    if constexpr (kApart) {
+        return load_operand(operands + kSizes.fragments, i, lane.lane);
+    } else {
+        Right b;
+        const T *at = operands + (i * 32 + 8 * lane.part + lane.row / 2) * kFragment + lane.row % 2;
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+            b.set(e, load_shared(at + 4 * kFragment * e) * (2 * s + e == 2 ? T(1) : T(-0.6931471805599453)));
+        return b;
+    }
+}
+
 // tanh x as a fraction, to 2e-8 of it and what rounding adds; NaN passes.
 template <typename X> struct Fraction {
     X above, below;
@@ -209,14 +224,14 @@ MANN_INLINE void unit_back(const T (&gate)[2][4], Two<T> &c, int j, Back &back, 
 // Some units of each part from j on, a step back of a tile: from their state before the step to dc, what they add to
 // the gradients dx of the inputs, and the gates' gradients to `stage`. The state's c becomes the h of after the step.
 template <int units>
-MANN_INLINE void units_back(const T *forward, const T *backward, T *stage, const Lane &lane, T *before, int j,
-                            const Left (&x)[kPairs], Back &back, T (&dx)[kPairs][4]) {
+MANN_INLINE void units_back(const T *operands, T *stage, const Lane &lane, T *before, int j, const Left (&x)[kPairs],
+                            Back &back, T (&dx)[kPairs][4]) {
     Results<2 * units> gates;
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
         Right w[2 * units];
 #pragma unroll
-        for (int k = 0; k < 2 * units; ++k) w[k] = load_operand(forward, (2 * j + k) * kPairs + p, lane.lane);
+        for (int k = 0; k < 2 * units; ++k) w[k] = load_operand(operands, (2 * j + k) * kPairs + p, lane.lane);
         gates.add(x[p], w);
     }
     Results<kPairs> more;
@@ -236,7 +251,7 @@ MANN_INLINE void units_back(const T *forward, const T *backward, T *stage, const
             for (int i = 0; i < 4; ++i) left.set(i, dgate[s][i % 2 * 2 + i / 2]);
             Right w[kPairs];
 #pragma unroll
-            for (int p = 0; p < kPairs; ++p) w[p] = load_operand(backward, (2 * (j + u) + s) * kPairs + p, lane.lane);
+            for (int p = 0; p < kPairs; ++p) w[p] = load_backward(operands, (2 * (j + u) + s) * kPairs + p, s, lane);
             more.add(left, w);
         }
     }
@@ -245,15 +260,15 @@ MANN_INLINE void units_back(const T *forward, const T *backward, T *stage, const
 }
 
 // A step back of a tile: dh and dc, and what units_back says.
-MANN_INLINE void step_back(const T *forward, const T *backward, T *stage, const Lane &lane, T *before, Back &back) {
+MANN_INLINE void step_back(const T *operands, T *stage, const Lane &lane, T *before, Back &back) {
     Left x[kPairs];
     load_inputs(before, lane, x);
     T dx[kPairs][4] = {};
     constexpr int kGroup = kUnroll == 1 ? 1 : 2; // so many that a warp has enough to do
 #pragma unroll(kUnroll)
     for (int j = 0; j + kGroup <= kUnits; j += kGroup)
-        units_back<kGroup>(forward, backward, stage, lane, before, j, x, back, dx);
-    if constexpr (kUnits % kGroup != 0) units_back<1>(forward, backward, stage, lane, before, kUnits - 1, x, back, dx);
+        units_back<kGroup>(operands, stage, lane, before, j, x, back, dx);
+    if constexpr (kUnits % kGroup != 0) units_back<1>(operands, stage, lane, before, kUnits - 1, x, back, dx);
 #pragma unroll
     for (int p = 0; p < kPairs; ++p)
 #pragma unroll
@@ -277,10 +292,9 @@ MANN_INLINE void add_weight_gradients(const T *stage, const Lane &lane, const T 
 
 MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBackward<S>) {
     MANN_DYNAMIC_SHARED(shared);
-    T *forward = reinterpret_cast<T *>(shared), *backward = forward + kSizes.fragments;
-    T *stages = backward + kSizes.fragments;
-    fill_forward(forward, args.weights);
-    fill_backward(backward, args.weights);
+    T *operands = reinterpret_cast<T *>(shared), *stages = operands + kSizes.both;
+    fill_forward(operands, args.weights);
+    if constexpr (kApart) fill_backward(operands + kSizes.fragments, args.weights);
     const Lane lane;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int64_t of_grid = int64_t(blockIdx.x) * warps + warp, of_states = int64_t(args.steps) * kSizes.state;
@@ -306,7 +320,7 @@ MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBack
                 store(states + int64_t(t) * kSizes.state, lane, state[0]);
                 if (t + 1 == args.steps) break;
                 next[0] = gradient(t + 1, 0), next[1] = gradient(t + 1, 1);
-                step(forward, lane.lane, state);
+                step(operands, lane.lane, state);
             }
         }
 #pragma unroll
@@ -323,7 +337,7 @@ MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBack
 #pragma unroll 1
         for (int t = args.steps - 1; t >= 0; --t) {
             T *before = states + int64_t(t) * kSizes.state;
-            step_back(forward, backward, stage, lane, before, back);
+            step_back(operands, stage, lane, before, back);
             if (t + 1 == args.steps) {
                 const T dfast[2] = {here.load(args.dfast, 0), here.load(args.dfast, 1)};
 #pragma unroll
@@ -342,7 +356,7 @@ MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBack
             sums.first = false;
         }
     }
-    finish_sums(sums, lane, forward, args.sums);
+    finish_sums(sums, lane, operands, args.sums);
 }
 
 // The parts added up, and each sum put where it belongs.

@@ -41,14 +41,16 @@ template <typename S> struct SummarizeTotal {
 struct SummarizeSizes {
     int units, inputs;                     // of a part, see coordinates.h
     int fragments;                         // the weights, once
+    int both;                              // as the backward pass has them
     int state, stage;                      // of a warp: for each step, once
     int sums;                              // of a part
     bool sums_of_warps;                    // they are too many for registers
     int forward_threads, backward_threads; // of a block, at most
     MANN_CONSTEXPR explicit SummarizeSizes(int D)
         : units((D + 3) / 4), inputs((units + 2) / 2 * 2), fragments(units * inputs * 32 * (D <= 32 ? 4 : 2)),
-          state(64 * (units + inputs)), stage(256 * units), sums(units * inputs * 64 + 32 * (units + 1)),
-          sums_of_warps(units * inputs > 32), forward_threads(384), backward_threads(256) {}
+          both(D <= 32 ? 2 * fragments : fragments), state(64 * (units + inputs)), stage(256 * units),
+          sums(units * inputs * 64 + 32 * (units + 1)), sums_of_warps(units * inputs > 32), forward_threads(384),
+          backward_threads(256) {}
 };
 
 } // namespace mann::cuda

@@ -14,6 +14,7 @@ from mann_kernels.triton._tile import (
     cosine_backward,
     cosine_of,
     fill_zero,
+    last_order,
     load_heads,
     load_row,
     load_slots,
@@ -118,39 +119,55 @@ def usage_out(usage, work_ptr, target_ptr, N: tl.constexpr, ACC: tl.constexpr, B
 
 
 @triton.jit
-def least_after(order, o_n, last, last_slot, N: tl.constexpr):
-    """The least (order, slot) of a tile that comes after (last, last_slot)."""
+def slots_by_rank(order, N: tl.constexpr, ACC: tl.constexpr, BU: tl.constexpr, BR):
+    """Slot [BR] of each rank: how many slots come before it by (order [BU], index)."""
+    o_u = tl.arange(0, BU)
+    order = tl.where(o_u < N, order, last_order(ACC))
+    ahead = (order[:, None] < order[None, :]) | ((order[:, None] == order[None, :]) & (o_u[:, None] < o_u[None, :]))
+    rank = tl.sum(ahead.to(tl.int32), axis=0)
+    return tl.sum(tl.where(rank[None, :] == tl.arange(0, BR)[:, None], o_u[None, :], 0), axis=1)
+
+
+@triton.jit
+def least_after(order, o_n, last, last_slot, N: tl.constexpr, ACC: tl.constexpr):
+    """The least (order, place) of a tile that comes after (last, last_slot), last_order where none does."""
     left = (o_n < N) & ((order > last) | ((order == last) & (o_n > last_slot)))
-    order = tl.where(left, order, 0x7FFFFFFFFFFFFFFF)
-    lowest = tl.min(order, axis=0)
-    return lowest, tl.min(tl.where(left & (order == lowest), o_n, 0x7FFFFFFF), axis=0)
+    return tl.min(tl.where(left, order, last_order(ACC)), axis=0, return_indices=True)
+
+
+@triton.jit
+def slots_by_rounds(order, usage_ptr, N: tl.constexpr, R, ACC: tl.constexpr, BU: tl.constexpr, BR):
+    """Head after head: the least (order, index) that comes after the one before. No write to usage, no sort."""
+    o_r, o_u = tl.arange(0, BR), tl.arange(0, BU)
+    slots = tl.zeros([BR], tl.int32)
+    last, last_slot = -last_order(ACC), tl.full((), -1, tl.int32)
+    for h in tl.range(0, R, disable_licm=True):
+        best, best_slot = least_after(order, o_u, last, last_slot, N, ACC)
+        for n0 in range(BU, N, BU):
+            o_n = n0 + o_u
+            later = order_of(tl.load(usage_ptr + o_n, mask=o_n < N, other=0.0).to(ACC))
+            lowest, place = least_after(later, o_n, last, last_slot, N, ACC)
+            better = lowest < best  # a tie keeps the earlier tile
+            best_slot = tl.where(better, n0 + place, best_slot)
+            best = tl.where(better, lowest, best)
+        slots = tl.where(o_r == h, best_slot, slots)
+        last = best
+        last_slot = best_slot
+    return slots
 
 
 @triton.jit
 def choose_slots(usage, usage_ptr, slots_ptr, N: tl.constexpr, R, ACC: tl.constexpr,
                  BU: tl.constexpr, BR):  # fmt: skip
     """The R slots of least usage, ascending, ties to the lowest index -> slots int32 [BR], -1 where there is no head; and to
-    slots_ptr [R] (eq. 6). The first BU of the usages [N] are usage [BU], the others come from usage_ptr.
-
-    Head after head: the least (usage, index) that comes after the one before. No write to usage, no sort.
-    """
-    o_r, o_u = tl.arange(0, BR), tl.arange(0, BU)
-    slots = tl.full([BR], -1, tl.int32)
-    last = tl.full((), -0x7FFFFFFFFFFFFFFF, tl.int64)
-    last_slot = tl.full((), -1, tl.int32)
-    order = order_of(usage)
-    for h in tl.range(0, R, disable_licm=True):
-        best, best_slot = least_after(order, o_u, last, last_slot, N)
-        for n0 in range(BU, N, BU):
-            o_n = n0 + o_u
-            later = order_of(tl.load(usage_ptr + o_n, mask=o_n < N, other=0.0).to(ACC))
-            lowest, slot = least_after(later, o_n, last, last_slot, N)
-            better = lowest < best  # a tie keeps the earlier tile
-            best_slot = tl.where(better, slot, best_slot)
-            best = tl.where(better, lowest, best)
-        slots = tl.where(o_r == h, best_slot, slots)
-        last = best
-        last_slot = best_slot
+    slots_ptr [R] (eq. 6). The first BU of the usages [N] are usage [BU], the others come from usage_ptr."""
+    o_r = tl.arange(0, BR)
+    # in compiled code a round waits three times for all warps, and what it costs is what 2,048 comparisons do
+    if N <= BU and BR > 1 and BU * BU <= 2048 * BR:
+        slots = slots_by_rank(order_of(usage), N, ACC, BU, BR)
+    else:
+        slots = slots_by_rounds(order_of(usage), usage_ptr, N, R, ACC, BU, BR)
+    slots = tl.where(o_r < R, slots, -1)
     tl.store(slots_ptr + o_r, slots, mask=o_r < R)
     return slots
 

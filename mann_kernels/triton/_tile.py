@@ -51,15 +51,21 @@ def exact_dot(a, b, ACC: tl.constexpr):
 
 
 @triton.jit
-def order_of(usage):
-    """int64 numbers in the order of usage, NaN last; 0 and -0 are the same."""
-    usage = tl.where(usage == usage, usage + 0.0, float("nan"))
-    if usage.dtype == tl.float64:
-        bits = usage.to(tl.int64, bitcast=True)
-        return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFFFFFFFFFF)
+def last_order(dtype: tl.constexpr):
+    """A number that comes after all that order_of gives for this dtype."""
+    if dtype == tl.float64:
+        return tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
     else:
-        bits = usage.to(tl.int32, bitcast=True)
-        return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(tl.int64)
+        return tl.full((), 0x7FFFFFFF, tl.int32)
+
+
+@triton.jit
+def order_of(usage):
+    """Integers, as wide as usage, in its order, NaN last; 0 and -0 are the same."""
+    usage = tl.where(usage == usage, usage + 0.0, float("nan"))
+    last = last_order(usage.dtype)
+    bits = usage.to(last.dtype, bitcast=True)
+    return tl.where(bits >= 0, bits, bits ^ last)
 
 
 @triton.jit

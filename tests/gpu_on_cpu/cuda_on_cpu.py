@@ -49,6 +49,10 @@ OF_KERNELS = "-fno-strict-aliasing -fno-math-errno -fno-ipa-icf -DMANN_CUDA_ON_C
 OF_ENTRIES = f"-DMANN_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020a000000000000ULL -DMANN_LIBRARY={LIBRARY} -DMANN_KEY=CPU"
 
 
+#: What launches are planned for, by compute capability (A100, RTX 3090, RTX 4090, H100): bytes of shared memory that a block may
+#: have, and multiprocessors.
+DEVICES = {80: (166_912, 108), 86: (101_376, 82), 89: (101_376, 128), 90: (232_448, 132)}
+
 #: What every kernel includes first; compiled beforehand, since that is half of the work.
 HEADER = "cuda_on_cpu.h"
 
@@ -191,10 +195,13 @@ def kernels() -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def cuda_on_cpu(seed: int = 0, library: Path | None = None, csrc: Path = CSRC):
-    """Within the block backend("cuda") runs CPU tensors, with schedules drawn from `seed`; yields the loaded library."""
+def cuda_on_cpu(seed: int = 0, library: Path | None = None, csrc: Path = CSRC, capability: int = 90):
+    """Within the block backend("cuda") runs CPU tensors, with schedules drawn from `seed`, as on a device of this compute
+    capability; yields the loaded library."""
     loaded = load(library or build(), csrc)
     loaded.mann_cuda_on_cpu_seed(seed)
+    shared_bytes, multiprocessors = DEVICES[capability]
+    loaded.mann_cuda_on_cpu_device(ctypes.c_int64(shared_bytes), multiprocessors, capability)
     missing, operators = _backend.missing, _library.operators
 
     def missing_on_cpu(name, op, device, dtype):

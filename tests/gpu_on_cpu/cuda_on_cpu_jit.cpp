@@ -23,6 +23,8 @@ bool recording = false;
 
 using Kernel = void (*)(const void *);
 
+Device pretended{};
+
 void *library_of(const Build &build) {
     static std::map<std::string, void *> libraries;
     void *&library = libraries[build.source() + build.options()];
@@ -47,7 +49,12 @@ void *library_of(const Build &build) {
 
 } // namespace
 
-void launch(const Device &, const Build &build, const char *kernel, const Grid &grid, Stream, const void *args) {
+const Device &device(int) { return pretended; }
+
+void launch(const Device &device, const Build &build, const char *kernel, const Grid &grid, Stream, const void *args) {
+    if (grid.shared_bytes > device.shared_bytes)
+        throw std::runtime_error(std::string(kernel) + ": got " + std::to_string(grid.shared_bytes) +
+                                 " bytes of shared memory, the device has " + std::to_string(device.shared_bytes));
     if (recording) {
         record += build.source() + "|" + build.options() + "|" + kernel + "|" + std::to_string(grid.blocks) + "x" +
                   std::to_string(grid.blocks_y) + "|" + std::to_string(grid.threads) + "|" +
@@ -71,6 +78,11 @@ extern "C" __attribute__((visibility("default"))) void mann_cuda_on_cpu_compiler
                                                                                  const char *folder) {
     mann::cuda::command = command;
     mann::cuda::folder = folder;
+}
+// The device that launches are planned for: bytes of shared memory of a block, multiprocessors, compute capability.
+extern "C" __attribute__((visibility("default"))) void mann_cuda_on_cpu_device(int64_t shared_bytes,
+                                                                               int multiprocessors, int capability) {
+    mann::cuda::pretended = {0, shared_bytes, multiprocessors, capability};
 }
 // From now on launches are written down instead of run, or run again: a line each of source, options, kernel, blocks,
 // threads, cluster, bytes of shared memory. The lines so far.

@@ -63,6 +63,25 @@ def test_tf32_where_it_is_allowed(size, kernel):
         assert (tf32[name] - value).abs().max() <= 2e-3 * value.abs().max(), name
 
 
+@pytest.mark.parametrize(
+    ("sizes", "options", "dtype"),
+    [
+        ((1, 33, 12, 2), {"size": (16, 16), "kernel": 5, "padding": 2}, torch.float32),
+        ((2, 3, 4, 2), {"size": (12, 10), "kernel": 11, "padding": 5}, torch.float32),
+        ((1, 9, 130, 2), {"size": (16, 16)}, torch.bfloat16),
+        ((1, 40, 64, 2), {"size": (16, 16), "kernel": 1, "padding": 0}, torch.bfloat16),
+    ],
+)
+def test_less_shared_memory(sizes, options, dtype):
+    """What compute capability 8.6 has: smaller tiles, fewer slices, sums in several turns."""
+    call = conv(9, *sizes, **options)
+    with cuda_on_cpu.cuda_on_cpu(capability=86) as cuda:
+        matches("augmented_conv2d", call, dtype)
+        with cuda_on_cpu.recorded(cuda) as launches:
+            run(mann_kernels.augmented_conv2d, call.to(dtype))
+    assert all(f"MANN_TENSOR={int(dtype == torch.bfloat16)}" in launch.options for launch in launches)
+
+
 def test_one_channel():
     """The gradient of its weights is shared out over the pixels."""
     for kind in ("mixture", "task shared"):

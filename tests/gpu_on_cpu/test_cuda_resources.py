@@ -19,6 +19,7 @@ from compiled import TOOLS, compile_for, disassembled, nvrtc, resources
 from expected_skips import NO_CUDA_KERNEL
 
 import mann_kernels
+from bench.layers import LayerShape
 from bench.operators import operators
 from mann_kernels import _backend, _library
 
@@ -38,14 +39,19 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def launches_of(op, inputs):
-    """The launches of a forward and a backward pass, none of which is run."""
-    with cuda_on_cpu.cuda_on_cpu() as library, cuda_on_cpu.recorded(library) as launches:
+def recorded(op, inputs, capability):
+    """The launches of a forward and a backward pass on such a device, none of which is run."""
+    with cuda_on_cpu.cuda_on_cpu(capability=capability) as library, cuda_on_cpu.recorded(library) as launches:
         leaves = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
         outputs = getattr(mann_kernels, op)(**inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         sum(out.float().sum() for out in outputs if out.requires_grad).backward(inputs=leaves)
-    return {(launch.source, launch.options) for launch in launches}
+    return launches
+
+
+def launches_of(op, inputs):
+    """What they are compiled from, for an H100."""
+    return {(launch.source, launch.options) for launch in recorded(op, inputs, 90)}
 
 
 def layer_inputs(op, shape, dtype):
@@ -56,8 +62,8 @@ def layer_inputs(op, shape, dtype):
     return inputs | dict(bench.options)
 
 
-def inputs_of(op, size, dtype, **options):
-    inputs = class_of(op).inputs(1, *size, **options).to(dtype)
+def inputs_of(op, sizes, /, dtype, **options):
+    inputs = class_of(op).inputs(1, *sizes, **options).to(dtype)
     for value in inputs.values():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             value.requires_grad_()
@@ -99,6 +105,80 @@ def test_no_spills_at_the_papers_sizes(name, dtype):
         assert not failed, said
         spilled = {name: used.spilled for name, used in resources(Path(said)).items()}
         assert max(spilled.values()) <= 100 * (op == "summarize_gradients"), (source, macros, spilled)
+
+
+#: What compute capability 8.0 is enough for: the sizes of the paper and others, odd, large and the largest.
+OLDER = (80, 86, 89)
+NO_CLUSTERS = [op for op, least in _backend.CUDA_CAPABILITY.items() if least == (8, 0)]
+CONVOLUTIONS = {
+    "one by one": ((3, 64, 64, 5), {"size": (32, 16), "kernel": 1, "padding": 0}),
+    "five": ((2, 40, 36, 5), {"size": (16, 16), "kernel": 5, "padding": 2}),
+    "eleven, per task": ((2, 9, 12, 1), {"size": (32, 32), "kernel": 11, "kind": "per task"}),
+    "odd, gelu": ((9, 3, 5, 2), {"size": (7, 5), "kernel": 2, "activation": "gelu"}),
+}
+ON_OLDER = (
+    {name: AT_PAPER[name] for name in AT_PAPER if AT_PAPER[name][0] in NO_CLUSTERS}
+    | {
+        f"{op} D={hidden}": (op, functools.partial(inputs_of, op, (1, 40, hidden, steps)))
+        for op in ("generate_fast_weights", "summarize_gradients")
+        for hidden, steps in ((1, 1), (32, 30), (33, 2), (48, 9), (64, 3))
+    }
+    | {
+        f"linear {sizes}": ("augmented_linear", functools.partial(inputs_of, "augmented_linear", sizes, **options))
+        for sizes, options in (((140, 7, 5, 2), {"kind": "per example"}), ((300, 300, 333, 7), {"activation": "gelu"}))
+    }
+    | {
+        f"conv {name}": ("augmented_conv2d", functools.partial(inputs_of, "augmented_conv2d", sizes, **options))
+        for name, (sizes, options) in CONVOLUTIONS.items()
+    }
+    | {
+        "conv wide": (
+            "augmented_conv2d",
+            functools.partial(layer_inputs, "augmented_conv2d", LayerShape(2, 3, 130, 140, 16)),
+        )
+    }
+)
+ON_OLDER |= {f"{name}, TF32": ON_OLDER[name] for name in ON_OLDER if ON_OLDER[name][0] == "augmented_conv2d"}
+SHORT = ("conv wide, TF32", "summarize_gradients D=64", "linear (140, 7, 5, 2)", "generate_fast_weights")
+
+
+@pytest.fixture
+def tf32(request):
+    """TF32 is allowed to the cases that say so."""
+    torch.backends.cuda.matmul.allow_tf32 = "TF32" in request.node.name
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("capability", OLDER)
+@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in ON_OLDER])
+@pytest.mark.usefixtures("tf32")
+def test_they_fit_older_devices(name, capability, request):
+    """They compile for them, spill next to nothing at the papers' sizes, and have the shared memory that a block may have."""
+    op, inputs = ON_OLDER[name]
+    for dtype in (torch.float32, torch.bfloat16) if request.config.getoption("--long") else (torch.float32,):
+        launches = recorded(op, inputs(dtype=dtype), capability)
+        assert launches
+        for source, macros in {(launch.source, launch.options) for launch in launches}:
+            failed, said = compile_for(capability, source, macros)
+            assert not failed, said
+            kernels = resources(Path(said))
+            if name in AT_PAPER:
+                spilled = max(used.spilled for used in kernels.values())
+                assert spilled <= (100 if op == "summarize_gradients" else 8), (source, macros, kernels)
+            for launch in launches:
+                if (launch.source, launch.options) == (source, macros):
+                    bytes_of_block = int(launch.shared_bytes) + kernels[launch.kernel].shared
+                    assert bytes_of_block <= cuda_on_cpu.DEVICES[capability][0], launch
+
+
+@pytest.mark.parametrize("capability", OLDER)
+def test_older_devices_get_their_own_code(capability):
+    launches = launches_of("augmented_linear", inputs_of("augmented_linear", (3, 5, 4, 2), torch.float32))
+    failed, made = compile_for(capability, *sorted(launches)[0])
+    assert not failed, made
+    said = subprocess.run([TOOLS / "nvdisasm", "--print-code", made], capture_output=True, text=True, check=True).stdout
+    assert f".target\tsm_{capability}\n" in said
 
 
 @pytest.mark.parametrize("op", ["generate_fast_weights", "summarize_gradients"])

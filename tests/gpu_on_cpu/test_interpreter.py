@@ -47,6 +47,20 @@ def test_ties_and_zero_rows(op):
         matches(op, inputs, torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("slots", "heads"), [(1, 1), (7, 7), (64, 2), (128, 16), (200, 3), (9000, 16)])
+def test_the_choice_of_slots(slots, heads, dtype):
+    """Counted where heads are many and slots few, else by rounds, over one tile or several; NaN last, ties to the lowest index."""
+    generator = torch.Generator().manual_seed(slots)
+    special = torch.tensor([0.0, -0.0, 1.0, -1.5, float("inf"), -float("inf"), float("nan")], dtype=dtype)
+    drawn = torch.rand(slots, generator=generator, dtype=torch.float64).to(dtype) + 2
+    tied = special[torch.randint(len(special), (slots,), generator=generator)]
+    usage = torch.stack([tied, torch.full_like(drawn, float("nan")), drawn, torch.cat([special, drawn])[:slots]])
+    zeros = torch.zeros(len(usage), heads, slots, dtype=dtype)
+    _, least_used = mann_kernels.lrua_write_weights(usage, zeros, zeros[..., 0])
+    assert torch.equal(least_used, usage.sort(stable=True).indices[:, :heads].int())
+
+
 @pytest.mark.parametrize("op", _backend.OPS)
 def test_non_contiguous_inputs(op):
     inputs = inputs_of(op, 1, (3, 7, 5, 2), **class_of(op).options[-1])

@@ -23,10 +23,10 @@ TARGETS = [
 ]
 
 
-def call_of(op, batch=1, steps=2):
+def call_of(op, batch=1, steps=2, **sizes):
     """A few examples at the paper's sizes; of an operator that is not MANN's, a case of its tests."""
     if op in OF_MANN:
-        shape = dataclasses.replace(SHAPES["paper"], B=batch, T=steps)
+        shape = dataclasses.replace(SHAPES["paper"], B=batch, T=steps, **sizes)
         return Inputs(operators()[op].inputs(shape, 0)).to(torch.float32)
     return class_of(op).inputs(0, 2, 128, 20, 1, **class_of(op).options[0]).to(torch.float32)
 
@@ -45,6 +45,14 @@ def test_compiles_and_fits(op, target, request):
                 assert found["spilled"] == 0, (label, found)
             if dtype == "float32":  # is computed in float32, which the interpreter cannot tell from TF32
                 assert "tf32" not in compiled.asm.get("ptx", ""), label
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_slots_that_are_counted_spill_nothing(target):
+    with compiled_for(target) as kernels:
+        run(mann_kernels.lrua_sequence, call_of("lrua_sequence", R=8))
+    for compiled, *_ in kernels:
+        assert resources_of(compiled)["spilled"] == 0, compiled.metadata.name
 
 
 def test_batch_and_time_are_in_no_key():
