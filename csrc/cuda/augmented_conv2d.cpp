@@ -17,21 +17,6 @@ static const void *shift(const void *data, int64_t bytes) {
 }
 static void *shift(void *data, int64_t bytes) { return data ? static_cast<char *>(data) + bytes : nullptr; }
 
-// torch.backends.cuda.matmul.allow_tf32. torch's stable ABI does not tell, so it is looked up; no where it cannot be.
-static bool allows_tf32() {
-    using Context = const void *(*)();
-    using Allowed = bool (*)(const void *);
-    static void *const torch_cpu = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-    static const auto context = reinterpret_cast<Context>(dlsym(torch_cpu, "_ZN2at13globalContextEv"));
-    static const auto allowed = reinterpret_cast<Allowed>(dlsym(torch_cpu, "_ZNK2at7Context15allowTF32CuBLASEv"));
-    if (context == nullptr || allowed == nullptr) return false;
-    try {
-        return allowed(context());
-    } catch (...) { // where its old and its new settings disagree
-        return false;
-    }
-}
-
 // A call and what both passes need of it.
 struct ConvCall {
     Call call;

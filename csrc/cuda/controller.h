@@ -17,8 +17,9 @@ MANN_CONSTEXPR int power_of_two(int least) {
     while (power < least) power *= 2;
     return power;
 }
-constexpr int kUnitsOfWarp = power_of_two((kUnits + kWarps - 1) / kWarps);
+constexpr int kUnitsOfWarp = MANN_TENSOR ? 4 : power_of_two((kUnits + kWarps - 1) / kWarps);
 constexpr int kUnitWarps = (kUnits + kUnitsOfWarp - 1) / kUnitsOfWarp; // that have units at all
+static_assert(kUnitWarps <= kWarps);
 // Messages and sums of hidden units are in the order of blocks, warps, units, with room for those that do not exist.
 constexpr int kUnitsPadded = kUnitWarps * kUnitsOfWarp, kHidden = kBlocks * kUnitsPadded;
 constexpr int kRecurrent = H + kWords;
@@ -80,18 +81,26 @@ struct Share {
     }
 };
 
-// A warp has kCells cells, unit * kExamples + example; kCellLanes lanes share one, each with kGatesOfLane of its four
-// gates: what scatter_sums makes of values [kCells, 4].
-constexpr int kCells = kUnitsOfWarp * kExamples, kCellLanes = kWarp / kCells;
+// A warp has kCells cells, unit * kExamples + example; kLanes lanes share one, each with kGates of its four gates: what
+// scatter_sums makes of values [kCells, 4].
+constexpr int kCells = kUnitsOfWarp * kExamples;
 static_assert(kCells <= kWarp);
-constexpr int kGatesOfLane = kCellLanes >= 4 ? 1 : 4 / kCellLanes, kGateLanes = kGatesOfLane * kCellLanes / 4;
-struct Cell {
-    MANN_INLINE static int number() { return lane_of_warp() / kCellLanes; }
+struct SummedCell {
+    static constexpr int kLanes = kWarp / kCells, kGates = kLanes >= 4 ? 1 : 4 / kLanes;
+    static constexpr int kGateLanes = kGates * kLanes / 4;
+    MANN_INLINE static int number() { return lane_of_warp() / kLanes; }
     MANN_INLINE static int unit() { return warp_of_block() * kUnitsOfWarp + number() / kExamples; } // of the block
     MANN_INLINE static int example() { return number() % kExamples; }
-    MANN_INLINE static bool first() { return lane_of_warp() % kCellLanes == 0; }
-    MANN_INLINE static int gate(int i) { return lane_of_warp() % kCellLanes / kGateLanes * kGatesOfLane + i; }
+    MANN_INLINE static bool exists() { return true; }
+    MANN_INLINE static bool first() { return lane_of_warp() % kLanes == 0; }
     MANN_INLINE static bool first_of_gates() { return lane_of_warp() % kGateLanes == 0; }
+    MANN_INLINE static int gate(int i) { return lane_of_warp() % kLanes / kGateLanes * kGates + i; }
+    MANN_INLINE static int lane_of(int unit, int example) { return (unit * kExamples + example) * kLanes; }
+    template <int count> MANN_INLINE static void take_gates(const T (&own)[count], T (&gates)[4]) {
+#pragma unroll
+        for (int g = 0; g < 4; ++g)
+            gates[g] = __shfl_sync(kWholeWarp, own[g % kGates], g / kGates * kGateLanes, kLanes);
+    }
 };
 
 } // namespace mann::cuda

@@ -149,6 +149,21 @@ class Call {
 #endif
 };
 
+// torch.backends.cuda.matmul.allow_tf32. torch's stable ABI does not tell, so it is looked up; no where it cannot be.
+inline bool allows_tf32() {
+    using Context = const void *(*)();
+    using Allowed = bool (*)(const void *);
+    static void *const torch_cpu = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    static const auto context = reinterpret_cast<Context>(dlsym(torch_cpu, "_ZN2at13globalContextEv"));
+    static const auto allowed = reinterpret_cast<Allowed>(dlsym(torch_cpu, "_ZNK2at7Context15allowTF32CuBLASEv"));
+    if (context == nullptr || allowed == nullptr) return false;
+    try {
+        return allowed(context());
+    } catch (...) { // where its old and its new settings disagree
+        return false;
+    }
+}
+
 template <typename T = void> T *out(const Tensor &tensor) { return static_cast<T *>(tensor.mutable_data_ptr()); }
 
 } // namespace mann::cuda

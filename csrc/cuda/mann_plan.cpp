@@ -29,19 +29,25 @@ struct RowShape {
 struct UnitShape {
     int64_t units, of_warp = 1, padded, hidden;
 
-    UnitShape(const MannSizes &s, int64_t blocks) : units(divided(s.H, blocks)) {
-        while (of_warp * kWarps < units) of_warp *= 2;
-        padded = divided(units, of_warp) * of_warp, hidden = blocks * padded;
+    UnitShape(const MannSizes &s, const MannPlan &p) : units(divided(s.H, p.blocks)) {
+        while (p.tensor ? of_warp < 4 : of_warp * kWarps < units) of_warp *= 2;
+        padded = divided(units, of_warp) * of_warp, hidden = p.blocks * padded;
     }
 };
 
 // What ForwardShared and BackwardShared take, or a little more.
 int64_t shared_bytes(const MannSizes &s, const MannPlan &p, bool backward) {
-    const UnitShape shape(s, p.blocks);
+    const UnitShape shape(s, p);
     const int64_t E = p.examples, C = p.blocks, P = p.parts, units = shape.units, words = s.words();
     const int64_t head = padded(s.head()), part = padded(words + 2 * s.R), R = padded(s.R);
     const bool held = backward ? p.held_backward : p.held_forward;
+    const auto fragments = [](int64_t count) { return divided(count, 16); };
     int64_t numbers = held ? 4 : 4 * units * ((backward ? s.H : shape.hidden) + words);
+    if (p.tensor) { // and what is multiplied has room for whole fragments
+        numbers = backward ? fragments(s.recurrent()) * fragments(4 * units)
+                           : shape.padded / 4 * (fragments(shape.hidden) + fragments(words));
+        numbers = numbers * 32 * s.fragment + 3 * 32 * E;
+    }
     numbers += units * head + (s.write_add ? 2 : 1) * s.W * R + 8 * R + head + part + 2 * kWarps * s.R + 512;
     if (!backward) {
         numbers += 2 * shape.hidden * E + C * head + E * P * part + 8 * P * s.R + divided(s.N, P);
@@ -63,6 +69,7 @@ double clocks_of(const MannSizes &s, const MannPlan &p, const UnitShape &shape, 
     const double memory = double(rows.slots) * words / 128, recurrent = double(s.recurrent());
     // Products with weight_hh: by arithmetic, or by the loads where the weights are not in registers.
     const auto product = [&](double count, double columns, bool held) {
+        if (p.tensor) return count * columns / 16; // five instructions for 16 columns of 4 units
         return std::max(4 * count * E * columns / 90, held ? 0 : count * columns / 8);
     };
     const double forward = product(padded, words, p.held_forward) + units * head * E / 90 + 9 * memory +
@@ -99,7 +106,7 @@ MannPlan lrua_plan(const MannSizes &s, int64_t shared_limit, int multiprocessors
         const int64_t R = padded(s.R), words = s.words(), head = padded(s.head());
         const int64_t common = s.W * R * (s.write_add ? 3 : 2) + 16 * R + head + (kWarps + 3 * parts) * words + 512 +
                                (2 * kWarps + 16 * parts) * s.R;
-        MannPlan p{parts, 1, parts, false, false, 0, 0};
+        MannPlan p{parts, 1, parts};
         p.forward_bytes = (common + shape.slots + 8 * parts * s.R) * s.number_bytes + 1024;
         p.backward_bytes = (common + 3 * parts * (head + R) + (s.write_add ? 2 : 1) * kWarps * words +
                             6 * kWarps * s.R + 2 * words + 4 * R) *
@@ -119,6 +126,8 @@ MannPlan lrua_plan(const MannSizes &s, int64_t shared_limit, int multiprocessors
 
 MannPlan mann_plan(const MannSizes &s, int64_t shared_limit, int multiprocessors) {
     const auto filled = [&](MannPlan p) {
+        p.tensor = s.fragment > 0 && divided(s.H, p.blocks) <= 4 * kWarps;
+        p.held_forward &= !p.tensor, p.held_backward &= !p.tensor;
         p.forward_bytes = shared_bytes(s, p, false), p.backward_bytes = shared_bytes(s, p, true);
         return p;
     };
@@ -129,9 +138,11 @@ MannPlan mann_plan(const MannSizes &s, int64_t shared_limit, int multiprocessors
         for (int examples = 1; examples <= 8 && examples <= blocks; examples *= 2)
             for (int parts = 1; examples * parts <= blocks; parts *= 2) {
                 const RowShape shape(s, parts);
-                const UnitShape units(s, blocks);
-                MannPlan p{blocks, examples, parts, held_forward(s, units), held_backward(s, units.units, shape), 0, 0};
+                MannPlan p{blocks, examples, parts};
+                const UnitShape plain(s, p);
+                p.held_forward = held_forward(s, plain), p.held_backward = held_backward(s, plain.units, shape);
                 p = filled(p);
+                const UnitShape units(s, p);
                 const bool fits = std::max(p.forward_bytes, p.backward_bytes) <= shared_limit;
                 if (!fits || divided(s.N, shape.slots) != parts || (parts > 1 && s.N < parts * s.R)) continue;
                 if (shape.rows * shape.columns > 80 || s.R * shape.columns > 128 || s.R > 16 ||
@@ -153,7 +164,7 @@ extern "C" __attribute__((visibility("default"))) void mann_cuda_plan(int blocks
                                                                       int held_forward, int held_backward) {
     using namespace mann::cuda;
     is_forced = blocks != 0;
-    forced = {std::max(blocks, 0), examples, parts, held_forward != 0, held_backward != 0, 0, 0};
+    forced = {std::max(blocks, 0), examples, parts, held_forward != 0, held_backward != 0};
 }
 // The form for these sizes, to plan [7]: blocks (0: no cluster), examples, parts, held forward and backward, bytes.
 extern "C" __attribute__((visibility("default"))) void mann_cuda_planned(const int64_t *sizes, int64_t shared_limit,

@@ -9,6 +9,7 @@ struct MannSizes {
     int64_t T, B, N, W, R, H;
     bool write_add, key_strength;
     int64_t number_bytes; // of arithmetic
+    int64_t fragment = 0; // numbers of a lane's share of weights for tensor cores (tensor.h); 0: not on those
 
     int64_t words() const { return R * W; }
     int64_t head() const { return words() + R + (key_strength ? R : 0) + (write_add ? words() : 0); }
@@ -21,7 +22,7 @@ constexpr int kRowThreads = 256; // of a block that has rows of a memory in its 
 // clusters. `held`: weight_hh in registers (forward), else in shared memory.
 struct MannPlan {
     int blocks = 0, examples = 1, parts = 1;
-    bool held_forward = false, held_backward = false;
+    bool held_forward = false, held_backward = false, tensor = false;
     int64_t forward_bytes = 0, backward_bytes = 0; // of shared memory of a block
 };
 

@@ -35,6 +35,7 @@ static Build build_of(const Call &call, const char *source, const MannSizes &s, 
         .set("MANN_EXAMPLES", plan.examples)
         .set("MANN_PARTS", plan.parts)
         .set("MANN_HELD", held)
+        .set("MANN_TENSOR", plan.tensor)
         .set("MANN_SHARED_BYTES", shared_bytes)
         .set("MANN_WRITE_ADD", o.write_add)
         .set("MANN_KEY_STRENGTH", o.key_strength)
@@ -49,6 +50,8 @@ static Grid grid_of(const MannSizes &s, const MannPlan &plan, int64_t shared_byt
 }
 static MannPlan plan_of(const Call &call, MannSizes s) {
     s.number_bytes = call.arith_bytes();
+    const ScalarType dtype = call.dtype();
+    s.fragment = dtype == ScalarType::BFloat16 ? 4 : dtype == ScalarType::Float && allows_tf32() ? 8 : 0;
     const Device device = call.on();
     return mann_plan(s, device.capability >= 90 ? device.shared_bytes : 0, device.multiprocessors);
 }

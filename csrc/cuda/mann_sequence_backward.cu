@@ -14,12 +14,27 @@
 #include "mann_sequence.h"
 #include "parts.h"
 #include "rows_backward.h"
+#include "tensor.h"
 
 namespace mann::cuda {
 
 // Columns of weight_hh: a thread has one in every kColumnStride.
 constexpr int kColumnsOfThread = share_of(kRecurrent);
 constexpr int kColumnStride = (kRecurrent + kColumnsOfThread - 1) / kColumnsOfThread;
+using Cell = SummedCell;
+#if MANN_TENSOR
+constexpr int kFragments = fragments_of(4 * kUnits), kTiles = fragments_of(kRecurrent);
+#endif
+// Gradients of the gates, unit * 4 + gate: for tensor cores example after example, else number after number.
+struct Gates {
+#if MANN_TENSOR
+    alignas(16) T all[kExamples][stride_of(4 * kUnits)];
+    MANN_INLINE T &at(int k, int e) { return all[e][k]; }
+#else
+    alignas(16) T all[4 * kUnits][kExamples];
+    MANN_INLINE T &at(int k, int e) { return all[k][e]; }
+#endif
+};
 
 struct BackwardShared {
     // By messages.
@@ -29,10 +44,14 @@ struct BackwardShared {
     PartSums sums;
     Mailbox dhead_box, dh_box[2], dread_box;
     // Of the block.
+#if MANN_TENSOR
+    Fragment weight_hh[kTiles][kFragments][kWarp]; // rows are columns of weight_hh, columns its rows
+#else
     alignas(16) T weight_hh[MANN_HELD ? 1 : kUnits][MANN_HELD ? 1 : kRecurrent][4];
+#endif
     alignas(16) T weight_head[kUnits][kHeadPadded];
     alignas(16) T dhead[kHeadPadded][kExamples];
-    alignas(16) T dgates[4 * kUnits][kExamples];
+    Gates dgates;
     alignas(16) T own_dhead[kSent]; // of dhead_parts
     alignas(16) T dreads[W][kHeads];
     alignas(16) Step step;
@@ -52,7 +71,7 @@ struct Backward {
     const bool exists;                                            // whether there is such a unit
     const int example, length;                                    // in the batch; its real steps
     T dh = 0, dc = 0, gates[4] = {}, previous_c = 0, doutput = 0; // gates and what follows: of the step to be undone
-    T dgates[kGatesOfLane];                                       // the lane's, of the step that is undone
+    T dgates[Cell::kGates];                                       // the lane's, of the step that is undone
     // Of the step to come, for the owned example.
     int fetched_slot;
     T fetched_head[kHeadShare], fetched_doutput[share_of(kWords)], fetched_reads[share_of(kWords)];
@@ -91,6 +110,16 @@ struct Backward {
             open_sums(s.sums);
             mailbox_open(&s.dread_box, kDreadBytes);
         }
+#if MANN_TENSOR
+        for (int i = thread_again(); i < kTiles * kFragments * kWarp; i += kThreads) {
+            const int lane = i % kWarp, f = i / kWarp % kFragments, tile = i / kWarp / kFragments;
+            s.weight_hh[tile][f][lane] = Fragment::of(lane, [&](int row, int column) {
+                const int k = tile * kDepth + row, u = (f * kDepth + column) / 4;
+                return k < kRecurrent && u < share.units() ? weight_hh(u, k, column % 4) : T(0);
+            });
+        }
+        clear_padding<4 * kUnits>(s.dgates.all);
+#else
         if constexpr (MANN_HELD) {
 #pragma unroll
             for (int n = 0; n < kColumnsOfThread; ++n)
@@ -107,6 +136,7 @@ struct Backward {
                 s.weight_hh[u][k][g] = u < share.units() ? weight_hh(u, k, g) : T(0);
             }
         }
+#endif
         for (int i = thread_again(); i < kUnits * kHeadPadded; i += kThreads) {
             const int u = i % kUnits, p = i / kUnits;
             const bool there = u < share.units() && p < kHead;
@@ -115,7 +145,7 @@ struct Backward {
         for (int p = thread_again(); p < kHead; p += kThreads) s.bias_head[p] = to_arith(a.bias_head[p]);
         open_step(s.step);
         for (int i = thread_again(); i < 4 * kUnits * kExamples; i += kThreads)
-            s.dgates[i / kExamples][i % kExamples] = 0;
+            s.dgates.at(i / kExamples, i % kExamples) = 0;
         for (int i = thread_again(); i < (kHeadPadded - kHead) * kExamples; i += kThreads)
             s.dhead[kHead + i / kExamples][i % kExamples] = 0;
         for (int p = thread_again(); p < kSent; p += kThreads) s.own_dhead[p] = 0;
@@ -353,20 +383,54 @@ struct Backward {
             dc = cell.c;
         }
 #pragma unroll
-        for (int i = 0; i < kGatesOfLane; ++i) {
+        for (int i = 0; i < Cell::kGates; ++i) {
             const int g = Cell::gate(i);
             dgates[i] = g == 0 ? cell.gate_in : g == 1 ? cell.gate_forget : g == 2 ? cell.cell : cell.gate_out;
             if (exists && Cell::first_of_gates())
-                s.dgates[Cell::unit() * 4 + Cell::gate(i)][Cell::example()] = rounded_to<S>(dgates[i]);
+                s.dgates.at(Cell::unit() * 4 + Cell::gate(i), Cell::example()) = rounded_to<S>(dgates[i]);
         }
     }
     MANN_INLINE void store_gates(int t) const {
         if (!is_real() || !Cell::first_of_gates()) return;
         S *to = a.dgates + gates_at(t, Cell::gate(0));
 #pragma unroll
-        for (int i = 0; i < kGatesOfLane; ++i) to[i * H] = to_storage<S>(dgates[i]);
+        for (int i = 0; i < Cell::kGates; ++i) to[i * H] = to_storage<S>(dgates[i]);
+    }
+    // Column k of what goes through the block's gates to its block, for `count` examples from `first` on.
+    template <int count> MANN_INLINE void send_part(int k, int first, const T *x) {
+        if (k < H) {
+            send_several<count>(&s.dh_parts[undone & 1][share.rank][k % kUnits][first], k / kUnits,
+                                &s.dh_box[undone & 1], x);
+        } else if (k < kRecurrent) {
+#pragma unroll
+            for (int e = 0; e < count; ++e)
+#pragma unroll
+                for (int part = 0; part < kParts; ++part)
+                    send(&s.dread_parts[share.rank][k - H], (first + e) * kParts + part, &s.dread_box, x[e]);
+        }
     }
     // The part of the gradient of (h, reads) that goes through the block's gates, to whom it belongs.
+#if MANN_TENSOR
+    MANN_INLINE void send_parts() {
+        constexpr int kTilesOfWarp = (kTiles + kWarps - 1) / kWarps;
+        T sums[kTilesOfWarp][4] = {};
+#pragma unroll
+        for (int f = 0; f < kFragments; ++f) {
+            const Four<T> x = numbers_of_lane(s.dgates.all, f);
+#pragma unroll
+            for (int n = 0; n < kTilesOfWarp; ++n)
+                s.weight_hh[least(warp_of_block() + n * kWarps, kTiles - 1)][f][lane_of_warp()].multiply(sums[n], x);
+        }
+        constexpr int kTogether = least(kExamples, 2);
+        const int e = lane_of_warp() % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < kTilesOfWarp; ++n) {
+            const int k = (warp_of_block() + n * kWarps) * kDepth + lane_of_warp() / 4;
+            if (e >= kExamples) continue;
+            send_part<kTogether>(k, e, sums[n]), send_part<kTogether>(k + 8, e, sums[n] + 2);
+        }
+    }
+#else
     MANN_INLINE void send_parts() {
         if (int(threadIdx.x) >= kColumnStride) return;
         T sums[kColumnsOfThread][kExamples] = {};
@@ -374,7 +438,7 @@ struct Backward {
         for (int u = 0; u < kUnits; ++u) {
             Each each[4];
 #pragma unroll
-            for (int g = 0; g < 4; ++g) each[g] = Each::load(s.dgates[4 * u + g]);
+            for (int g = 0; g < 4; ++g) each[g] = Each::load(s.dgates.all[4 * u + g]);
 #pragma unroll
             for (int n = 0; n < kColumnsOfThread; ++n) {
                 Four<T> weights;
@@ -393,19 +457,10 @@ struct Backward {
         }
 #pragma unroll
         for (int n = 0; n < kColumnsOfThread; ++n) {
-            const int k = column_of_thread(n);
-            if (k < H) {
-                send_several<kExamples>(s.dh_parts[undone & 1][share.rank][k % kUnits], k / kUnits,
-                                        &s.dh_box[undone & 1], sums[n]);
-            } else if (k < kRecurrent) {
-#pragma unroll
-                for (int e = 0; e < kExamples; ++e)
-#pragma unroll
-                    for (int part = 0; part < kParts; ++part)
-                        send(&s.dread_parts[share.rank][k - H], e * kParts + part, &s.dread_box, sums[n][e]);
-            }
+            if (column_of_thread(n) < kRecurrent) send_part<kExamples>(column_of_thread(n), 0, sums[n]);
         }
     }
+#endif
 
     MANN_INLINE void undo(int t, int start) {
         if (share.owns()) {

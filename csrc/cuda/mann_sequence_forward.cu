@@ -12,11 +12,35 @@
 #include "controller.h"
 #include "mann_sequence.h"
 #include "parts.h"
+#include "tensor.h"
 
 namespace mann::cuda {
 
 constexpr int kLanesOfH = (kHidden + kWarp - 1) / kWarp, kLanesOfReads = (kWords + kWarp - 1) / kWarp;
 constexpr int kColumnsHere = kHidden + kWords; // of weight_hh as it stands here
+// h and reads: for tensor cores example after example, else number after number.
+#if MANN_TENSOR
+using Cell = TensorCell;
+constexpr int kFragmentsOfH = fragments_of(kHidden), kFragments = kFragmentsOfH + fragments_of(kWords);
+struct Hidden {
+    alignas(16) T all[kExamples][stride_of(kHidden)];
+    MANN_INLINE T &at(int k, int e) { return all[e][k]; }
+};
+struct Reads {
+    alignas(16) T all[kExamples][stride_of(kWords)];
+    MANN_INLINE T &at(int k, int e) { return all[e][k]; }
+};
+#else
+using Cell = SummedCell;
+struct Hidden {
+    alignas(16) T all[kHidden][kExamples];
+    MANN_INLINE T &at(int k, int e) { return all[k][e]; }
+};
+struct Reads {
+    alignas(16) T all[kWords][kExamples];
+    MANN_INLINE T &at(int k, int e) { return all[k][e]; }
+};
+#endif
 // The units' part of the heads: four numbers of an example to a thread, or the units split over several lanes.
 constexpr int kHeadItems = kHeadPadded / 4 * kExamples;
 constexpr int kHeadLanes = kHeadItems * 8 <= kThreads   ? 8
@@ -26,15 +50,19 @@ constexpr int kHeadLanes = kHeadItems * 8 <= kThreads   ? 8
 
 struct ForwardShared {
     // By messages.
-    alignas(16) T h[2][kHidden][kExamples];
+    Hidden h[2];
     alignas(16) T head_parts[kBlocks][kHeadPadded];
     alignas(16) T read_parts[kOwners][kPart];
     Candidate candidates[kParts][R];
     Mailbox h_box[2], head_box, reads_box, candidate_box;
     // Of the block.
+#if MANN_TENSOR
+    Fragment weight_hh[kUnitWarps][kFragments][kWarp];
+#else
     alignas(16) T weight_hh[MANN_HELD ? 1 : kUnits][MANN_HELD ? 1 : kColumnsHere][4];
+#endif
     alignas(16) T weight_head[kUnits][kHeadPadded];
-    alignas(16) T reads[kWords][kExamples];
+    Reads reads;
     alignas(16) T own_h[kUnitsPadded][kExamples];
     alignas(16) T own_part[kPart]; // of read_parts
     alignas(16) T bias_head[kHeadPadded];
@@ -55,13 +83,14 @@ struct Forward {
     const bool exists;         // whether there is such a unit
     const int example, length; // in the batch; its real steps
     T c = 0, h = 0;
-    T gates_x[kGatesOfLane] = {}; // of the next step
-    T sums[4 * kCells];           // of the warp: the gates of the next step so far; then the lane's gates of the step
+    T gates_x[Cell::kGates] = {};         // of the next step
+    T sums[MANN_TENSOR ? 4 : 4 * kCells]; // of the warp: the gates of the next step so far
+    T own_gates[Cell::kGates];            // of the step
     T held[MANN_HELD ? kUnitsOfWarp : 1][MANN_HELD ? kLanesOfH + kLanesOfReads : 1][4];
     const int owned_length; // real steps of the block's example
 
     MANN_INLINE Forward(const MannForward<S> &args, ForwardShared &shared)
-        : a(args), s(shared), share(args.batch), rows{}, exists(Cell::unit() < share.units()),
+        : a(args), s(shared), share(args.batch), rows{}, exists(Cell::unit() < share.units() && Cell::exists()),
           example(share.first_example + Cell::example()),
           length(share.steps_of(args.lengths, Cell::example(), args.steps)),
           owned_length(share.owns() ? share.steps_of(args.lengths, share.owned(), args.steps) : 0) {
@@ -80,6 +109,17 @@ struct Forward {
         return there ? to_arith(a.weight_hh[(int64_t(gate) * H + share.first_unit() + u) * kRecurrent + k]) : T(0);
     }
     MANN_INLINE void take_weights() {
+#if MANN_TENSOR
+        for (int i = thread_again(); i < kUnitWarps * kFragments * kWarp; i += kThreads) {
+            const int lane = i % kWarp, f = i / kWarp % kFragments, warp = i / kWarp / kFragments;
+            const int before = f < kFragmentsOfH ? f * kDepth : kHidden + (f - kFragmentsOfH) * kDepth;
+            const int after = f < kFragmentsOfH ? kHidden : kColumnsHere;
+            s.weight_hh[warp][f][lane] = Fragment::of(lane, [&](int row, int column) {
+                const int at = before + column;
+                return at < after ? weight_hh(warp * 4 + row % 4, at, row / 4) : T(0);
+            });
+        }
+#else
         if constexpr (MANN_HELD) {
 #pragma unroll
             for (int n = 0; n < kUnitsOfWarp; ++n)
@@ -98,6 +138,7 @@ struct Forward {
                 s.weight_hh[u][k][g] = weight_hh(u, k, g);
             }
         }
+#endif
         for (int i = thread_again(); i < kUnits * kHeadPadded; i += kThreads) {
             const int u = i % kUnits, p = i / kUnits;
             const bool there = u < share.units() && p < kHead;
@@ -119,15 +160,18 @@ struct Forward {
         take_weights();
         open_step(s.step);
         rows.open_usage(s.usage);
+#if MANN_TENSOR
+        clear_padding<kHidden>(s.h[0].all), clear_padding<kHidden>(s.h[1].all), clear_padding<kWords>(s.reads.all);
+#endif
         for (int i = thread_again(); i < kHidden * kExamples; i += kThreads) {
             const int b = share.first_example + i % kExamples, other = i / kExamples % kUnitsPadded;
             const int u = i / kExamples / kUnitsPadded * kUnits + other;
             const bool there = b < a.batch && other < kUnits && u < H;
-            s.h[1][i / kExamples][i % kExamples] = there ? to_arith(a.h[int64_t(b) * H + u]) : T(0);
+            s.h[1].at(i / kExamples, i % kExamples) = there ? to_arith(a.h[int64_t(b) * H + u]) : T(0);
         }
         for (int i = thread_again(); i < kWords * kExamples; i += kThreads) {
             const int b = share.first_example + i % kExamples;
-            s.reads[i / kExamples][i % kExamples] =
+            s.reads.at(i / kExamples, i % kExamples) =
                 b < a.batch ? to_arith(a.reads[int64_t(b) * kWords + i / kExamples]) : T(0);
         }
         if (is_real()) {
@@ -156,8 +200,23 @@ struct Forward {
         if (!exists || t >= length) return;
         const S *from = a.gates_x + gates_at(t);
 #pragma unroll
-        for (int i = 0; i < kGatesOfLane; ++i) gates_x[i] = to_arith(from[i * H]);
+        for (int i = 0; i < Cell::kGates; ++i) gates_x[i] = to_arith(from[i * H]);
     }
+#if MANN_TENSOR
+    // sums += weight_hh's fragments from `start` on times x, the next ones of two sums: they wait for each other.
+    template <int count, int start, int stride> MANN_INLINE void multiply(const T (*x)[stride]) {
+        T others[4] = {};
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            const Fragment &weights = s.weight_hh[least(warp_of_block(), kUnitWarps - 1)][start + i][lane_of_warp()];
+            weights.multiply(i % 2 ? others : sums, numbers_of_lane(x, i));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[i] += others[i];
+    }
+    MANN_INLINE void multiply_h(const Hidden &h) { multiply<kFragmentsOfH, 0>(h.all); }
+    MANN_INLINE void multiply_reads() { multiply<kFragments - kFragmentsOfH, kFragmentsOfH>(s.reads.all); }
+#else
     // sums += weight_hh's columns from `start` on times x [count, kExamples].
     template <int count, int start, int held_at> MANN_INLINE void multiply(const T (*x)[kExamples]) {
         constexpr int iterations = (count + kWarp - 1) / kWarp;
@@ -183,44 +242,62 @@ struct Forward {
             }
         }
     }
+    MANN_INLINE void multiply_h(const Hidden &h) { multiply<kHidden, 0, 0>(h.all); }
+    MANN_INLINE void multiply_reads() { multiply<kWords, kHidden, kLanesOfH>(s.reads.all); }
+#endif
     MANN_INLINE void gates_of_h(int t) { // the h before step t
 #pragma unroll
-        for (int i = 0; i < 4 * kCells; ++i) sums[i] = 0;
-        if (warp_of_block() < kUnitWarps) multiply<kHidden, 0, 0>(s.h[(t + 1) & 1]);
+        for (T &sum : sums) sum = 0;
+        if (warp_of_block() < kUnitWarps) multiply_h(s.h[(t + 1) & 1]);
     }
 
     // Eq. 9 to 16 for the units of the warp; h goes to every block.
     MANN_INLINE void lstm(int t) {
         if (warp_of_block() >= kUnitWarps) return;
-        multiply<kWords, kHidden, kLanesOfH>(s.reads);
+        multiply_reads();
+#if MANN_TENSOR
+        TensorCell::take_gates(sums, own_gates);
+#else
         scatter_sums<1>(sums);
 #pragma unroll
-        for (int i = 0; i < kGatesOfLane; ++i) {
-            const T x = sums[i] + gates_x[i];
-            sums[i] = Cell::gate(i) == 2 ? hyperbolic_tangent(x) : sigmoid(x);
+        for (int i = 0; i < Cell::kGates; ++i) own_gates[i] = sums[i];
+#endif
+#pragma unroll
+        for (int i = 0; i < Cell::kGates; ++i) {
+            const T x = own_gates[i] + gates_x[i];
+            own_gates[i] = Cell::gate(i) == 2 ? hyperbolic_tangent(x) : sigmoid(x);
         }
         T gates[4];
+#if MANN_TENSOR
 #pragma unroll
-        for (int g = 0; g < 4; ++g)
-            gates[g] = __shfl_sync(kWholeWarp, sums[g % kGatesOfLane], g / kGatesOfLane * kGateLanes, kCellLanes);
+        for (int g = 0; g < 4; ++g) gates[g] = own_gates[g];
+#else
+        Cell::take_gates(own_gates, gates);
+#endif
         if (exists && t < length) {
             c = gates[1] * c + gates[0] * gates[2];
             h = rounded_to<S>(gates[3] * hyperbolic_tangent(c));
         }
-        if (Cell::first()) s.own_h[Cell::unit()][Cell::example()] = h;
+        if (Cell::first() && Cell::exists()) s.own_h[Cell::unit()][Cell::example()] = h;
         send_h(t);
     }
-    // The cells of the warp to every block: a few numbers to a lane, as far as there are lanes.
+    // The h of the warp's cells to every block: up to four that stand together to a lane, as far as there are lanes.
     MANN_INLINE void send_h(int t) {
         constexpr int kSize = least(kCells, 4), kPieces = kCells / kSize, kMessages = kBlocks * kPieces;
-        T *target = s.h[t & 1][share.rank * kUnitsPadded + warp_of_block() * kUnitsOfWarp];
+        const int first_unit = share.rank * kUnitsPadded + warp_of_block() * kUnitsOfWarp;
 #pragma unroll
         for (int first = 0; first < kMessages; first += kWarp) {
-            const int message = first + lane_of_warp(), cell = message / kBlocks % kPieces * kSize;
+            const int message = first + lane_of_warp(), at = message / kBlocks % kPieces * kSize;
             T x[kSize];
 #pragma unroll
-            for (int j = 0; j < kSize; ++j) x[j] = __shfl_sync(kWholeWarp, h, (cell + j) * kCellLanes);
-            if (message < kMessages) send_several<kSize>(target + cell, message % kBlocks, &s.h_box[t & 1], x);
+            for (int j = 0; j < kSize; ++j) {
+                const int unit = MANN_TENSOR ? (at + j) % kUnitsOfWarp : (at + j) / kExamples;
+                const int e = MANN_TENSOR ? (at + j) / kUnitsOfWarp : (at + j) % kExamples;
+                x[j] = __shfl_sync(kWholeWarp, h, Cell::lane_of(unit, e));
+            }
+            T *target = MANN_TENSOR ? &s.h[t & 1].at(first_unit, at / kUnitsOfWarp)
+                                    : &s.h[t & 1].at(first_unit + at / kExamples, at % kExamples);
+            if (message < kMessages) send_several<kSize>(target, message % kBlocks, &s.h_box[t & 1], x);
         }
     }
     MANN_INLINE void store_gates(int t) const {
@@ -228,7 +305,7 @@ struct Forward {
         if (a.saved_gates && t < length && Cell::first_of_gates()) {
             T *to = a.saved_gates + gates_at(t);
 #pragma unroll
-            for (int i = 0; i < kGatesOfLane; ++i) to[i * H] = sums[i];
+            for (int i = 0; i < Cell::kGates; ++i) to[i * H] = own_gates[i];
         }
         if (Cell::first()) a.output[row(t, example) * kRecurrent + unit()] = to_storage<S>(t < length ? h : T(0));
     }
@@ -310,7 +387,7 @@ struct Forward {
         for (int n = 0; n < share_of(kWords * kExamples); ++n) {
             const int i = thread_again() + n * kThreads, e = i % kExamples, k = i / kExamples;
             if (i >= kWords * kExamples) break;
-            s.reads[k][e] = rounded_to<S>(read_of(&s.read_parts[e * kParts], k));
+            s.reads.at(k, e) = rounded_to<S>(read_of(&s.read_parts[e * kParts], k));
         }
         if (share.owns() && t < owned_length) {
             finish_step(rows, &s.read_parts[share.owned() * kParts], s.warps, T(a.decay));
@@ -320,7 +397,7 @@ struct Forward {
     MANN_INLINE void store_reads(int t) const {
         if (!share.is_real() || share.part() != 0) return;
         for (int k = thread_again(); k < kWords; k += kThreads) {
-            const T x = t < owned_length ? s.reads[k][share.owned()] : T(0);
+            const T x = t < owned_length ? s.reads.at(k, share.owned()) : T(0);
             a.output[row(t, share.example()) * kRecurrent + H + k] = to_storage<S>(x);
         }
     }
@@ -374,7 +451,7 @@ struct Forward {
         if (!share.is_real()) return;
         const int b = share.example();
         for (int k = thread_again(); k < kWords && share.part() == 0; k += kThreads)
-            a.reads1[int64_t(b) * kWords + k] = to_storage<S>(s.reads[k][share.owned()]);
+            a.reads1[int64_t(b) * kWords + k] = to_storage<S>(s.reads.at(k, share.owned()));
         rows.give_memory(a.memory1 + int64_t(b) * N * W);
         rows.give_weights(a.read_weights1 + int64_t(b) * R * N);
 #pragma unroll

@@ -15,6 +15,7 @@ from against_reference import class_of, matches, quantities, tie, zero_rows
 from mutant import cuda_mutant
 
 import mann_kernels
+from mann_kernels import reference
 
 pytestmark = [
     pytest.mark.compiles,
@@ -130,6 +131,31 @@ def test_large_key_strengths(cuda):
     matches("lrua_sequence", call, torch.float32)
 
 
+@pytest.fixture
+def tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.usefixtures("tf32")
+def test_tf32_where_it_is_allowed(form, cuda):
+    """Products with weight_hh alone, which show it: rounded to TF32, and no more."""
+    cuda.mann_cuda_plan(*form[:3], 0, 0)
+    call = mann(1, (form[1] + 1, 21, 9, 2), T=5, H=37, lengths=True).to(torch.float32)
+    exact = quantities(reference.mann_sequence, call.to(torch.float64))
+    found = quantities(mann_kernels.mann_sequence, call)
+    errors = [((found[name] - exact[name]).norm() / exact[name].norm()).item() for name in found if name in exact]
+    assert 1e-5 < max(errors) < 2e-3
+
+
+def test_units_that_no_fragment_takes(cuda):
+    """More than 32 units of a block stay with plain arithmetic, in bfloat16 too."""
+    cuda.mann_cuda_plan(2, 2, 1, 0, 0)
+    matches("mann_sequence", mann(1, (3, 21, 5, 2), T=3, H=70), torch.bfloat16)
+
+
 #: File, right, wrong, and what is said: by the numbers, or by what runs the kernels.
 FAULTS = {
     "does not wait for a message": (
@@ -152,8 +178,8 @@ FAULTS = {
     ),
     "one buffer for what may still be read": (
         "mann_sequence_backward.cu",
-        "(s.dh_parts[undone & 1]",
-        "(s.dh_parts[0]",
+        "(&s.dh_parts[undone & 1]",
+        "(&s.dh_parts[0]",
         "error",
     ),
     "expects a message that never comes": (
@@ -187,13 +213,22 @@ FAULTS = {
         "sums[3 * R + h] += read[i][h]",
         "error",
     ),
+    "room after the numbers of an example that is not cleared": (
+        "mann_sequence_forward.cu",
+        ", clear_padding<kWords>(s.reads.all);",
+        ";",
+        "error",
+    ),
+    "rows of a fragment that are others": ("tensor.h", "row + i % 2 * 8", "row + i / 2 % 2 * 8", "error"),
 }
+#: Those in what runs on tensor cores alone.
+OF_BFLOAT16 = tuple(FAULTS)[-2:]
 
 
-def matches_under_schedules(cuda, call):
+def matches_under_schedules(cuda, call, dtype):
     for seed in range(10):
         cuda.mann_cuda_on_cpu_seed(seed)
-        matches("mann_sequence", call, torch.float32)
+        matches("mann_sequence", call, dtype)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -209,7 +244,7 @@ def test_a_planted_fault_is_named(fault, cuda, tmp_path):
 
     try:
         with pytest.raises((AssertionError, RuntimeError), match=said):
-            matches_under_schedules(cuda, call)
+            matches_under_schedules(cuda, call, torch.bfloat16 if fault in OF_BFLOAT16 else torch.float32)
     finally:
         right_folder = cuda_on_cpu.kernel_folder(cuda_on_cpu.BUILD / "plain", cuda_on_cpu.CSRC)
         cuda.mann_cuda_on_cpu_compiler(cuda_on_cpu.kernel_command("plain").encode(), str(right_folder).encode())
