@@ -247,7 +247,7 @@ struct Forward {
 #endif
     MANN_INLINE void gates_of_h(int t) { // the h before step t
 #pragma unroll
-        for (T &sum : sums) sum = 0;
+        for (int i = 0; i < int(sizeof(sums) / sizeof(T)); ++i) sums[i] = 0;
         if (warp_of_block() < kUnitWarps) multiply_h(s.h[(t + 1) & 1]);
     }
 
