@@ -20,7 +20,7 @@ struct RowShape {
     int64_t slots, lanes = 1, rows, columns;
 
     RowShape(const MannSizes &s, int64_t parts) : slots(divided(s.N, parts)) {
-        while (2 * lanes <= 32 && 2 * lanes <= s.W && (2 * lanes * slots <= kThreads || 2 * lanes <= 4)) lanes *= 2;
+        while (2 * lanes <= 32 && 2 * lanes <= s.W && 2 * lanes * slots <= (lanes < 4 ? 2 : 1) * kThreads) lanes *= 2;
         rows = divided(slots, kThreads / lanes), columns = divided(s.W, lanes);
     }
 };

@@ -26,7 +26,7 @@ MANN_CONSTEXPR int least(int a, int b) { return a < b ? a : b; }
 constexpr int kSlots = (N + kParts - 1) / kParts; // of a part
 MANN_CONSTEXPR int lanes_of_row() {
     int lanes = 1;
-    while (2 * lanes <= kWarp && 2 * lanes <= W && (2 * lanes * kSlots <= kThreads || 2 * lanes <= 4)) lanes *= 2;
+    while (2 * lanes <= kWarp && 2 * lanes <= W && 2 * lanes * kSlots <= (lanes < 4 ? 2 : 1) * kThreads) lanes *= 2;
     return lanes;
 }
 constexpr int kLanes = lanes_of_row(), kGroups = kThreads / kLanes;
