@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from bench import peers
 from bench.bench_lrua_step import sizes_of_state, state, step
 from bench.counts import Product, Sizes
-from bench.mann import SHAPES, VERIFIED, Shape, over_slots
+from bench.mann import ON_GPU, SHAPES, VERIFIED, Shape, devices_of, over_slots
 from bench.operators import Axis, Bench, Case, compiled_anew, normals
 from mann_kernels.tasks import OmniglotEpisodes, load_omniglot
 
@@ -19,14 +19,23 @@ WAYS, SIDE = 5, 20  # of the paper's episodes: classes, pixels of an image's sid
 
 def cases(quick: bool) -> list[Case]:
     found = []
-    ranks = {"paper": 0, "single": 2, "small": 2, "wide": 1, "long": 4, "batch": 1}
+    ranks = {
+        "paper": 0,
+        "single": 2,
+        "small": 2,
+        "wide": 1,
+        "long": 4,
+        "batch": 1,
+        "many slots": 1,
+        "a million slots": 2,
+    }
     for name, rank in ranks.items():
-        place = {"rank": rank, "devices": ("cuda",) if name == "batch" else Case.devices}
+        place = {"rank": rank, "devices": devices_of(name)}
         place["quick"] = name not in ("single", "small", "long")
         # the other structures take twice as long as everybody else together: --quick has them at the paper's size alone
         both = not quick or name == "paper"
         found.append(Case(name, SHAPES[name], **place, heavy=name == "long", alternatives=both))
-        if both and name not in ("long", "batch"):
+        if both and name not in ("long", *ON_GPU):
             steps = QUICK_LOOP_STEPS if quick else LOOP_STEPS
             found.append(Case(f"{name}@T={steps}", SHAPES[name].at(steps), **(place | {"rank": rank + 1}), loop=True))
     return found
@@ -172,9 +181,11 @@ def sizes(s: Shape) -> Sizes:
 SMALL = Shape(20, 4, 64, 64, 128, 40, 4)
 AXES = {
     "T": Axis(SMALL, (20, 40, 80, 160, 320, 640, 1280, 3200), 160, compiled_once=True),
-    "N": Axis(Shape(8, 1, 20, 64, 32, 20, 4), (32, 128, 512, 2048, 8192, 16384, 32768, 65536), 8192),
-    "B": Axis(SMALL, (1, 4, 16, 64, 128, 256), 16),
-    "H": Axis(SMALL, (32, 64, 128, 256, 512, 1024), 256),
+    "N": Axis(
+        Shape(8, 1, 20, 64, 32, 20, 4), (32, 128, 512, 2048, 8192, 16384, 32768, 65536), 8192, on_gpu=(1 << 18, 1 << 20)
+    ),
+    "B": Axis(SMALL, (1, 4, 16, 64, 128, 256), 16, on_gpu=(512, 1024)),
+    "H": Axis(SMALL, (16, 32, 64, 128, 256, 512, 1024), 256),
     "R": Axis(SMALL, (1, 2, 4, 8, 16), 4),
 }
 

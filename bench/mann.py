@@ -32,16 +32,24 @@ SHAPES = {
     "wide": Shape(20, 16, 64, 200, 1024, 64, 4),
     "long": Shape(800, 16, 405, 200, 128, 40, 4),
     "batch": Shape(50, 256, 405, 200, 128, 40, 4),
+    "many slots": Shape(20, 1, 64, 200, 32768, 32, 4),
+    "a million slots": Shape(8, 1, 64, 200, 1 << 20, 32, 4),
 }
+#: What is timed on a GPU alone.
+ON_GPU = ("batch", "many slots", "a million slots")
 #: What verification runs on: odd sizes, more slots than a tile, more heads than a group, and the paper's with few steps.
 VERIFIED = (Shape(4, 3, 5, 9, 7, 5, 2), Shape(3, 2, 4, 17, 300, 9, 6), Shape(5, 4, 405, 200, 128, 40, 4))
+
+
+def devices_of(name: str) -> tuple[str, ...]:
+    """Where a size is timed unless it is asked for."""
+    return ("cuda",) if name in ON_GPU else Case.devices
 
 
 def cases(quick: bool) -> list[Case]:
     """The sizes at which an operator on a memory is timed."""
     ranks = {"paper": 1, "wide": 3, "batch": 3}
-    devices = {"batch": ("cuda",)}
-    return [Case(name, SHAPES[name], rank, devices.get(name, Case.devices)) for name, rank in ranks.items()]
+    return [Case(name, SHAPES[name], rank, devices_of(name)) for name, rank in ranks.items()]
 
 
 def over_slots(s: Shape, times: int) -> Product:

@@ -54,6 +54,8 @@ class Axis:
     dominates: int
     #: torch.compile has the step alone, so that one compilation does for every value.
     compiled_once: bool = False
+    #: More values, on a GPU.
+    on_gpu: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def run(bench: Bench, variable: str, device, dtype: str, threads: int, bounds: B
     """A row for every value and contestant; those that were not run, or failed, say why in `note`."""
     axis, points = bench.axes[variable], []
     everybody = entrants(bench, axis, compiled, device.has_graphs)
-    for value in axis.values:
+    for value in axis.values + (axis.on_gpu if device.type == "cuda" else ()):
         shape = replace(axis.base, **{variable: value})
         points.append(Point(bench, shape, value, everybody, device, DTYPES[dtype], bounds))
         if compiled and not axis.compiled_once:

@@ -24,11 +24,10 @@ from compiled import compile_for, disassembled, resources  # noqa: E402
 from cuda_on_cpu import Launch, cuda_on_cpu, recorded  # noqa: E402
 
 from bench.harness import Work  # noqa: E402
-from bench.mann import Shape  # noqa: E402
 from bench.operators import operators  # noqa: E402
 
 CASES = {
-    "mann_sequence": ("paper", "single", "small", "batch", "wide"),
+    "mann_sequence": ("paper", "single", "small", "batch", "wide", "many slots", "a million slots"),
     "lrua_sequence": ("paper",),
     "lrua_step": ("paper", "wide"),
     "content_address": ("paper", "wide"),
@@ -37,7 +36,6 @@ CASES = {
     "augmented_conv2d": ("conv 28", "conv 14", "conv 7", "conv 4", "conv 2"),
     "augmented_linear": ("fc 64-64", "fc 64-5"),
 }
-MANY_SLOTS = {f"{N} slots": Shape(T, 1, 64, 200, N, 32, 4) for T, N in ((20, 32768), (8, 1048576))}
 #: By column, the instructions that it counts, with all their variants.
 COUNTED = {
     "float32": ("FFMA", "FADD", "FMUL"),
@@ -63,7 +61,7 @@ def rows() -> dict[str, tuple[str, object, torch.dtype]]:
         found |= {f"{op} {name}": (op, shapes[name], torch.float32) for name in names}
     paper = found["mann_sequence paper"][1]
     found["mann_sequence paper bfloat16"] = ("mann_sequence", paper, torch.bfloat16)
-    return found | {f"mann_sequence {name}": ("mann_sequence", s, torch.float32) for name, s in MANY_SLOTS.items()}
+    return found
 
 
 def launches_of(op, shape, dtype) -> Counter[Launch]:
