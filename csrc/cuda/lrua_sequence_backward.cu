@@ -51,10 +51,12 @@ struct Backward {
     // The reads of step t times their gradient: what the softmax takes off, as far as it comes through the reads.
     MANN_INLINE void give_means(int t, int j) const {
         for (int h = warp_of_block(); h < R; h += kWarps) {
+            const Factors factors(episode.parts_now(), h);
+            const S *dreads = a.dreads + episode.row(t) * kWords + h * W;
             T mean = 0;
+#pragma unroll 2
             for (int w = lane_of_warp(); w < W; w += kWarp)
-                mean +=
-                    read_of(episode.parts_now(), h * W + w) * to_arith(a.dreads[episode.row(t) * kWords + h * W + w]);
+                mean += read_of(episode.parts_now(), h * W + w, factors) * to_arith(dreads[w]);
             mean = sum_lanes(mean, 1, kWarp);
             if (lane_of_warp() == 0) means_of(j)[h] = mean;
         }

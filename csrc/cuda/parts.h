@@ -68,14 +68,14 @@ struct Factors {
         return factor;
     }
 };
-// Number k of the reads.
-MANN_INLINE T read_of(const T (*parts)[kPart], int k) {
-    const Factors factors(parts, k / W);
+// Number k of the reads, of head k / W.
+MANN_INLINE T read_of(const T (*parts)[kPart], int k, const Factors &factors) {
     T sum = 0;
 #pragma unroll
     for (int p = 0; p < kParts; ++p) sum += parts[p][k] * factors.of[p];
     return sum;
 }
+MANN_INLINE T read_of(const T (*parts)[kPart], int k) { return read_of(parts, k, Factors(parts, k / W)); }
 // Read weights and usage after a step, from the parts of all.
 MANN_INLINE void finish_step(Rows &rows, const T (*parts)[kPart], const WarpSums &warps, T decay) {
     T scale[R];
