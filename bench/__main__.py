@@ -24,6 +24,13 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Precision(Enum):
+    """What float32 work on a GPU may do beside float32."""
+
+    tf32 = "tf32"
+    autocast = "autocast"
+
+
 #: Columns that the widest table takes, for where no terminal says how many there are.
 WIDE = 220
 console = Console(width=None if sys.stdout.isatty() else WIDE)
@@ -103,6 +110,9 @@ def main(
     verify_only: Annotated[bool, typer.Option("--verify-only", help="Verify, time nothing.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help=QUICK)] = False,
     minutes: Annotated[float | None, typer.Option(min=0.01, help=MINUTES)] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Time with TF32 allowed, or under autocast in bfloat16: on a GPU.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Omniglot, for the paper's input.")] = None,
     json_file: JsonOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what --json holds.")] = False,
@@ -116,12 +126,15 @@ def main(
     if resume and json_file is None:
         raise typer.BadParameter("--resume: got no --json, want the file to go on from")
     benches, where = chosen(suite, op, shape), usable(None if device is None else device.value)
+    if precision is not None and any(place.type == "cpu" for place in where):
+        raise typer.BadParameter(f"--precision: got {precision.value} with the CPU, want --device cuda")
     torch.set_num_threads(threads)
     run = Run(console, where, threads, timing=not verify_only, path=json_file)
+    run.facts["precision"] = "float32" if precision is None else precision.value
     if resume:
         run.go_on()
     with run.until(minutes):
-        selection = Selection(benches, shape, quick, data)
+        selection = Selection(benches, shape, quick, data, None if precision is None else precision.value)
         if minutes is None:
             run.verify(benches)
         if not verify_only:

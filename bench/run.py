@@ -28,6 +28,24 @@ PARTS = {True: ("graphs", "plain", "compiled"), False: ("plain", "compiled")}
 RING_AGAIN = 5.0
 
 
+@contextlib.contextmanager
+def of_precision(name: str | None):
+    """Within the block float32 work on a GPU may use TF32 ("tf32"), or runs under torch.autocast in bfloat16 ("autocast")."""
+    if name == "autocast":
+        with torch.autocast("cuda", torch.bfloat16):
+            yield
+        return
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn) if name == "tf32" else ()
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = True
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
 class TimeUp(BaseException):
     """The minutes are over: raised wherever the run happens to be, and taken for the failure of no contestant."""
 
@@ -40,6 +58,7 @@ class Selection:
     shapes: Collection[str] | None
     quick: bool
     data: Path | None
+    precision: str | None = None  # as of_precision takes it
 
 
 @dataclass(frozen=True)
@@ -191,16 +210,26 @@ class Run:
                 for job in self.track(mine, f"Compiling for and timing on {place.type}"):
                     if in_parts:
                         self.verify([job.bench], place, job.dtype if job.dtype in job.bench.dtypes else None)
-                    comparison = harness.Comparison(
-                        job.bench, job.case, place, job.dtype, self.threads, selection.quick, selection.data, job.part
-                    )
-                    comparison.sit()
+                    with of_precision(selection.precision):
+                        comparison = harness.Comparison(
+                            job.bench,
+                            job.case,
+                            place,
+                            job.dtype,
+                            self.threads,
+                            selection.quick,
+                            selection.data,
+                            job.part,
+                        )
+                    with of_precision(selection.precision):
+                        comparison.sit()
                     sitting.append(comparison)
                     if place.sittings == 1:  # nothing more to come: its memory is free for the next
                         self.add(sitting.pop())
                 for number in range(1, place.sittings):
                     for comparison in self.track(list(sitting), f"Timing again, {number + 1} of {place.sittings}"):
-                        comparison.sit()
+                        with of_precision(selection.precision):
+                            comparison.sit()
             finally:
                 if sys.exc_info()[0] is not None:
                     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -63,7 +63,7 @@ def test_a_whole_update_with_one_wrong_gradient_is_refused():
         return bench_metanet_update.ours(*tensors)
 
     rows = harness.verify([UPDATE], CPU, candidates={UPDATE.op: wrong})
-    assert len(rows) == 2 * 36
+    assert len(rows) == 3 * 36
     assert {row["quantity"] for row in rows if not row["ok"]} == {"dbase_learner.0.weight"}
 
 
@@ -87,9 +87,25 @@ def test_verify_only_writes_json(tmp_path):
     assert {row["device"] for row in written["verification"]} == {"cpu"}
 
 
-@pytest.mark.parametrize("arguments", [("--op", "x"), ("--shape", "x"), ("--suite", "x"), ("--device", "x")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("--op", "x"), ("--shape", "x"), ("--suite", "x"), ("--device", "x"), ("--precision", "tf32", "--device", "cpu")],
+)
 def test_unknown_options(arguments):
     assert invoke(*arguments).exit_code == 2
+
+
+def test_tf32_is_allowed_while_it_is_timed():
+    def allowed():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = allowed()
+    assert before[0] is False
+    with run.of_precision(None):
+        assert allowed() == before
+    with run.of_precision("tf32"):
+        assert allowed() == (True, True)
+    assert allowed() == before
 
 
 def test_nothing_to_time(monkeypatch):
