@@ -13,28 +13,10 @@
 #include "controller.h"
 #include "mann_sequence.h"
 #include "parts.h"
+#include "recurrent_backward.h"
 #include "rows_backward.h"
-#include "tensor.h"
 
 namespace mann::cuda {
-
-// Columns of weight_hh: a thread has one in every kColumnStride.
-constexpr int kColumnsOfThread = share_of(kRecurrent);
-constexpr int kColumnStride = (kRecurrent + kColumnsOfThread - 1) / kColumnsOfThread;
-using Cell = SummedCell;
-#if MANN_TENSOR
-constexpr int kFragments = fragments_of(4 * kUnits), kTiles = fragments_of(kRecurrent);
-#endif
-// Gradients of the gates, unit * 4 + gate: for tensor cores example after example, else number after number.
-struct Gates {
-#if MANN_TENSOR
-    alignas(16) T all[kExamples][stride_of(4 * kUnits)];
-    MANN_INLINE T &at(int k, int e) { return all[e][k]; }
-#else
-    alignas(16) T all[4 * kUnits][kExamples];
-    MANN_INLINE T &at(int k, int e) { return all[k][e]; }
-#endif
-};
 
 struct BackwardShared {
     // By messages.
@@ -44,14 +26,10 @@ struct BackwardShared {
     PartSums sums;
     Mailbox dhead_box, dh_box[2], dread_box;
     // Of the block.
-#if MANN_TENSOR
-    Fragment weight_hh[kTiles][kFragments][kWarp]; // rows are columns of weight_hh, columns its rows
-#else
-    alignas(16) T weight_hh[MANN_HELD ? 1 : kUnits][MANN_HELD ? 1 : kRecurrent][4];
-#endif
+    RecurrentWeights weight_hh;
     alignas(16) T weight_head[kUnits][kHeadPadded];
     alignas(16) T dhead[kHeadPadded][kExamples];
-    Gates dgates;
+    GateGradients dgates;
     alignas(16) T own_dhead[kSent]; // of dhead_parts
     alignas(16) T dreads[W][kHeads];
     alignas(16) Step step;
@@ -76,7 +54,7 @@ struct Backward {
     int fetched_slot;
     T fetched_head[kHeadShare], fetched_doutput[share_of(kWords)], fetched_reads[share_of(kWords)];
     T fetched_overwritten[share_of(kWords)];
-    T held[MANN_HELD ? kColumnsOfThread : 1][MANN_HELD ? kUnits : 1][4];
+    Columns columns;
     const int owned_length;        // real steps of the block's example
     int last = 0;                  // of the longest of the cluster
     int exchanges = 0, undone = 0; // of sums; steps so far
@@ -85,6 +63,7 @@ struct Backward {
         : a(args), s(shared), share(args.batch), rows{}, exists(Cell::unit() < share.units()),
           example(share.first_example + Cell::example()),
           length(share.steps_of(args.lengths, Cell::example(), args.steps)),
+          columns(args.weight_hh, share, shared.weight_hh),
           owned_length(share.owns() ? share.steps_of(args.lengths, share.owned(), args.steps) : 0) {
         rows.part = share.part();
         for (int e = 0; e < kExamples; ++e) last = max(last, share.steps_of(a.lengths, e, a.steps));
@@ -94,14 +73,6 @@ struct Backward {
     MANN_INLINE int64_t row(int t, int b) const { return int64_t(t) * a.batch + b; }
     MANN_INLINE int64_t unit_at(int64_t row) const { return row * H + unit(); }
     MANN_INLINE int64_t gates_at(int t, int gate) const { return (row(t, example) * 4 + gate) * H + unit(); }
-    MANN_INLINE static int column_of_thread(int n) { return int(threadIdx.x) + n * kColumnStride; }
-    MANN_INLINE static bool has_column(int n) {
-        return int(threadIdx.x) < kColumnStride && column_of_thread(n) < kRecurrent;
-    }
-    MANN_INLINE T weight_hh(int u, int k, int gate) const {
-        return to_arith(a.weight_hh[(int64_t(gate) * H + share.first_unit() + u) * kRecurrent + k]);
-    }
-
     MANN_INLINE int dh_bytes() const { return kBlocks * share.units() * kExamples * int(sizeof(T)); }
     MANN_INLINE void begin() {
         if (threadIdx.x == 0) {
@@ -110,33 +81,8 @@ struct Backward {
             open_sums(s.sums);
             mailbox_open(&s.dread_box, kDreadBytes);
         }
-#if MANN_TENSOR
-        for (int i = thread_again(); i < kTiles * kFragments * kWarp; i += kThreads) {
-            const int lane = i % kWarp, f = i / kWarp % kFragments, tile = i / kWarp / kFragments;
-            s.weight_hh[tile][f][lane] = Fragment::of(lane, [&](int row, int column) {
-                const int k = tile * kDepth + row, u = (f * kDepth + column) / 4;
-                return k < kRecurrent && u < share.units() ? weight_hh(u, k, column % 4) : T(0);
-            });
-        }
-        clear_padding<4 * kUnits>(s.dgates.all);
-#else
-        if constexpr (MANN_HELD) {
-#pragma unroll
-            for (int n = 0; n < kColumnsOfThread; ++n)
-#pragma unroll
-                for (int u = 0; u < kUnits; ++u)
-#pragma unroll
-                    for (int g = 0; g < 4; ++g) {
-                        const bool there = u < share.units() && has_column(n);
-                        held[n][u][g] = there ? weight_hh(u, column_of_thread(n), g) : T(0);
-                    }
-        } else {
-            for (int i = thread_again(); i < kUnits * 4 * kRecurrent; i += kThreads) {
-                const int k = i % kRecurrent, g = i / kRecurrent % 4, u = i / kRecurrent / 4;
-                s.weight_hh[u][k][g] = u < share.units() ? weight_hh(u, k, g) : T(0);
-            }
-        }
-#endif
+        columns.take_weights();
+        s.dgates.clear();
         for (int i = thread_again(); i < kUnits * kHeadPadded; i += kThreads) {
             const int u = i % kUnits, p = i / kUnits;
             const bool there = u < share.units() && p < kHead;
@@ -396,71 +342,22 @@ struct Backward {
 #pragma unroll
         for (int i = 0; i < Cell::kGates; ++i) to[i * H] = to_storage<S>(dgates[i]);
     }
-    // Column k of what goes through the block's gates to its block, for `count` examples from `first` on.
-    template <int count> MANN_INLINE void send_part(int k, int first, const T *x) {
-        if (k < H) {
-            send_several<count>(&s.dh_parts[undone & 1][share.rank][k % kUnits][first], k / kUnits,
-                                &s.dh_box[undone & 1], x);
-        } else if (k < kRecurrent) {
-#pragma unroll
-            for (int e = 0; e < count; ++e)
-#pragma unroll
-                for (int part = 0; part < kParts; ++part)
-                    send(&s.dread_parts[share.rank][k - H], (first + e) * kParts + part, &s.dread_box, x[e]);
-        }
-    }
     // The part of the gradient of (h, reads) that goes through the block's gates, to whom it belongs.
-#if MANN_TENSOR
     MANN_INLINE void send_parts() {
-        constexpr int kTilesOfWarp = (kTiles + kWarps - 1) / kWarps;
-        T sums[kTilesOfWarp][4] = {};
+        constexpr int kTogether = Columns::kTogether;
+        columns.multiply(s.dgates, [&](int k, int first, const T *x) {
+            if (k < H) {
+                send_several<kTogether>(&s.dh_parts[undone & 1][share.rank][k % kUnits][first], k / kUnits,
+                                        &s.dh_box[undone & 1], x);
+            } else if (k < kRecurrent) {
 #pragma unroll
-        for (int f = 0; f < kFragments; ++f) {
-            const Four<T> x = numbers_of_lane(s.dgates.all, f);
+                for (int e = 0; e < kTogether; ++e)
 #pragma unroll
-            for (int n = 0; n < kTilesOfWarp; ++n)
-                s.weight_hh[least(warp_of_block() + n * kWarps, kTiles - 1)][f][lane_of_warp()].multiply(sums[n], x);
-        }
-        constexpr int kTogether = least(kExamples, 2);
-        const int e = lane_of_warp() % 4 * 2;
-#pragma unroll
-        for (int n = 0; n < kTilesOfWarp; ++n) {
-            const int k = (warp_of_block() + n * kWarps) * kDepth + lane_of_warp() / 4;
-            if (e >= kExamples) continue;
-            send_part<kTogether>(k, e, sums[n]), send_part<kTogether>(k + 8, e, sums[n] + 2);
-        }
-    }
-#else
-    MANN_INLINE void send_parts() {
-        if (int(threadIdx.x) >= kColumnStride) return;
-        T sums[kColumnsOfThread][kExamples] = {};
-#pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
-            Each each[4];
-#pragma unroll
-            for (int g = 0; g < 4; ++g) each[g] = Each::load(s.dgates.all[4 * u + g]);
-#pragma unroll
-            for (int n = 0; n < kColumnsOfThread; ++n) {
-                Four<T> weights;
-                if constexpr (MANN_HELD) {
-#pragma unroll
-                    for (int g = 0; g < 4; ++g) weights[g] = held[n][u][g];
-                } else {
-                    weights =
-                        *reinterpret_cast<const Four<T> *>(s.weight_hh[u][least(column_of_thread(n), kRecurrent - 1)]);
-                }
-#pragma unroll
-                for (int g = 0; g < 4; ++g)
-#pragma unroll
-                    for (int e = 0; e < kExamples; ++e) sums[n][e] += weights[g] * each[g].at[e];
+                    for (int part = 0; part < kParts; ++part)
+                        send(&s.dread_parts[share.rank][k - H], (first + e) * kParts + part, &s.dread_box, x[e]);
             }
-        }
-#pragma unroll
-        for (int n = 0; n < kColumnsOfThread; ++n) {
-            if (column_of_thread(n) < kRecurrent) send_part<kExamples>(column_of_thread(n), 0, sums[n]);
-        }
+        });
     }
-#endif
 
     MANN_INLINE void undo(int t, int start) {
         if (share.owns()) {

@@ -12,35 +12,10 @@
 #include "controller.h"
 #include "mann_sequence.h"
 #include "parts.h"
-#include "tensor.h"
+#include "recurrent_forward.h"
 
 namespace mann::cuda {
 
-constexpr int kLanesOfH = (kHidden + kWarp - 1) / kWarp, kLanesOfReads = (kWords + kWarp - 1) / kWarp;
-constexpr int kColumnsHere = kHidden + kWords; // of weight_hh as it stands here
-// h and reads: for tensor cores example after example, else number after number.
-#if MANN_TENSOR
-using Cell = TensorCell;
-constexpr int kFragmentsOfH = fragments_of(kHidden), kFragments = kFragmentsOfH + fragments_of(kWords);
-struct Hidden {
-    alignas(16) T all[kExamples][stride_of(kHidden)];
-    MANN_INLINE T &at(int k, int e) { return all[e][k]; }
-};
-struct Reads {
-    alignas(16) T all[kExamples][stride_of(kWords)];
-    MANN_INLINE T &at(int k, int e) { return all[e][k]; }
-};
-#else
-using Cell = SummedCell;
-struct Hidden {
-    alignas(16) T all[kHidden][kExamples];
-    MANN_INLINE T &at(int k, int e) { return all[k][e]; }
-};
-struct Reads {
-    alignas(16) T all[kWords][kExamples];
-    MANN_INLINE T &at(int k, int e) { return all[k][e]; }
-};
-#endif
 // The units' part of the heads: four numbers of an example to a thread, or the units split over several lanes.
 constexpr int kHeadItems = kHeadPadded / 4 * kExamples;
 constexpr int kHeadLanes = kHeadItems * 8 <= kThreads   ? 8
@@ -56,11 +31,7 @@ struct ForwardShared {
     Candidate candidates[kParts][R];
     Mailbox h_box[2], head_box, reads_box, candidate_box;
     // Of the block.
-#if MANN_TENSOR
-    Fragment weight_hh[kUnitWarps][kFragments][kWarp];
-#else
-    alignas(16) T weight_hh[MANN_HELD ? 1 : kUnits][MANN_HELD ? 1 : kColumnsHere][4];
-#endif
+    RecurrentWeights weight_hh;
     alignas(16) T weight_head[kUnits][kHeadPadded];
     Reads reads;
     alignas(16) T own_h[kUnitsPadded][kExamples];
@@ -83,16 +54,16 @@ struct Forward {
     const bool exists;         // whether there is such a unit
     const int example, length; // in the batch; its real steps
     T c = 0, h = 0;
-    T gates_x[Cell::kGates] = {};         // of the next step
-    T sums[MANN_TENSOR ? 4 : 4 * kCells]; // of the warp: the gates of the next step so far
-    T own_gates[Cell::kGates];            // of the step
-    T held[MANN_HELD ? kUnitsOfWarp : 1][MANN_HELD ? kLanesOfH + kLanesOfReads : 1][4];
-    const int owned_length; // real steps of the block's example
+    T gates_x[Cell::kGates] = {}; // of the next step
+    T own_gates[Cell::kGates];    // of the step
+    Gates gates;                  // of the next step so far
+    const int owned_length;       // real steps of the block's example
 
     MANN_INLINE Forward(const MannForward<S> &args, ForwardShared &shared)
         : a(args), s(shared), share(args.batch), rows{}, exists(Cell::unit() < share.units() && Cell::exists()),
           example(share.first_example + Cell::example()),
           length(share.steps_of(args.lengths, Cell::example(), args.steps)),
+          gates(args.weight_hh, share, shared.weight_hh),
           owned_length(share.owns() ? share.steps_of(args.lengths, share.owned(), args.steps) : 0) {
         rows.part = share.part();
     }
@@ -100,45 +71,8 @@ struct Forward {
     MANN_INLINE int unit() const { return share.first_unit() + Cell::unit(); } // of all
     MANN_INLINE int64_t row(int t, int b) const { return int64_t(t) * a.batch + b; }
 
-    // Column `at` of weight_hh [4H, H + words] of a unit of the block, in the order of kHidden; zero where there is
-    // none.
-    MANN_INLINE T weight_hh(int u, int at, int gate) const {
-        const int block = at / kUnitsPadded, other = at % kUnitsPadded;
-        const int k = at >= kHidden ? H + at - kHidden : block * kUnits + other;
-        const bool there = u < share.units() && at < kColumnsHere && (at >= kHidden || (other < kUnits && k < H));
-        return there ? to_arith(a.weight_hh[(int64_t(gate) * H + share.first_unit() + u) * kRecurrent + k]) : T(0);
-    }
     MANN_INLINE void take_weights() {
-#if MANN_TENSOR
-        for (int i = thread_again(); i < kUnitWarps * kFragments * kWarp; i += kThreads) {
-            const int lane = i % kWarp, f = i / kWarp % kFragments, warp = i / kWarp / kFragments;
-            const int before = f < kFragmentsOfH ? f * kDepth : kHidden + (f - kFragmentsOfH) * kDepth;
-            const int after = f < kFragmentsOfH ? kHidden : kColumnsHere;
-            s.weight_hh[warp][f][lane] = Fragment::of(lane, [&](int row, int column) {
-                const int at = before + column;
-                return at < after ? weight_hh(warp * 4 + row % 4, at, row / 4) : T(0);
-            });
-        }
-#else
-        if constexpr (MANN_HELD) {
-#pragma unroll
-            for (int n = 0; n < kUnitsOfWarp; ++n)
-#pragma unroll
-                for (int i = 0; i < kLanesOfH + kLanesOfReads; ++i)
-#pragma unroll
-                    for (int g = 0; g < 4; ++g) {
-                        const int k = (i < kLanesOfH ? i : i - kLanesOfH) * kWarp + lane_of_warp();
-                        const bool there = k < (i < kLanesOfH ? kHidden : kWords);
-                        const int u = warp_of_block() * kUnitsOfWarp + n, at = i < kLanesOfH ? k : kHidden + k;
-                        held[n][i][g] = there ? weight_hh(u, at, g) : T(0);
-                    }
-        } else {
-            for (int i = thread_again(); i < kUnits * 4 * kColumnsHere; i += kThreads) {
-                const int k = i % kColumnsHere, g = i / kColumnsHere % 4, u = i / kColumnsHere / 4;
-                s.weight_hh[u][k][g] = weight_hh(u, k, g);
-            }
-        }
-#endif
+        gates.take_weights();
         for (int i = thread_again(); i < kUnits * kHeadPadded; i += kThreads) {
             const int u = i % kUnits, p = i / kUnits;
             const bool there = u < share.units() && p < kHead;
@@ -160,9 +94,7 @@ struct Forward {
         take_weights();
         open_step(s.step);
         rows.open_usage(s.usage);
-#if MANN_TENSOR
-        clear_padding<kHidden>(s.h[0].all), clear_padding<kHidden>(s.h[1].all), clear_padding<kWords>(s.reads.all);
-#endif
+        s.h[0].clear(), s.h[1].clear(), s.reads.clear();
         for (int i = thread_again(); i < kHidden * kExamples; i += kThreads) {
             const int b = share.first_example + i % kExamples, other = i / kExamples % kUnitsPadded;
             const int u = i / kExamples / kUnitsPadded * kUnits + other;
@@ -202,81 +134,23 @@ struct Forward {
 #pragma unroll
         for (int i = 0; i < Cell::kGates; ++i) gates_x[i] = to_arith(from[i * H]);
     }
-#if MANN_TENSOR
-    // sums += weight_hh's fragments from `start` on times x, the next ones of two sums: they wait for each other.
-    template <int count, int start, int stride> MANN_INLINE void multiply(const T (*x)[stride]) {
-        T others[4] = {};
-#pragma unroll
-        for (int i = 0; i < count; ++i) {
-            const Fragment &weights = s.weight_hh[least(warp_of_block(), kUnitWarps - 1)][start + i][lane_of_warp()];
-            weights.multiply(i % 2 ? others : sums, numbers_of_lane(x, i));
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[i] += others[i];
-    }
-    MANN_INLINE void multiply_h(const Hidden &h) { multiply<kFragmentsOfH, 0>(h.all); }
-    MANN_INLINE void multiply_reads() { multiply<kFragments - kFragmentsOfH, kFragmentsOfH>(s.reads.all); }
-#else
-    // sums += weight_hh's columns from `start` on times x [count, kExamples].
-    template <int count, int start, int held_at> MANN_INLINE void multiply(const T (*x)[kExamples]) {
-        constexpr int iterations = (count + kWarp - 1) / kWarp;
-        const int first = warp_of_block() * kUnitsOfWarp;
-#pragma unroll
-        for (int i = 0; i < iterations; ++i) {
-            const int k = i * kWarp + lane_of_warp();
-            if (count % kWarp != 0 && i == iterations - 1 && k >= count) continue;
-            const Each each = Each::load(x[k]);
-#pragma unroll
-            for (int n = 0; n < kUnitsOfWarp; ++n) {
-                Four<T> weights;
-                if constexpr (MANN_HELD) {
-#pragma unroll
-                    for (int g = 0; g < 4; ++g) weights[g] = held[n][held_at + i][g];
-                } else {
-                    weights = *reinterpret_cast<const Four<T> *>(s.weight_hh[least(first + n, kUnits - 1)][start + k]);
-                }
-#pragma unroll
-                for (int e = 0; e < kExamples; ++e)
-#pragma unroll
-                    for (int g = 0; g < 4; ++g) sums[(n * kExamples + e) * 4 + g] += weights[g] * each.at[e];
-            }
-        }
-    }
-    MANN_INLINE void multiply_h(const Hidden &h) { multiply<kHidden, 0, 0>(h.all); }
-    MANN_INLINE void multiply_reads() { multiply<kWords, kHidden, kLanesOfH>(s.reads.all); }
-#endif
     MANN_INLINE void gates_of_h(int t) { // the h before step t
-#pragma unroll
-        for (int i = 0; i < int(sizeof(sums) / sizeof(T)); ++i) sums[i] = 0;
-        if (warp_of_block() < kUnitWarps) multiply_h(s.h[(t + 1) & 1]);
+        gates.begin();
+        if (warp_of_block() < kUnitWarps) gates.multiply(s.h[(t + 1) & 1]);
     }
 
     // Eq. 9 to 16 for the units of the warp; h goes to every block.
     MANN_INLINE void lstm(int t) {
         if (warp_of_block() >= kUnitWarps) return;
-        multiply_reads();
-#if MANN_TENSOR
-        TensorCell::take_gates(sums, own_gates);
-#else
-        scatter_sums<1>(sums);
-#pragma unroll
-        for (int i = 0; i < Cell::kGates; ++i) own_gates[i] = sums[i];
-#endif
-#pragma unroll
-        for (int i = 0; i < Cell::kGates; ++i) {
-            const T x = own_gates[i] + gates_x[i];
-            own_gates[i] = Cell::gate(i) == 2 ? hyperbolic_tangent(x) : sigmoid(x);
-        }
-        T gates[4];
-#if MANN_TENSOR
-#pragma unroll
-        for (int g = 0; g < 4; ++g) gates[g] = own_gates[g];
-#else
-        Cell::take_gates(own_gates, gates);
-#endif
+        gates.multiply(s.reads);
+        T all[4];
+        gates.finish(own_gates, all, [&](int i, T sum) {
+            const T x = sum + gates_x[i];
+            return Cell::gate(i) == 2 ? hyperbolic_tangent(x) : sigmoid(x);
+        });
         if (exists && t < length) {
-            c = gates[1] * c + gates[0] * gates[2];
-            h = rounded_to<S>(gates[3] * hyperbolic_tangent(c));
+            c = all[1] * c + all[0] * all[2];
+            h = rounded_to<S>(all[3] * hyperbolic_tangent(c));
         }
         if (Cell::first() && Cell::exists()) s.own_h[Cell::unit()][Cell::example()] = h;
         send_h(t);
