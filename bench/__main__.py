@@ -25,7 +25,7 @@ class Device(Enum):
 
 
 class Precision(Enum):
-    """What float32 work on a GPU may do beside float32."""
+    """The lower precisions that float32 work on a GPU may be timed in."""
 
     tf32 = "tf32"
     autocast = "autocast"

@@ -1,4 +1,4 @@
-"""One whole update of MetaNet, 1-shot with 50 queries on the paper's networks: ours, and Algorithm 1 written out."""
+"""The bench of a whole update of MetaNet, 1-shot with 50 queries on the paper's networks: ours, and Algorithm 1 written out."""
 
 import functools
 from dataclasses import dataclass

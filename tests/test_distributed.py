@@ -13,7 +13,7 @@ import torch
 from commands import invoke
 from packed import write_packed
 from safetensors.torch import load_file
-from test_metanet import VARIANTS, draw, small
+from small_metanet import VARIANTS, draw, small
 from torch.distributed.device_mesh import DeviceMesh
 
 from mann_kernels.distributed import ShardedMANN, _bounds

@@ -38,7 +38,7 @@ struct Forward {
         if constexpr (kParts > 1) {
             mailbox_wait(&s.candidate_box[buffer], t / 2);
             if (threadIdx.x == 0) mailbox_expect(&s.candidate_box[buffer], kCandidateBytes);
-            merge_candidates(s.candidates[buffer][0], s.episode.step);
+            merge_candidates(s.candidates[buffer], s.episode.step);
         }
     }
     MANN_INLINE void run() {

@@ -136,13 +136,13 @@ struct Forward {
     }
     MANN_INLINE void gates_of_h(int t) { // the h before step t
         gates.begin();
-        if (warp_of_block() < kUnitWarps) gates.multiply(s.h[(t + 1) & 1]);
+        if (warp_of_block() < kUnitWarps) gates.multiply_h(s.h[(t + 1) & 1]);
     }
 
     // Eq. 9 to 16 for the units of the warp; h goes to every block.
     MANN_INLINE void lstm(int t) {
         if (warp_of_block() >= kUnitWarps) return;
-        gates.multiply(s.reads);
+        gates.multiply_reads(s.reads);
         T all[4];
         gates.finish(own_gates, all, [&](int i, T sum) {
             const T x = sum + gates_x[i];
@@ -225,7 +225,7 @@ struct Forward {
         if (kParts > 1 && t < owned_length) {
             mailbox_wait(&s.candidate_box, t);
             if (threadIdx.x == 0 && t + 1 < owned_length) mailbox_expect(&s.candidate_box, kCandidateBytes);
-            merge_candidates(s.candidates[0], s.step);
+            merge_candidates(s.candidates, s.step);
         }
         mailbox_wait(&s.head_box, t);
         if (threadIdx.x == 0 && t + 1 < a.steps) mailbox_expect(&s.head_box, kHeadBytes);

@@ -7,14 +7,9 @@
 namespace mann::cuda {
 
 using Cell = SummedCell;
-// Gradients of the gates, unit * 4 + gate: for tensor cores example after example, else number after number.
+using GateGradients = OfExamples<4 * kUnits>; // unit * 4 + gate
 #if MANN_TENSOR
 constexpr int kFragments = fragments_of(4 * kUnits), kTiles = fragments_of(kRecurrent);
-struct GateGradients {
-    alignas(16) T all[kExamples][stride_of(4 * kUnits)];
-    MANN_INLINE T &at(int k, int e) { return all[e][k]; }
-    MANN_INLINE void clear() { clear_padding<4 * kUnits>(all); }
-};
 struct RecurrentWeights {
     Fragment of[kTiles][kFragments][kWarp]; // rows are columns of weight_hh, columns its rows
 };
@@ -22,11 +17,6 @@ struct RecurrentWeights {
 // Columns of weight_hh: a thread has one in every kColumnStride.
 constexpr int kColumnsOfThread = share_of(kRecurrent);
 constexpr int kColumnStride = (kRecurrent + kColumnsOfThread - 1) / kColumnsOfThread;
-struct GateGradients {
-    alignas(16) T all[4 * kUnits][kExamples];
-    MANN_INLINE T &at(int k, int e) { return all[k][e]; }
-    MANN_INLINE void clear() {}
-};
 struct RecurrentWeights {
     alignas(16) T of[MANN_HELD ? 1 : kUnits][MANN_HELD ? 1 : kRecurrent][4];
 };

@@ -7,35 +7,16 @@ namespace mann::cuda {
 
 constexpr int kLanesOfH = (kHidden + kWarp - 1) / kWarp, kLanesOfReads = (kWords + kWarp - 1) / kWarp;
 constexpr int kColumnsHere = kHidden + kWords; // of weight_hh as it stands here
-// h and reads: for tensor cores example after example, else number after number.
+using Hidden = OfExamples<kHidden>;
+using Reads = OfExamples<kWords>;
 #if MANN_TENSOR
 using Cell = TensorCell;
 constexpr int kFragmentsOfH = fragments_of(kHidden), kFragments = kFragmentsOfH + fragments_of(kWords);
-struct Hidden {
-    alignas(16) T all[kExamples][stride_of(kHidden)];
-    MANN_INLINE T &at(int k, int e) { return all[e][k]; }
-    MANN_INLINE void clear() { clear_padding<kHidden>(all); }
-};
-struct Reads {
-    alignas(16) T all[kExamples][stride_of(kWords)];
-    MANN_INLINE T &at(int k, int e) { return all[e][k]; }
-    MANN_INLINE void clear() { clear_padding<kWords>(all); }
-};
 struct RecurrentWeights {
     Fragment of[kUnitWarps][kFragments][kWarp];
 };
 #else
 using Cell = SummedCell;
-struct Hidden {
-    alignas(16) T all[kHidden][kExamples];
-    MANN_INLINE T &at(int k, int e) { return all[k][e]; }
-    MANN_INLINE void clear() {}
-};
-struct Reads {
-    alignas(16) T all[kWords][kExamples];
-    MANN_INLINE T &at(int k, int e) { return all[k][e]; }
-    MANN_INLINE void clear() {}
-};
 struct RecurrentWeights {
     alignas(16) T of[MANN_HELD ? 1 : kUnits][MANN_HELD ? 1 : kColumnsHere][4];
 };
@@ -85,8 +66,10 @@ struct Gates {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[i] += others[i];
     }
-    MANN_INLINE void multiply(const Hidden &h) { multiply<kFragmentsOfH, 0>(h.all); }
-    MANN_INLINE void multiply(const Reads &reads) { multiply<kFragments - kFragmentsOfH, kFragmentsOfH>(reads.all); }
+    MANN_INLINE void multiply_h(const Hidden &h) { multiply<kFragmentsOfH, 0>(h.all); }
+    MANN_INLINE void multiply_reads(const Reads &reads) {
+        multiply<kFragments - kFragmentsOfH, kFragmentsOfH>(reads.all);
+    }
     // The lane's gates, and all of its cell: after(i, x) of gate Cell::gate(i), whose sum is x.
     template <typename F> MANN_INLINE void finish(T (&own)[4], T (&gates)[4], F &&after) {
         TensorCell::take_gates(sums, own);
@@ -139,8 +122,8 @@ struct Gates {
             }
         }
     }
-    MANN_INLINE void multiply(const Hidden &h) { multiply<kHidden, 0, 0>(h.all); }
-    MANN_INLINE void multiply(const Reads &reads) { multiply<kWords, kHidden, kLanesOfH>(reads.all); }
+    MANN_INLINE void multiply_h(const Hidden &h) { multiply<kHidden, 0, 0>(h.all); }
+    MANN_INLINE void multiply_reads(const Reads &reads) { multiply<kWords, kHidden, kLanesOfH>(reads.all); }
     // The lane's gates, and all of its cell: after(i, x) of gate Cell::gate(i), whose sum is x.
     template <typename F> MANN_INLINE void finish(T (&own)[Cell::kGates], T (&gates)[4], F &&after) {
         scatter_sums<1>(sums);

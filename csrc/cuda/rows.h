@@ -135,7 +135,7 @@ MANN_INLINE void open_step(Step &step) {
     }
     for (int h = thread_again(); h < kHeads; h += kThreads) step.gate[h] = 0, step.beta[h] = kKeyStrength ? 0 : 1;
 }
-// Numbers of a head, or a thread's share of `count` numbers.
+// A thread's share of `count` numbers.
 MANN_CONSTEXPR int share_of(int count) { return (count + kThreads - 1) / kThreads; }
 constexpr int kHeadShare = share_of(kHead);
 
@@ -399,16 +399,16 @@ struct Rows {
     }
 };
 
-// Of the candidates [kParts * R] of all parts, the R least used, to a step. By the first threads; barrier needed.
-MANN_INLINE void merge_candidates(const Candidate *all, Step &step) {
+// Of the candidates of all parts, the R least used, to a step. By the first threads; barrier needed.
+MANN_INLINE void merge_candidates(const Candidate (*all)[R], Step &step) {
     constexpr int kAll = kParts * R;
     const int i = int(threadIdx.x);
     if (i >= kAll) return;
-    const Candidate own = all[i];
+    const Candidate own = all[i / R][i % R];
     int rank = 0;
 #pragma unroll(kAll <= 32 ? kAll : 8)
     for (int j = 0; j < kAll; ++j) {
-        const Candidate other = all[j]; // of ties the lowest slot
+        const Candidate other = all[j / R][j % R]; // of ties the lowest slot
         rank += other.at[0] < own.at[0] + (other.at[1] < own.at[1]) && j != i;
     }
     if (rank < R) step.slots[rank] = int(own.at[1]);

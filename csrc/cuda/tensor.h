@@ -50,11 +50,15 @@ struct alignas(16) Fragment {
         }
     }
 };
-// What stands after the numbers of every example: zero, once.
-template <int count, int stride> MANN_INLINE void clear_padding(T (*x)[stride]) {
-    for (int i = thread_again(); i < kExamples * (stride - count); i += kThreads)
-        x[i / (stride - count)][count + i % (stride - count)] = 0;
-}
+// Numbers [count] of every example, one example after the other; without tensor cores number after number.
+template <int count> struct OfExamples {
+    alignas(16) T all[kExamples][stride_of(count)];
+    MANN_INLINE T &at(int k, int e) { return all[e][k]; }
+    MANN_INLINE void clear() { // what stands after the numbers of an example is zero, once
+        constexpr int kRoom = stride_of(count) - count;
+        for (int i = thread_again(); i < kExamples * kRoom; i += kThreads) all[i / kRoom][count + i % kRoom] = 0;
+    }
+};
 // A lane's four numbers of columns 16 i and following, of x [kExamples, stride].
 template <int stride> MANN_INLINE Four<T> numbers_of_lane(const T (*x)[stride], int i) {
     const int lane = lane_of_warp();
@@ -79,6 +83,17 @@ struct TensorCell {
         gates[0] = upper ? first : sums[0], gates[1] = upper ? sums[1] : first;
         gates[2] = upper ? second : sums[2], gates[3] = upper ? sums[3] : second;
     }
+};
+
+} // namespace mann::cuda
+#else
+namespace mann::cuda {
+
+// Numbers [count] of every example: number after number, or for tensor cores example after example.
+template <int count> struct OfExamples {
+    alignas(16) T all[count][kExamples];
+    MANN_INLINE T &at(int k, int e) { return all[k][e]; }
+    MANN_INLINE void clear() {}
 };
 
 } // namespace mann::cuda

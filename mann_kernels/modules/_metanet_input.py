@@ -66,7 +66,7 @@ def check_state(state, metanet) -> bool:
 
 
 def examples_are_alike(support_x, support_y, query_x) -> bool:
-    """Whether support examples and queries could be one tensor. What is wrong with them otherwise, the checks say."""
+    """Say whether support examples and queries fit into one tensor; what is wrong where they do not, the checks say."""
     if not all(isinstance(value, torch.Tensor) for value in (support_x, support_y, query_x)):
         return False
     at = support_y.dim() - 1

@@ -1,7 +1,5 @@
 """The parts of a MetaNet beside its networks: the generators m and d of fast weights, and the memory of these."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -14,7 +12,37 @@ from mann_kernels.ops.summarize_gradients import summarize_gradients
 FIRST_FAST = 0.1
 
 
-class FastWeightGenerator(nn.Module):
+class _Generator(nn.Module):
+    """Methods that m and d share: one set of weights for all coordinates."""
+
+    def _set_up(self, hidden_size: int, p: float, shapes: dict[str, tuple[int, ...]], device, dtype) -> None:
+        at_least_one(hidden_size=hidden_size)
+        preprocessing(p)
+        self.hidden_size, self.p = hidden_size, p
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights from the normal distribution with variance 1/inputs, the last layer's smaller by FIRST_FAST; no bias.
+
+        The paper has every parameter uniform in +-0.1. Most gradients are tiny, so most fast weights begin equal, and a common
+        value as large as such a bias makes each layer of 576 inputs tens of times its input, or its fast branch dead.
+        """
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, 0, parameter.shape[1] ** -0.5)
+                last = parameter
+            else:
+                nn.init.zeros_(parameter)
+        with torch.no_grad():
+            last.mul_(FIRST_FAST)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, p={self.p}"
+
+
+class FastWeightGenerator(_Generator):
     """MetaNet's m (eq. 1): from the gradient at each weight to the fast weight there, by an MLP that all coordinates share.
 
     Args:
@@ -41,28 +69,16 @@ class FastWeightGenerator(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
-        at_least_one(hidden_size=hidden_size)
-        preprocessing(p)
-        self.hidden_size, self.p = hidden_size, p
-        shapes = {"weight1": (hidden_size, 2), "bias1": (hidden_size,), "weight2": (hidden_size, hidden_size)}
-        shapes |= {"bias2": (hidden_size,), "weight3": (1, hidden_size), "bias3": (1,)}
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """See `_reset`."""
-        _reset(self, self.weight3)
+        D = hidden_size
+        shapes = {"weight1": (D, 2), "bias1": (D,), "weight2": (D, D), "bias2": (D,), "weight3": (1, D), "bias3": (1,)}
+        self._set_up(hidden_size, p, shapes, device, dtype)
 
     def forward(self, grads: torch.Tensor) -> torch.Tensor:
         weights = (self.weight1, self.bias1, self.weight2, self.bias2, self.weight3, self.bias3)
         return generate_fast_weights(grads, *weights, p=self.p)
 
-    def extra_repr(self) -> str:
-        return f"hidden_size={self.hidden_size}, p={self.p}"
 
-
-class GradientSummarizer(nn.Module):
+class GradientSummarizer(_Generator):
     """MetaNet's d (eq. 4): from T gradients at each weight to one fast weight there, by an LSTM that all coordinates share.
 
     Args:
@@ -88,25 +104,14 @@ class GradientSummarizer(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
-        at_least_one(hidden_size=hidden_size)
-        preprocessing(p)
-        self.hidden_size, self.p = hidden_size, p
-        gates = 4 * hidden_size
-        shapes = {"weight_ih": (gates, 2), "weight_hh": (gates, hidden_size), "bias": (gates,)}
-        for name, shape in (shapes | {"weight_out": (1, hidden_size), "bias_out": (1,)}).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """See `_reset`."""
-        _reset(self, self.weight_out)
+        D = hidden_size
+        shapes = {"weight_ih": (4 * D, 2), "weight_hh": (4 * D, D), "bias": (4 * D,)}
+        shapes |= {"weight_out": (1, D), "bias_out": (1,)}
+        self._set_up(hidden_size, p, shapes, device, dtype)
 
     def forward(self, grads: torch.Tensor) -> torch.Tensor:
         weights = (self.weight_ih, self.weight_hh, self.bias, self.weight_out, self.bias_out)
         return summarize_gradients(grads, *weights, p=self.p)
-
-    def extra_repr(self) -> str:
-        return f"hidden_size={self.hidden_size}, p={self.p}"
 
 
 class FastWeightMemory(nn.Module):
@@ -134,18 +139,3 @@ class FastWeightMemory(nn.Module):
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
-
-
-def _reset(generator: nn.Module, last: Any) -> None:
-    """Normal with variance 1/inputs, no bias, the last layer smaller by FIRST_FAST.
-
-    The paper has every parameter uniform in +-0.1. Most gradients are tiny, so most fast weights begin equal, and a common
-    value as large as such a bias makes each layer of 576 inputs tens of times its input, or its fast branch dead.
-    """
-    for parameter in generator.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, 0, parameter.shape[1] ** -0.5)
-        else:
-            nn.init.zeros_(parameter)
-    with torch.no_grad():
-        last.mul_(FIRST_FAST)

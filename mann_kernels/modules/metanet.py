@@ -200,7 +200,7 @@ class MetaNet(nn.Module):
         return self._checked_adapt(support_x, support_y, generator)
 
     def _checked_adapt(self, support_x, support_y, generator, query_x=None) -> MetaNetState:
-        """What `adapt` returns, but with the keys of the queries, too, at the end of `index`."""
+        """Check the support set and adapt to it, with the keys of the queries, if any, at the end of `index`."""
         check_support(support_x, support_y, self.ways, self.fewer_classes)
         if self._create_graph:
             refuse_freed_weights(self)
@@ -236,7 +236,7 @@ class MetaNet(nn.Module):
         return self._logits(query_x, state, self._key(query_x, state.task_fast, not alone))
 
     def _logits(self, query_x, state: MetaNetState, key) -> torch.Tensor:
-        """What the base learner says of queries with these keys."""
+        """Compute the base learner's logits of queries that have these keys."""
         mix = self.memory(state.index, key)
         if self.variant == "metanet+":
             mix = F.pad(mix, (0, 1), value=1.0)
