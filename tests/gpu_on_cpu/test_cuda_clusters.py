@@ -26,6 +26,7 @@ pytestmark = [
 FORMS = (
     (2, 1, 1, 0, 0),
     (2, 1, 2, 1, 0),
+    (2, 2, 1, 0, 0),  # several units to a warp, for several examples
     (4, 4, 1, 0, 1),
     (4, 2, 2, 1, 1),
     (8, 8, 1, 1, 0),
@@ -58,7 +59,7 @@ def test_every_form(form, cuda, request):
     cuda.mann_cuda_plan(*form)
     for number, (options, dtype) in enumerate(zip(OPTIONS, cuda_on_cpu.DTYPES, strict=True)):
         if request.config.getoption("--long") or number == FORMS.index(form) % len(OPTIONS):
-            matches("mann_sequence", mann(1, (form[1] + 1, 21, 9, 2), T=5, H=21, **options), dtype)
+            matches("mann_sequence", mann(1, (form[1] + 1, 21, 9, 2), T=5, H=37, **options), dtype)
 
 
 @pytest.mark.parametrize("parts", PARTS)
