@@ -16,7 +16,6 @@ class _Generator(nn.Module):
     """Methods that m and d share: one set of weights for all coordinates."""
 
     def _set_up(self, hidden_size: int, p: float, shapes: dict[str, tuple[int, ...]], device, dtype) -> None:
-        at_least_one(hidden_size=hidden_size)
         preprocessing(p)
         self.hidden_size, self.p = hidden_size, p
         for name, shape in shapes.items():
@@ -69,6 +68,7 @@ class FastWeightGenerator(_Generator):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
+        at_least_one(hidden_size=hidden_size)
         D = hidden_size
         shapes = {"weight1": (D, 2), "bias1": (D,), "weight2": (D, D), "bias2": (D,), "weight3": (1, D), "bias3": (1,)}
         self._set_up(hidden_size, p, shapes, device, dtype)
@@ -104,6 +104,7 @@ class GradientSummarizer(_Generator):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
+        at_least_one(hidden_size=hidden_size)
         D = hidden_size
         shapes = {"weight_ih": (4 * D, 2), "weight_hh": (4 * D, D), "bias": (4 * D,)}
         shapes |= {"weight_out": (1, D), "bias_out": (1,)}
