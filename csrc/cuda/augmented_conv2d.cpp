@@ -118,12 +118,13 @@ static std::tuple<Tensor, Tensor, Tensor> augmented_conv2d_cuda(Tensor x, Tensor
             build, "augmented_conv2d_pack",
             {of.pack_tiles(true, padded), kPackThreads, 1, of.checked(ConvPacking(s, true).shared(s)), pack.batches},
             pack);
-        of.call.launch(
-            build, "augmented_conv2d",
-            {count * L, tiling.threads(), 1, of.checked(tiling.shared()), tiling.tiles.count() * tiling.group_tiles()},
-            ConvForward<void>{of.per_weight(), pack.layer.x, scratch, bias_data, shift(out(y), outputs * of.bytes),
-                              save ? out<uint8_t>(codes) + outputs : nullptr,
-                              keep ? shift(out(slopes), outputs * of.arith) : nullptr, G * L * P * O});
+        of.call.launch(build, "augmented_conv2d",
+                       {count * L, tiling.threads(), 1, of.checked(tiling.shared()),
+                        tiling.tiles.count() * tiling.group_tiles(), true},
+                       ConvForward<void>{of.per_weight(), pack.layer.x, scratch, bias_data,
+                                         shift(out(y), outputs * of.bytes),
+                                         save ? out<uint8_t>(codes) + outputs : nullptr,
+                                         keep ? shift(out(slopes), outputs * of.arith) : nullptr, G * L * P * O});
     }
     return {y, codes, slopes};
 }
@@ -156,11 +157,11 @@ struct ConvBackward {
         fast = of.call.scratch((own ? tasks * L : tasks * groups_of(L)) * of.weight_numbers());
         const int64_t sums = ceil_div(G, tasks) * (own ? groups_of(tasks * L) : tasks * groups_of(L));
         slow = of.call.scratch(sums * of.weight_numbers()), bias = of.call.scratch(sums * s.O);
-        parts = ceil_div(of.weight_numbers(), tiling.threads());
+        const ConvRowsTiling of_rows(s, tiling.threads());
+        parts = of_rows.parts;
         dots = of.layer.mix ? of.call.scratch(parts * G * L * of.layer.rows) : nullptr;
-        first_bytes = of.checked(std::max(grad.shared(s), need_dx ? ConvPacking(s, false).shared(s) : 0));
-        const int64_t rows = int64_t(8) * ConvGradTiling::kBatch * (1 + tiling.threads() / 32);
-        last_bytes = of.checked(std::max(need_dx ? tiling.shared() : 0, rows));
+        first_bytes = of.checked(std::max(grad.shared(), need_dx ? ConvPacking(s, false).shared(s) : 0));
+        last_bytes = of.checked(std::max(need_dx ? tiling.shared() : 0, of_rows.shared()));
     }
     int64_t groups_of(int64_t examples) const { return ceil_div(examples, group); }
 
@@ -186,7 +187,7 @@ struct ConvBackward {
             dx ? examples * tiling.tiles.count() * tiling.group_tiles() : 0};
         second.rows.layer.L = own ? some.L : groups_of(some.L);
         of.call.launch(build, "augmented_conv2d_backward_second",
-                       {second.x_blocks + some.G * parts, tiling.threads(), 1, last_bytes}, second);
+                       {second.x_blocks + some.G * parts, tiling.threads(), 1, last_bytes, 1, true}, second);
         return groups;
     }
 };
@@ -206,7 +207,7 @@ augmented_conv2d_backward_cuda(Tensor dy, Tensor x, Tensor weight, Tensor fast, 
     all.codes = static_cast<const uint8_t *>(of.call.in(codes, "codes", {G, L, P, O}, ScalarType::Byte));
     if (slopes.numel() > 0) all.slopes = of.call.in_arith(slopes, "slopes", {2, G, L, P, O});
 
-    const Build build = of.build("augmented_conv2d_backward.cu");
+    const Build build = of.build("augmented_conv2d_backward.cu").set("MANN_SLOPES", all.slopes != nullptr);
     ConvBackward plan(of, need_dx);
     int64_t done = 0;
     for (int64_t g0 = 0; g0 < G; g0 += plan.tasks) {
@@ -218,8 +219,9 @@ augmented_conv2d_backward_cuda(Tensor dy, Tensor x, Tensor weight, Tensor fast, 
                          need_dx ? shift(out(dx), g0 * L * of.image_numbers() * of.bytes) : nullptr,
                          shift(out(dfast), g0 * rows * of.weight_numbers() * of.bytes));
     }
-    const int64_t dots = mix ? G * L * rows : 0, blocks = ceil_div(of.weight_numbers() + O, kSumThreads);
-    of.call.launch(build, "augmented_conv2d_backward_sums", {blocks + ceil_div(dots, kSumThreads / 32), kSumThreads},
+    const int64_t dots = mix ? G * L * rows : 0, blocks = ceil_div(of.weight_numbers() + O, kSumNumbers);
+    of.call.launch(build, "augmented_conv2d_backward_sums",
+                   {blocks + ceil_div(dots, kSumThreads / 32), kSumThreads, 1, 0, 1, true},
                    ConvBackwardSums<void>{done, dots, plan.parts, plan.slow, plan.bias, plan.dots, out(dweight),
                                           out(dbias), out(dmix)});
     return {dx, dweight, dfast, dmix, dbias};

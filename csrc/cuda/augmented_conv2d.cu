@@ -41,32 +41,45 @@ MANN_INLINE void keep(const ConvForward<S> &a, int64_t example, int o, int pixel
     if (a.slopes) a.slopes[at] = result.slow_slope, a.slopes[a.side + at] = result.fast_slope;
 }
 
+// What a block loads: of an example, a tile of windows and of outputs.
+struct ForwardLoad {
+    using D = Forward;
+    using Number = S;
+    static constexpr int kNumbers = D::kChunk * D::kRows * D::kColumns, kMostHeld = 10;
+    const S *x;
+    const T *slow, *fast;
+    int h0, w0;
+
+    MANN_INLINE void weights(T *target, int first, int count) const {
+        for_each<D::kChunk * kTaps * 2 * D::kTogether, D::kThreads>([&](uint32_t i) {
+            const int group = i % D::kTogether, v = i / D::kTogether % 2;
+            const int row = i / D::kTogether / 2; // of [channel][tap]
+            T *at = target + row / kTaps * D::kWeights + (row % kTaps * 2 + v) * 4 * D::kTogether + 4 * group;
+            if (row < count * kTaps) copy_four(at, (v ? fast : slow) + (first * kTaps + row) * D::kPadded + 4 * group);
+            else if (D::kTensor) clear_four(at);
+        });
+    }
+    MANN_INLINE Number number(int i, int first, int count) const {
+        const int column = i % D::kColumns, row = i / D::kColumns % D::kRows, c = i / D::kColumns / D::kRows;
+        const int y = 2 * h0 + row - kShape.padding, z = 2 * w0 + column - kShape.padding;
+        const bool exists = c < count && y >= 0 && y < kShape.H && z >= 0 && z < kShape.W;
+        return load_if(exists, x + ((first + c) * kShape.H + y) * kShape.W + z);
+    }
+    MANN_INLINE void put(T *images, int i, Number number) const {
+        const int column = i % D::kColumns, row = i / D::kColumns % D::kRows, c = i / D::kColumns / D::kRows;
+        images[c * D::kPlane + row * D::kRowStride + column] = operand(to_arith(number));
+    }
+};
+
 // Block (example, tile of windows and of outputs).
 MANN_INLINE void convolve_example(const ConvForward<S> &a, T *shared) {
     using D = Forward;
     const int64_t example = blockIdx.x;
     const int tile = int(blockIdx.y) % D::kTiles, o0 = int(blockIdx.y) / D::kTiles * 4 * D::kTogether;
     const int h0 = tile / D::kTilesWide * D::kTileHeight, w0 = tile % D::kTilesWide * D::kTileWidth;
-    const S *x = a.x + example * (kShape.C * kShape.H * kShape.W);
     constexpr int64_t kWeight = int64_t(kShape.C) * kTaps * D::kPadded;
     const T *slow = a.packed + o0, *fast = slow + (1 + example / a.per_weight) * kWeight;
-    const auto load = [&](T *images, T *weights, int first, int count) {
-        for_each<D::kChunk * kTaps * 2 * D::kTogether, D::kThreads>([&](uint32_t i) {
-            const int group = i % D::kTogether, v = i / D::kTogether % 2,
-                      row = i / D::kTogether / 2; // of [channel][tap]
-            T *target = weights + row / kTaps * D::kWeights + (row % kTaps * 2 + v) * 4 * D::kTogether + 4 * group;
-            if (row < count * kTaps)
-                copy_four(target, (v ? fast : slow) + (first * kTaps + row) * D::kPadded + 4 * group);
-            else if (D::kTensor) clear_four(target);
-        });
-        for_each<D::kChunk * D::kRows * D::kColumns, D::kThreads, 2>([&](uint32_t i) {
-            const int column = i % D::kColumns, row = i / D::kColumns % D::kRows, c = i / D::kColumns / D::kRows;
-            const int y = 2 * h0 + row - kShape.padding, z = 2 * w0 + column - kShape.padding;
-            const bool inside = c < count && y >= 0 && y < kShape.H && z >= 0 && z < kShape.W;
-            images[c * D::kPlane + row * D::kRowStride + column] =
-                inside ? operand(to_arith(x[((first + c) * kShape.H + y) * kShape.W + z])) : T(0);
-        });
-    };
+    const ForwardLoad load{a.x + example * (kShape.C * kShape.H * kShape.W), slow, fast, h0, w0};
     constexpr bool kWords =
         !D::kTensor && D::kSlices == 1 && kShape.O % 4 == 0 && kShape.pool; // a thread has four outputs in turn
     uint32_t word = 0;
@@ -98,7 +111,8 @@ using namespace mann::cuda;
 
 MANN_KERNEL(augmented_conv2d_pack, kPackThreads, ConvPack<S>) {
     MANN_DYNAMIC_SHARED(shared);
-    pack_weights<true, Forward::kPadded, kPackThreads>(args, int(blockIdx.x), blockIdx.y,
+    start_next();
+    pack_weights<true, Forward::kPadded, kPackThreads>(args, int(blockIdx.x), int(blockIdx.y),
                                                        reinterpret_cast<T *>(shared));
 }
 

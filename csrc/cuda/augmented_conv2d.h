@@ -26,10 +26,10 @@ constexpr int kPixelBits = 3, kSlowBit = 4, kFastBit = 8;
 
 // An image of so many windows of 2 x 2 pixels in tiles of about the same size.
 struct WindowTiles {
-    int height, width, tiles_high, tiles_wide; // of a tile in windows, and how many
-    MANN_CONSTEXPR WindowTiles(int pixels_high, int pixels_wide)
-        : height((pixels_high + 1) / 2), width((pixels_wide + 1) / 2), tiles_high((height + 7) / 8),
-          tiles_wide((width + 7) / 8) {
+    int height, width, tiles_high, tiles_wide;                                 // of a tile in windows, and how many
+    MANN_CONSTEXPR WindowTiles(int pixels_high, int pixels_wide, int most = 8) // high and wide
+        : height((pixels_high + 1) / 2), width((pixels_wide + 1) / 2), tiles_high((height + most - 1) / most),
+          tiles_wide((width + most - 1) / most) {
         height = (height + tiles_high - 1) / tiles_high;
         width = (width + tiles_wide - 1) / tiles_wide;
     }
@@ -124,7 +124,8 @@ struct ConvPacking {
     MANN_CONSTEXPR int64_t shared(const ConvShape &s) const { return int64_t(kTogether) * tile_o * stride(s); }
 };
 
-// Of the weights' gradient: a thread has all taps of an input and an output, on both sides.
+// Of the weights' gradient: a thread has all taps of an input and an output, on both sides; with few inputs
+// neighbouring threads share their pixels.
 struct ConvGradTiling {
     WindowTiles tiles;
     int together_c, together_o, phases; // inputs, outputs and shares of the pixels of a block
@@ -132,26 +133,35 @@ struct ConvGradTiling {
     int entries;                        // pixels of a tile that may have a gradient
 
     MANN_CONSTEXPR ConvGradTiling(const ConvShape &s)
-        : tiles(s.height(), s.width()), together_c(int(at_most(s.C, 32))), together_o(1), phases(1),
-          rows(2 * tiles.height + s.k - 1), columns(2 * tiles.width + s.k - 1),
+        : tiles(s.height(), s.width(), s.C <= 4 && s.pool ? 16 : 8), together_c(int(at_most(s.C, 32))), together_o(1),
+          phases(1), rows(2 * tiles.height + s.k - 1), columns(2 * tiles.width + s.k - 1),
           entries(tiles.windows() * (s.pool ? 1 : 4)) {
         while (together_c > 1 && image() + 4 * entries > s.room) together_c = (together_c + 1) / 2;
         const int64_t most = at_most(kEntries, (s.room - image()) / 4);
-        together_o = int(at_most(at_most(kThreads / together_c, s.O), at_least(most / entries, 1)));
-        phases = int(at_most(at_least(kThreads / (together_c * together_o), 1), entries));
+        while (phases < 32 && 2 * phases * together_c * at_most(s.O, 16) <= kThreads) phases *= 2;
+        together_o = int(at_most(at_most(kThreads / (together_c * phases), s.O), at_least(most / entries, 1)));
     }
     static constexpr int kThreads = 512, kEntries = 3136; // in shared memory
-    static constexpr int kBatch = 64;                     // examples whose mixtures are there
-    static constexpr int kSums = 32;                      // of a thread that are there at once
     MANN_CONSTEXPR int stride() const { return together_c | 1; }
     MANN_CONSTEXPR int tiles_c(const ConvShape &s) const { return int(ceil_div(s.C, together_c)); }
     MANN_CONSTEXPR int tiles_o(const ConvShape &s) const { return int(ceil_div(s.O, together_o)); }
     MANN_CONSTEXPR int image() const { return int(round_up(rows * columns * stride(), 4)); }
-    MANN_CONSTEXPR int entry_numbers() const { return 4 * together_o * entries; }
-    MANN_CONSTEXPR int64_t shared(const ConvShape &s) const {
-        const int64_t work = image() + entry_numbers();
-        return phases > 1 ? at_least(work, int64_t(kThreads) * at_most(s.taps() + 1, kSums)) : work;
+    MANN_CONSTEXPR int64_t shared() const { return image() + int64_t(4) * together_o * entries; }
+};
+
+// From the weights' gradients to those of the rows: a block has strips of 32 numbers of a weight, and where there are
+// few of these, its warps share the examples in slices.
+struct ConvRowsTiling {
+    int threads, slices, strips, parts; // strips of a block; blocks
+    MANN_CONSTEXPR ConvRowsTiling(const ConvShape &s, int thread_count)
+        : threads(thread_count), slices(1), strips(thread_count / 32), parts(1) {
+        const int all = int(ceil_div(s.O * s.K(), 32)), warps = strips;
+        while (slices < warps && ceil_div(all, warps / (slices + 1)) <= kBlocks) ++slices;
+        strips = warps / slices, parts = int(ceil_div(all, strips));
     }
+    static constexpr int kRows = 8, kBatch = 64; // of the mixtures in shared memory, rows and examples
+    static constexpr int kBlocks = 128;          // at most this many through slices
+    MANN_CONSTEXPR int64_t shared() const { return at_least(kBatch * kRows * (1 + strips), kRows * threads); }
 };
 
 template <typename S> struct ConvPack {
@@ -218,6 +228,6 @@ template <typename S> struct ConvBackwardSecond {
     ConvBackwardRows<S> rows;
     int64_t examples, x_blocks; // of which the first are for dx
 };
-constexpr int kPackThreads = 256, kSumThreads = 256;
+constexpr int kPackThreads = 256, kSumThreads = 256, kSumNumbers = 64;
 
 } // namespace mann::cuda

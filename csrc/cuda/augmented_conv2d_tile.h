@@ -16,10 +16,11 @@ constexpr int kSide = kShape.k, kTaps = kShape.taps(), kK = kShape.K();
 constexpr int kHeight = kShape.height(), kWidth = kShape.width();
 constexpr int kPooledWidth = kShape.pooled_width(), kPooled = kShape.pooled();
 
-// f(i) for every i < count of the block, several at once.
+// f(i) for every i < count, shared out over the threads, several at once.
 template <int count, int threads, int at_once = 4, typename F> MANN_INLINE void for_each(F &&f) {
 #pragma unroll at_once
-    for (uint32_t i = threadIdx.x; i < uint32_t(count); i += threads) f(i);
+    for (uint32_t first = 0; first < uint32_t(count); first += threads)
+        if (first + threads <= uint32_t(count) || first + threadIdx.x < uint32_t(count)) f(first + threadIdx.x);
 }
 
 // As a convolution takes it: for tensor cores to the nearest number of TF32.
@@ -39,52 +40,63 @@ template <bool inner_is_o, int threads> struct Packed {
 
 // Tile of outputs and inputs, for a batch of examples of a task; the last batch is the slow weight.
 template <bool inner_is_o, int kPaddedInner, int kThreads>
-MANN_INLINE void pack_weights(const ConvPack<S> &a, int tile, int64_t batch, T *shared) {
+MANN_INLINE void pack_weights(const ConvPack<S> &a, int tile, int batch, T *shared) {
     using P = Packed<inner_is_o, kThreads>;
     constexpr int kTogether = P::kTogether, kTileO = P::kTileO, kTileC = P::kTileC;
     constexpr int kRun = P::kRun, kStride = P::kStride, kElements = P::kElements, kOwn = P::kOwn;
     constexpr int kTilesC = P::kTilesC, kOuter = inner_is_o ? kShape.C : kShape.O, kRowsAtOnce = ConvPacking::kRows;
+    constexpr int kAhead = kOwn > 3 ? 4 : 2; // rows that are loaded at once
+    static_assert(kRowsAtOnce % kAhead == 0);
     MANN_SHARED(T, mixes, kRowsAtOnce * kTogether);
     const int tid = int(threadIdx.x), o0 = tile / kTilesC * kTileO, c0 = tile % kTilesC * kTileC;
     // weights that are made of rows: an example's with a mixture, else the row itself
     const AugmentedLayer<S> &layer = a.layer;
-    const int64_t L = layer.mix ? layer.L : 1, batches = (L + kTogether - 1) / kTogether;
-    const bool is_slow = batch == a.batches - 1;
-    const int64_t g = is_slow ? 0 : batch / batches, l0 = is_slow ? 0 : batch % batches * kTogether;
-    const int64_t rows = is_slow ? 1 : layer.rows;
-    const int count = int(is_slow ? 1 : L - l0 < kTogether ? L - l0 : kTogether);
+    const int L = layer.mix ? int(layer.L) : 1, batches = (L + kTogether - 1) / kTogether;
+    const bool is_slow = batch == int(a.batches) - 1;
+    const int g = is_slow ? 0 : batch / batches, l0 = is_slow ? 0 : batch % batches * kTogether;
+    const int rows = is_slow ? 1 : int(layer.rows), count = is_slow ? 1 : int(at_most(L - l0, kTogether));
     const S *source = is_slow ? layer.weight : layer.fast + g * layer.task_stride;
 
     T sum[kTogether][kOwn] = {};
-    for (int64_t s0 = 0; s0 < rows; s0 += kRowsAtOnce) {
-        const int some = int(rows - s0 < kRowsAtOnce ? rows - s0 : kRowsAtOnce);
-        __syncthreads();
-        for (int i = tid; i < some * kTogether; i += kThreads) {
-            const int s = i / kTogether, e = i % kTogether;
-            const bool is_mixed = layer.mix && !is_slow;
-            mixes[i] = e >= count ? T(0) : is_mixed ? to_arith(layer.mix[(g * L + l0 + e) * rows + s0 + s]) : T(1);
-        }
-        __syncthreads();
-#pragma unroll 2
-        for (int s = 0; s < some; ++s) {
-            const S *row = source + (s0 + s) * layer.row_stride;
-            T mix[kTogether], value[kOwn];
+    int places[kOwn]; // of this thread's numbers in a row, -1 where there is none
 #pragma unroll
-            for (int e = 0; e < kTogether; ++e) mix[e] = mixes[s * kTogether + e];
+    for (int i = 0; i < kOwn; ++i) {
+        const int at = tid + i * kThreads, o = o0 + at / kRun, k = c0 * kTaps + at % kRun;
+        places[i] = at < kElements && o < kShape.O && k < kK ? o * kK + k : -1;
+    }
+    for (int s0 = 0; s0 < rows; s0 += kRowsAtOnce) {
+        const int some = int(at_most(rows - s0, kRowsAtOnce));
+        S values[kAhead][kOwn]; // of the next rows
+        const auto load = [&](int s) {
 #pragma unroll
-            for (int i = 0; i < kOwn; ++i) {
-                const int at = tid + i * kThreads, o = o0 + at / kRun, k = c0 * kTaps + at % kRun;
-                value[i] = at < kElements && o < kShape.O && k < kK ? to_arith(row[int64_t(o) * kK + k]) : T(0);
+            for (int j = 0; j < kAhead; ++j) {
+                const S *row = source + int64_t(s0 + s + j) * layer.row_stride;
+#pragma unroll
+                for (int i = 0; i < kOwn; ++i) values[j][i] = load_if(s + j < some && places[i] >= 0, row + places[i]);
             }
+        };
+        __syncthreads();
+        for_each<kRowsAtOnce * kTogether, kThreads>([&](uint32_t i) {
+            const int s = i / kTogether, e = i % kTogether;
+            const bool exists = s < some && e < count, is_mixed = layer.mix && !is_slow;
+            const S mix = load_if(exists && is_mixed, layer.mix + int64_t(g * L + l0 + e) * rows + s0 + s);
+            mixes[i] = is_mixed ? to_arith(mix) : exists ? T(1) : T(0);
+        });
+        load(0);
+        __syncthreads();
+        for (int s = 0; s < some; s += kAhead) {
+            if (s > 0) load(s);
 #pragma unroll
-            for (int e = 0; e < kTogether; ++e)
+            for (int j = 0; j < kAhead; ++j)
 #pragma unroll
-                for (int i = 0; i < kOwn; ++i) sum[e][i] += mix[e] * value[i];
+                for (int e = 0; e < kTogether; ++e)
+#pragma unroll
+                    for (int i = 0; i < kOwn; ++i) sum[e][i] += mixes[(s + j) * kTogether + e] * to_arith(values[j][i]);
         }
     }
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-        const int at = tid + i * kThreads;
+        const int at = thread_again() + i * kThreads;
 #pragma unroll
         for (int e = 0; e < kTogether; ++e)
             if (at < kElements) shared[(e * kTileO + at / kRun) * kStride + at % kRun] = sum[e][i];
@@ -157,25 +169,47 @@ template <typename D> MANN_INLINE void add_channel(T (&sum)[2][4][4], const T *i
         }
 }
 
-// Fills stages of shared memory and takes them: load(images, weights, first, count) starts to fill one with planes of
-// the tile's images and weights [channel][tap][2][groups][4]; take(images, weights, count) runs when it is there.
-template <typename D, typename Load, typename Take> MANN_INLINE void in_chunks(T *shared, Load &&load, Take &&take) {
-    const auto fill = [&](int chunk) {
-        T *stage = shared + chunk % 2 * D::kStage;
-        const int first = chunk * D::kChunk;
-        load(stage, stage + D::kChunk * D::kPlane, first,
-             D::kChannels - first < D::kChunk ? D::kChannels - first : D::kChunk);
+// Fills stages of shared memory and takes them: take(images, weights, count) runs when one is there. Of `load`:
+// weights(target, first, count) starts to copy those of `count` channels, [channel][tap][2][groups][4];
+// number(i, first, count) loads number i of kNumbers of the tile's images, zero behind `count` channels, and
+// put(images, i, number) stores it. The first kHeld of a thread are on their way while it takes the stage before.
+template <typename D, typename Load, typename Take>
+MANN_INLINE void in_chunks(T *shared, const Load &load, Take &&take) {
+    constexpr int kEach = (Load::kNumbers + D::kThreads - 1) / D::kThreads, kHeld = at_most(kEach, Load::kMostHeld);
+    const int tid = int(threadIdx.x);
+    typename Load::Number held[kHeld];
+    const auto left = [](int chunk) {
+        const int channels = D::kChannels - chunk * D::kChunk;
+        return channels < D::kChunk ? channels : D::kChunk;
+    };
+    const auto stage = [&](int chunk) { return shared + chunk % 2 * D::kStage; };
+    const auto start = [&](int chunk) {
+#pragma unroll
+        for (int j = 0; j < kHeld; ++j) held[j] = load.number(tid + j * D::kThreads, chunk * D::kChunk, left(chunk));
+        if (chunk == 0) wait_for_previous(); // it laid out the weights
+        load.weights(stage(chunk) + D::kChunk * D::kPlane, chunk * D::kChunk, left(chunk));
         copy_async_commit();
     };
-    fill(0);
+    const auto finish = [&](int chunk) {
+#pragma unroll
+        for (int j = 0; j < kHeld; ++j) {
+            const int i = tid + j * D::kThreads;
+            if ((j + 1) * D::kThreads <= Load::kNumbers || i < Load::kNumbers) load.put(stage(chunk), i, held[j]);
+        }
+        if constexpr (kEach > kHeld)
+#pragma unroll 2
+            for (int i = tid + kHeld * D::kThreads; i < Load::kNumbers; i += D::kThreads)
+                load.put(stage(chunk), i, load.number(i, chunk * D::kChunk, left(chunk)));
+    };
+    start(0);
+    finish(0);
 #pragma unroll 1
     for (int chunk = 0; chunk < D::kChunks; ++chunk) {
         copy_async_wait<0>();
         __syncthreads();
-        if (chunk + 1 < D::kChunks) fill(chunk + 1);
-        const T *images = shared + chunk % 2 * D::kStage;
-        const int left = D::kChannels - chunk * D::kChunk;
-        take(images, images + D::kChunk * D::kPlane, left < D::kChunk ? left : D::kChunk);
+        if (chunk + 1 < D::kChunks) start(chunk + 1);
+        take(stage(chunk), stage(chunk) + D::kChunk * D::kPlane, left(chunk));
+        if (chunk + 1 < D::kChunks) finish(chunk + 1);
     }
 }
 
@@ -195,7 +229,7 @@ template <typename D, typename F> MANN_INLINE void for_parts(const Four<T> *part
 }
 
 // The convolution of a block, exactly in arithmetic type: f as for_parts has it.
-template <typename D, typename Load, typename F> MANN_INLINE void convolve_exactly(T *shared, Load &&load, F &&f) {
+template <typename D, typename Load, typename F> MANN_INLINE void convolve_exactly(T *shared, const Load &load, F &&f) {
     const int tid = int(threadIdx.x), unit = tid % D::kUnits, slice = tid / D::kUnits;
     const int window = unit % D::kWindows, group = unit / D::kWindows;
     const int pixel = window / D::kTileWidth * 2 * D::kRowStride + window % D::kTileWidth * 2;
@@ -230,7 +264,8 @@ template <typename D, typename Load, typename F> MANN_INLINE void convolve_exact
 
 // The same on tensor cores, operands in TF32: rows are the numbers of four groups, columns the pixels of four windows,
 // the upper two of each in one product, the lower two in another; deep are eight channels under a tap.
-template <typename D, typename Load, typename F> MANN_INLINE void convolve_tensor(float *shared, Load &&load, F &&f) {
+template <typename D, typename Load, typename F>
+MANN_INLINE void convolve_tensor(float *shared, const Load &load, F &&f) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, slice = warp / D::kWarps;
     const int row_tile = warp % D::kRowTiles, quad0 = warp / D::kRowTiles % D::kQuadGroups * D::kQuads;
     const int row = 16 * row_tile + lane / 4, channel = lane % 4;
@@ -287,7 +322,7 @@ template <typename D, typename Load, typename F> MANN_INLINE void convolve_tenso
     if constexpr (D::kSlices > 1) for_parts<D>(parts, f);
 }
 
-template <typename D, typename Load, typename F> MANN_INLINE void convolve(T *shared, Load &&load, F &&f) {
+template <typename D, typename Load, typename F> MANN_INLINE void convolve(T *shared, const Load &load, F &&f) {
     if constexpr (D::kTensor) convolve_tensor<D>(shared, load, f);
     else convolve_exactly<D>(shared, load, f);
 }

@@ -80,7 +80,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> augmented_linear_backw
                 {x_blocks + (1 + G * rows) * tile.tiles(O, I), kLinearThreads, 1, shared_bytes(call, tile, 2, 1)},
                 args);
     if (mix)
-        call.launch(build, "augmented_linear_backward_mix", {ceil_div(G * L * rows, kLinearThreads), kLinearThreads},
+        call.launch(build, "augmented_linear_backward_mix",
+                    {ceil_div(G * L * rows, kLinearThreads), kLinearThreads, 1, 0, 1, true},
                     LinearMix<void>{G * L * rows, parts, args.dots, out(dmix)});
     return {dx, dweight, dfast, dmix, dbias};
 }

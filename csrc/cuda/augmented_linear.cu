@@ -19,14 +19,16 @@ MANN_INLINE void multiply_examples(const LinearForward<S> &a, T *shared) {
             const int count = int(layer.rows + 1 - s0 < Tile::kWeights ? layer.rows + 1 - s0 : Tile::kWeights);
             __syncthreads();
             if (s0 == 0)
-                fill<true, Tile::kRows, Tile::kRowStride>(rows, [&](int k, int l) {
-                    return l0 + l < layer.L && i0 + k < kI ? to_arith(layer.x[(g * layer.L + l0 + l) * kI + i0 + k])
-                                                           : T(0);
+                for_operand<true, Tile::kRows>([&](int k, int l) {
+                    copy_number(rows + k * Tile::kRowStride + l, layer.x + (g * layer.L + l0 + l) * kI + i0 + k,
+                                l0 + l < layer.L && i0 + k < kI);
                 });
-            fill_weights<true>(layer, g, s0, count, columns, [&](const S *weight, int k, int o) {
-                return o0 + o < kO && i0 + k < kI ? to_arith(weight[int64_t(o0 + o) * kI + i0 + k]) : T(0);
+            copy_weights<true>(layer, g, s0, count, columns, [&](T *target, const S *weight, int k, int o) {
+                copy_number(target, weight + int64_t(o0 + o) * kI + i0 + k, o0 + o < kO && i0 + k < kI);
             });
+            copy_async_commit();
             load_shares(layer, g, l0, s0, count, shares);
+            copy_async_wait<0>();
             __syncthreads();
             for (int s = 0; s < count; ++s) {
                 T product[4][4] = {};

@@ -3,10 +3,11 @@
 
 namespace mann::cuda {
 
-// Before the activation of one side: 0 the slow, 1 the fast.
-MANN_INLINE T gradient_of(const LinearBackward<S> &a, int64_t at, int side) {
-    const T dy = to_arith(a.dy[at]);
-    return a.slopes ? dy * a.slopes[side * a.layer.G * a.layer.L * kO + at] : dy;
+// Before the activation of one side: 0 the slow, 1 the fast; zero where it does not exist.
+MANN_INLINE T gradient_of(const LinearBackward<S> &a, int64_t at, int side, bool exists) {
+    const T dy = to_arith(load_if(exists, a.dy + at));
+    const T slope = load_if(exists && a.slopes, a.slopes + side * a.layer.G * a.layer.L * kO + at);
+    return a.slopes ? dy * slope : dy;
 }
 
 // Each warp's sums of 4 numbers, to sums[warp][4].
@@ -37,21 +38,26 @@ MANN_INLINE void gradient_of_x(const LinearBackward<S> &a, T *shared) {
         const int64_t l = l0 + place.row + i / 4;
         const int column = i0 + place.column + i % 4;
         x[i / 4][i % 4] =
-            a.dots && l < layer.L && column < kI ? to_arith(layer.x[(g * layer.L + l) * kI + column]) : T(0);
+            to_arith(load_if(a.dots && l < layer.L && column < kI, layer.x + (g * layer.L + l) * kI + column));
     }
     for (int o0 = 0; o0 < kO; o0 += kLinearDepth)
         for (int64_t s0 = 0; s0 <= layer.rows; s0 += Tile::kWeights) {
             const int count = int(layer.rows + 1 - s0 < Tile::kWeights ? layer.rows + 1 - s0 : Tile::kWeights);
             __syncthreads();
-            for (int side = 0; side < 2 && s0 == 0; ++side)
-                fill<true, Tile::kRows, Tile::kRowStride>(rows + side * Tile::kA, [&](int k, int l) {
-                    return l0 + l < layer.L && o0 + k < kO ? gradient_of(a, (g * layer.L + l0 + l) * kO + o0 + k, side)
-                                                           : T(0);
-                });
-            fill_weights<false>(layer, g, s0, count, columns, [&](const S *weight, int k, int i) {
-                return o0 + k < kO && i0 + i < kI ? to_arith(weight[int64_t(o0 + k) * kI + i0 + i]) : T(0);
+            copy_weights<false>(layer, g, s0, count, columns, [&](T *target, const S *weight, int k, int i) {
+                copy_number(target, weight + int64_t(o0 + k) * kI + i0 + i, o0 + k < kO && i0 + i < kI);
             });
+            copy_async_commit();
+            if (s0 == 0) {
+#pragma unroll
+                for (int side = 0; side < 2; ++side)
+                    for_operand<true, Tile::kRows>([&](int k, int l) {
+                        rows[side * Tile::kA + k * Tile::kRowStride + l] =
+                            gradient_of(a, (g * layer.L + l0 + l) * kO + o0 + k, side, l0 + l < layer.L && o0 + k < kO);
+                    });
+            }
             load_shares(layer, g, l0, s0, count, shares);
+            copy_async_wait<0>();
             __syncthreads();
             for (int s = 0; s < count; ++s) {
                 T product[4][4] = {}, dot[4] = {};
@@ -95,13 +101,18 @@ MANN_INLINE void gradient_of_weight(const LinearBackward<S> &a, int64_t block, T
     T sum[1][4][4] = {}, bias = 0;
     for (int64_t l0 = 0; l0 < examples; l0 += kLinearDepth) {
         __syncthreads();
-        fill<false, Tile::kRows, Tile::kRowStride>(rows, [&](int k, int o) {
-            if (l0 + k >= examples || o0 + o >= kO) return T(0);
-            return gradient_of(a, (first + l0 + k) * kO + o0 + o, is_slow ? 0 : 1) * share_of(layer, first + l0 + k, s);
+        for_operand<false, Tile::kColumns>([&](int k, int i) {
+            copy_number(columns + k * Tile::kColumnStride + i, layer.x + (first + l0 + k) * kI + i0 + i,
+                        l0 + k < examples && i0 + i < kI);
         });
-        fill<false, Tile::kColumns, Tile::kColumnStride>(columns, [&](int k, int i) {
-            return l0 + k < examples && i0 + i < kI ? to_arith(layer.x[(first + l0 + k) * kI + i0 + i]) : T(0);
+        copy_async_commit();
+        for_operand<false, Tile::kRows>([&](int k, int o) {
+            const bool exists = l0 + k < examples && o0 + o < kO;
+            const T share = share_of(layer, first + l0 + k, s, exists);
+            rows[k * Tile::kRowStride + o] =
+                gradient_of(a, (first + l0 + k) * kO + o0 + o, is_slow ? 0 : 1, exists) * share;
         });
+        copy_async_wait<0>();
         __syncthreads();
         add_product(sum[0], place, rows, columns);
         if (is_slow && i0 == 0 && tid < Tile::kRows) {
@@ -120,8 +131,9 @@ MANN_INLINE void gradient_of_weight(const LinearBackward<S> &a, int64_t block, T
 
 using namespace mann::cuda;
 
-MANN_KERNEL(augmented_linear_backward, kLinearThreads, LinearBackward<S>) {
+MANN_KERNEL(augmented_linear_backward, MANN_BOUNDS(kLinearThreads, 1), LinearBackward<S>) {
     MANN_DYNAMIC_SHARED(shared);
+    start_next();
     if (blockIdx.x < args.x_blocks) gradient_of_x(args, reinterpret_cast<T *>(shared));
     else gradient_of_weight(args, blockIdx.x - args.x_blocks, reinterpret_cast<T *>(shared));
 }
@@ -129,8 +141,10 @@ MANN_KERNEL(augmented_linear_backward, kLinearThreads, LinearBackward<S>) {
 // dmix: the sum of its parts, a thread for each number.
 MANN_KERNEL(augmented_linear_backward_mix, kLinearThreads, LinearMix<S>) {
     const int64_t at = int64_t(blockIdx.x) * kLinearThreads + threadIdx.x;
+    wait_for_previous();
     if (at >= args.count) return;
     T sum = 0;
+#pragma unroll 4
     for (int64_t part = 0; part < args.parts; ++part) sum += args.dots[part * args.count + at];
     args.dmix[at] = to_storage<S>(sum);
 }

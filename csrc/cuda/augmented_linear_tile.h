@@ -34,13 +34,17 @@ struct Place {
           unit(row / 4 * Tile::kColumnGroups + column / 4) {}
 };
 
-// Numbers f(k, i), k < kLinearDepth and i < count, to shared[k * stride + i]; deep ones are neighbours in memory where
+// f(k, i) for all k < kLinearDepth and i < count, shared out over the threads; deep ones are neighbours in memory where
 // `deep` says so.
-template <bool deep, int count, int stride, typename F> MANN_INLINE void fill(T *shared, F &&f) {
-#pragma unroll 4
-    for (int at = int(threadIdx.x); at < count * kLinearDepth; at += kLinearThreads) {
-        const int k = deep ? at % kLinearDepth : at / count, i = deep ? at / kLinearDepth : at % count;
-        shared[k * stride + i] = f(k, i);
+template <bool deep, int count, typename F> MANN_INLINE void for_operand(F &&f) {
+    constexpr int kInner = deep ? kLinearDepth : count, kOuter = deep ? count : kLinearDepth;
+    constexpr int kStep = kLinearThreads / kInner;
+    static_assert(kOuter % kStep == 0);
+    const int inner = int(threadIdx.x) % kInner, first = int(threadIdx.x) / kInner;
+#pragma unroll
+    for (int i = 0; i < kOuter / kStep; ++i) {
+        const int outer = first + i * kStep;
+        f(deep ? inner : outer, deep ? outer : inner);
     }
 }
 
@@ -82,21 +86,21 @@ template <int count, typename F> MANN_INLINE void for_sums(const T (&sums)[count
 MANN_INLINE const S *weight_of(const AugmentedLayer<S> &layer, int64_t g, int64_t s) {
     return s == 0 ? layer.weight : layer.fast + g * layer.task_stride + (s - 1) * layer.row_stride;
 }
-// How much of it an example has.
-MANN_INLINE T share_of(const AugmentedLayer<S> &layer, int64_t example, int64_t s) {
-    return s > 0 && layer.mix ? to_arith(layer.mix[example * layer.rows + s - 1]) : T(1);
+// How much of it an example has, if it exists.
+MANN_INLINE T share_of(const AugmentedLayer<S> &layer, int64_t example, int64_t s, bool exists) {
+    const bool is_mixed = s > 0 && layer.mix;
+    const S mix = load_if(exists && is_mixed, layer.mix + example * layer.rows + s - 1);
+    return is_mixed ? to_arith(mix) : exists ? T(1) : T(0);
 }
 
-// Numbers f(weight, k, i) of `count` weights from s0 on, as fill() has those of one.
+// Of `count` weights from s0 on, kLinearDepth x kColumns numbers each, [k][column]: copy(target, weight, k, column).
 template <bool deep, typename F>
-MANN_INLINE void fill_weights(const AugmentedLayer<S> &layer, int64_t g, int64_t s0, int count, T *shared, F &&f) {
-    constexpr int kNumbers = Tile::kColumns * kLinearDepth;
-#pragma unroll 8
-    for (int at = int(threadIdx.x); at < count * kNumbers; at += kLinearThreads) {
-        const int s = at / kNumbers, in = at % kNumbers;
-        const int k = deep ? in % kLinearDepth : in / Tile::kColumns,
-                  i = deep ? in / kLinearDepth : in % Tile::kColumns;
-        shared[s * Tile::kB + k * Tile::kColumnStride + i] = f(weight_of(layer, g, s0 + s), k, i);
+MANN_INLINE void copy_weights(const AugmentedLayer<S> &layer, int64_t g, int64_t s0, int count, T *shared, F &&copy) {
+    for (int s = 0; s < count; ++s) {
+        const S *weight = weight_of(layer, g, s0 + s);
+        for_operand<deep, Tile::kColumns>([&](int k, int column) {
+            copy(shared + s * Tile::kB + k * Tile::kColumnStride + column, weight, k, column);
+        });
     }
 }
 
@@ -104,7 +108,7 @@ MANN_INLINE void fill_weights(const AugmentedLayer<S> &layer, int64_t g, int64_t
 MANN_INLINE void load_shares(const AugmentedLayer<S> &layer, int64_t g, int64_t l0, int64_t s0, int count, T *shares) {
     for (int at = int(threadIdx.x); at < count * Tile::kRows; at += kLinearThreads) {
         const int64_t l = l0 + at % Tile::kRows;
-        shares[at] = l < layer.L ? share_of(layer, g * layer.L + l, s0 + at / Tile::kRows) : T(0);
+        shares[at] = share_of(layer, g * layer.L + l, s0 + at / Tile::kRows, l < layer.L);
     }
 }
 

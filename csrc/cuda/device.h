@@ -170,6 +170,30 @@ MANN_INLINE float minimum(float a, float b) {
     return least;
 }
 
+// *at in global memory, or zero where that does not exist. There is no branch around the load and nothing waits for it,
+// so several are on their way at once; a load inside an `if` is waited for before the next.
+#define MANN_LOAD_IF(type, ptx, bits, constraint)                                                                      \
+    asm volatile("{\n.reg .pred exists;\nsetp.ne.u32 exists, %2, 0;\nmov." bits " %0, 0;\n"                            \
+                 "@exists ld.global." ptx " %0, [%1];\n}"                                                              \
+                 : "=" constraint(type)                                                                                \
+                 : "l"(at), "r"(uint32_t(exists)))
+MANN_INLINE float load_if(bool exists, const float *at) {
+    uint32_t bits;
+    MANN_LOAD_IF(bits, "u32", "u32", "r");
+    return __uint_as_float(bits);
+}
+MANN_INLINE Bf16 load_if(bool exists, const Bf16 *at) {
+    Bf16 x;
+    MANN_LOAD_IF(x.bits, "u16", "u16", "h");
+    return x;
+}
+MANN_INLINE uint8_t load_if(bool exists, const uint8_t *at) {
+    uint32_t bits;
+    MANN_LOAD_IF(bits, "u8", "u32", "r");
+    return uint8_t(bits);
+}
+#undef MANN_LOAD_IF
+
 // Clusters exist from sm_90 on; before, a block is alone.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 MANN_INLINE int cluster_rank() { return 0; }
@@ -304,9 +328,25 @@ MANN_INLINE void mma_tf32(float d[4], const uint32_t a[4], const uint32_t b[2]) 
 MANN_INLINE void copy_async16(void *shared, const void *global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
+// One number likewise, zero where it does not exist.
+MANN_INLINE void copy_async(float *shared, const float *global, bool exists) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(exists ? 4 : 0)
+                 : "memory");
+}
 MANN_INLINE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int n> MANN_INLINE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"); }
 
 } // namespace mann::cuda
 
 #endif
+
+namespace mann::cuda {
+
+// A stored number to shared memory as it is computed with, zero where it does not exist: seen after copy_async_wait.
+template <typename T> MANN_INLINE void copy_number(T *shared, const T *at, bool exists) {
+    copy_async(shared, at, exists);
+}
+MANN_INLINE void copy_number(float *shared, const Bf16 *at, bool exists) { *shared = to_arith(load_if(exists, at)); }
+
+} // namespace mann::cuda

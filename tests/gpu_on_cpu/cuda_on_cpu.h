@@ -13,6 +13,7 @@
 #include <functional>
 #include <math.h>
 #include <source_location>
+#include <string.h>
 #include <tuple>
 #include <vector>
 
@@ -20,7 +21,8 @@ namespace mann::on_cpu {
 
 struct Copy {
     void *to;
-    const void *from;
+    const void *from; // null: zeros
+    size_t bytes;
     int group;
 };
 
@@ -63,9 +65,9 @@ template <typename T>
 T shuffle_value(unsigned mask, T value, int from, Place place) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8);
     uint64_t bits = 0;
-    std::memcpy(&bits, &value, sizeof(T));
+    memcpy(&bits, &value, sizeof(T));
     bits = shuffle(mask, bits, from, place);
-    std::memcpy(&value, &bits, sizeof(T));
+    memcpy(&value, &bits, sizeof(T));
     return value;
 }
 
@@ -250,18 +252,26 @@ inline void mma_double(double d[4], const double a[4], const double b[2]) {
     }
 }
 
+template <typename X> X load_if(bool exists, const X *at) { return exists ? *at : X{}; }
+
 // A copy takes place when it is waited for, the latest that a GPU may do it.
 inline void copy_async16(void *shared, const void *global) {
     on_cpu::check_aligned(shared, 16, "asynchronous copy");
     on_cpu::check_aligned(global, 16, "asynchronous copy");
-    on_cpu::current->copies.push_back({shared, global, on_cpu::current->groups});
+    on_cpu::current->copies.push_back({shared, global, 16, on_cpu::current->groups});
+}
+template <typename X> void copy_async(X *shared, const X *global, bool exists) {
+    on_cpu::current->copies.push_back({shared, exists ? global : nullptr, sizeof(X), on_cpu::current->groups});
 }
 inline void copy_async_commit() { ++on_cpu::current->groups; }
 template <int left> void copy_async_wait() {
     auto &copies = on_cpu::current->copies;
     size_t done = 0;
-    for (; done < copies.size() && copies[done].group < on_cpu::current->groups - left; ++done)
-        *static_cast<uint4 *>(copies[done].to) = *static_cast<const uint4 *>(copies[done].from);
+    for (; done < copies.size() && copies[done].group < on_cpu::current->groups - left; ++done) {
+        const auto &copy = copies[done];
+        if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
+        else memset(copy.to, 0, copy.bytes);
+    }
     copies.erase(copies.begin(), copies.begin() + done);
 }
 
