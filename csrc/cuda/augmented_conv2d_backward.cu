@@ -312,9 +312,7 @@ MANN_INLINE void sum_parts(const ConvBackwardSums<S> &a) {
     if (int(blockIdx.x) >= kBlocks) {
         const int64_t dot = int64_t(int(blockIdx.x) - kBlocks) * (kSumThreads / 32) + tid / 32;
         if (dot >= a.dots) return;
-        T sum = 0;
-#pragma unroll 8
-        for (int64_t part = lane; part < a.parts; part += 32) sum += a.dot_parts[part * a.dots + dot];
+        T sum = sum_of<6>(lane, int(a.parts), 32, [&](int part) { return a.dot_parts + part * a.dots + dot; });
         for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
         if (lane == 0) a.dmix[dot] = to_storage<S>(sum);
         return;
@@ -323,10 +321,8 @@ MANN_INLINE void sum_parts(const ConvBackwardSums<S> &a) {
     const bool exists = e < kCount + kShape.O, of_bias = e >= kCount;
     const T *parts = of_bias ? a.bias + (e - kCount) : a.slow + e;
     const int64_t stride = of_bias ? kShape.O : kCount;
-    T sum = 0;
-#pragma unroll 16
-    for (int64_t group = tid / kSumNumbers; group < a.groups; group += kSlices)
-        sum += load_if(exists, parts + group * stride);
+    T sum = sum_of<16>(tid / kSumNumbers, exists ? int(a.groups) : 0, kSlices,
+                       [&](int group) { return parts + group * stride; });
     sums[tid] = sum;
     __syncthreads();
     if (!exists || tid >= kSumNumbers) return;

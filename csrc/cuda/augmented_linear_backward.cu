@@ -143,8 +143,6 @@ MANN_KERNEL(augmented_linear_backward_mix, kLinearThreads, LinearMix<S>) {
     const int64_t at = int64_t(blockIdx.x) * kLinearThreads + threadIdx.x;
     wait_for_previous();
     if (at >= args.count) return;
-    T sum = 0;
-#pragma unroll 4
-    for (int64_t part = 0; part < args.parts; ++part) sum += args.dots[part * args.count + at];
+    const T sum = sum_of<4>(0, int(args.parts), 1, [&](int part) { return args.dots + part * args.count + at; });
     args.dmix[at] = to_storage<S>(sum);
 }

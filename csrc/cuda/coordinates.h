@@ -306,9 +306,8 @@ MANN_INLINE T sum_of_parts(const T *sums, int64_t parts, int length, int i) {
     MANN_SHARED(T, partial, kSumThreads);
     constexpr int slices = kSumThreads / 32;
     const int slice = threadIdx.x / 32;
-    T sum = 0;
-    if (i < length)
-        for (int64_t part = slice; part < parts; part += slices) sum += sums[part * length + i];
+    T sum = sum_of<16>(slice, i < length ? int(parts) : 0, slices,
+                       [&](int part) { return sums + int64_t(part) * length + i; });
     partial[threadIdx.x] = sum;
     __syncthreads();
     sum = 0;

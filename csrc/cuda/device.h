@@ -192,6 +192,11 @@ MANN_INLINE uint8_t load_if(bool exists, const uint8_t *at) {
     MANN_LOAD_IF(bits, "u8", "u32", "r");
     return uint8_t(bits);
 }
+MANN_INLINE int32_t load_if(bool exists, const int32_t *at) {
+    uint32_t bits;
+    MANN_LOAD_IF(bits, "u32", "u32", "r");
+    return int32_t(bits);
+}
 #undef MANN_LOAD_IF
 
 // Clusters exist from sm_90 on; before, a block is alone.
@@ -342,6 +347,21 @@ template <int n> MANN_INLINE void copy_async_wait() { asm volatile("cp.async.wai
 #endif
 
 namespace mann::cuda {
+
+// The sum of *at(i) for i = first, first + step, ... < count, in this order; so many are loaded at once. (NVRTC unrolls
+// no loop of unknown length into loads that go out together: each copy has the loop's test before it.)
+template <int at_once, typename At> MANN_INLINE auto sum_of(int first, int count, int step, At &&at) {
+    decltype(to_arith(*at(0))) sum = 0;
+#pragma unroll 1
+    for (int i = first; i < count; i += at_once * step) {
+        decltype(load_if(true, at(0))) loaded[at_once];
+#pragma unroll
+        for (int j = 0; j < at_once; ++j) loaded[j] = load_if(i + j * step < count, at(i + j * step));
+#pragma unroll
+        for (int j = 0; j < at_once; ++j) sum += to_arith(loaded[j]);
+    }
+    return sum;
+}
 
 // A stored number to shared memory as it is computed with, zero where it does not exist: seen after copy_async_wait.
 template <typename T> MANN_INLINE void copy_number(T *shared, const T *at, bool exists) {

@@ -96,7 +96,7 @@ generate_fast_weights_backward(Tensor dfast, Tensor grads, Tensor weight1, Tenso
     total.sums = args.sums;
     total.dweight1 = out(dweight1), total.dbias1 = out(dbias1), total.dweight2 = out(dweight2);
     total.dbias2 = out(dbias2), total.dweight3 = out(dweight3), total.dbias3 = out(dbias3);
-    call.launch(build, "generate_fast_weights_total", {(sizes.sums + 31) / 32, 256}, total);
+    call.launch(build, "generate_fast_weights_total", {(sizes.sums + 31) / 32, 256, 1, 0, 1, true}, total);
     return {dgrads, dweight1, dbias1, dweight2, dbias2, dweight3, dbias3};
 }
 

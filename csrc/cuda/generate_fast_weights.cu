@@ -188,6 +188,7 @@ MANN_INLINE void first_layer_back(const T *first, const Lane &lane, const T (&hi
 
 MANN_KERNEL(generate_fast_weights_backward, kSizes.backward_threads, GenerateBackward<S>) {
     MANN_DYNAMIC_SHARED(shared);
+    start_next();
     T *forward = reinterpret_cast<T *>(shared), *backward = forward + kSizes.fragments;
     T *first = backward + kSizes.fragments, *inputs = first + kSizes.first + threadIdx.x / 32 * kSizes.stage;
     T *stage = inputs + 128 * kPairs;
@@ -265,6 +266,7 @@ MANN_KERNEL(generate_fast_weights_backward, kSizes.backward_threads, GenerateBac
 
 // The parts added up, and each sum put where it belongs.
 MANN_KERNEL(generate_fast_weights_total, kSumThreads, GenerateTotal<S>) {
+    wait_for_previous();
     const int i = blockIdx.x * 32 + threadIdx.x % 32;
     const T sum = sum_of_parts(args.sums, args.parts, kSizes.sums, i);
     if (threadIdx.x >= 32 || i >= kSizes.sums) return;

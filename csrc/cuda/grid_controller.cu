@@ -26,73 +26,90 @@ MANN_INLINE int length_of(const ControllerSizes &s, int64_t b) {
 }
 MANN_INLINE int64_t row_of(const ControllerSizes &s, int64_t b) { return s.step * s.B + b; }
 
-// Weights that a thread multiplies: at(0), at(1), ... of them, kChunk at once; the first before the launch that this
-// one follows has ended, for nobody writes to them.
+// Weights *weight(i) that a thread multiplies with *operand(i, e) of each of some examples: sum[e] is the sum over
+// i < count. kChunk at once; the first weights before the launch that this one follows has ended, for nobody writes to
+// them.
 constexpr int kChunk = 12;
-template <typename At, typename Use> MANN_INLINE void with_weights(int count, At &&at, Use &&use) {
-    T weights[kChunk];
+template <typename Weight, typename Operand>
+MANN_INLINE void multiply(T (&sum)[kExamples], int count, int examples, Weight &&weight, Operand &&operand) {
+    S next[kChunk];
     const auto load = [&](int from) {
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) weights[i] = from + i < count ? T(to_arith(*at(from + i))) : T(0);
+        for (int i = 0; i < kChunk; ++i) next[i] = load_if(from + i < count, weight(from + i));
     };
-    start_next();
     load(0);
     wait_for_previous();
-    for (int from = 0; from < count;) {
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i)
-            if (from + i < count) use(from + i, weights[i]);
-        from += kChunk;
-        if (from < count) load(from);
+    for (int e = 0; e < kExamples; ++e) sum[e] = 0;
+#pragma unroll 1
+    for (int from = 0; from < count; from += kChunk) {
+        decltype(load_if(true, operand(0, 0))) loaded[kExamples][kChunk];
+        T weights[kChunk];
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) weights[i] = to_arith(next[i]);
+#pragma unroll
+        for (int e = 0; e < kExamples; ++e)
+            if (e < examples) {
+#pragma unroll
+                for (int i = 0; i < kChunk; ++i) loaded[e][i] = load_if(from + i < count, operand(from + i, e));
+            }
+        load(from + kChunk);
+#pragma unroll
+        for (int e = 0; e < kExamples; ++e)
+            if (e < examples) {
+#pragma unroll
+                for (int i = 0; i < kChunk; ++i) sum[e] += weights[i] * to_arith(loaded[e][i]);
+            }
     }
 }
 
 using LstmStepArgs = LstmStep<S>;
-MANN_KERNEL(lstm_step, kControllerThreads, LstmStepArgs) {
+MANN_KERNEL(lstm_step, MANN_BOUNDS(kControllerThreads, 1), LstmStepArgs) {
     MANN_SHARED(T, gates, kControllerWarps * kExamples);
     const LstmStep<S> &a = args;
     const ControllerSizes &s = a.sizes;
     const int unit = int(blockIdx.x) * kUnits + warp_of_block() / 4, gate = warp_of_block() % 4;
     const int64_t b0 = int64_t(blockIdx.y) * kExamples;
     const int count = int(min(s.B - b0, int64_t(kExamples)));
-    T sum[kExamples] = {};
     const S *weights = a.weight_hh + int64_t(gate * kHidden + unit) * kRecurrent + lane_of_warp();
     const S *before = a.output + ((s.step - 1) * s.B + b0) * kRecurrent;
-    const int mine_of_row = unit < kHidden ? (kRecurrent - lane_of_warp() + 31) / 32 : 0;
-    with_weights(
-        mine_of_row, [&](int i) { return weights + 32 * i; },
-        [&](int i, T weight) {
-            const int k = lane_of_warp() + 32 * i;
+    // of the cell that this thread makes at the end
+    const int cell_e = int(threadIdx.x) / kUnits, of_block = int(threadIdx.x) % kUnits;
+    const int mine = int(blockIdx.x) * kUnits + of_block;
+    const int64_t b = b0 + cell_e, row = row_of(s, b), at = b * kHidden + mine;
+    const bool has_cell = cell_e < count && mine < kHidden;
+    start_next();
+    S made_of_x[4];
 #pragma unroll
-            for (int e = 0; e < kExamples; ++e) {
-                if (e >= count) break;
-                const S x = s.step > 0    ? before[e * kRecurrent + k]
-                            : k < kHidden ? a.h[(b0 + e) * kHidden + k]
-                                          : a.reads[(b0 + e) * kWords + k - kHidden];
-                sum[e] += weight * to_arith(x);
-            }
+    for (int g = 0; g < 4; ++g) made_of_x[g] = load_if(has_cell, a.gates_x + row * 4 * kHidden + g * kHidden + mine);
+    T sum[kExamples];
+    const int of_unit = unit < kHidden ? (kRecurrent - lane_of_warp() + 31) / 32 : 0;
+    const auto weight = [&](int i) { return weights + 32 * i; };
+    if (s.step > 0) {
+        multiply(sum, of_unit, count, weight,
+                 [&](int i, int e) { return before + e * kRecurrent + lane_of_warp() + 32 * i; });
+    } else {
+        multiply(sum, of_unit, count, weight, [&](int i, int e) {
+            const int k = lane_of_warp() + 32 * i;
+            return k < kHidden ? a.h + (b0 + e) * kHidden + k : a.reads + (b0 + e) * kWords + k - kHidden;
         });
+    }
+    const T c = s.step == 0 ? T(to_arith(load_if(has_cell, a.c0 + at))) : load_if(has_cell, a.c + at);
 #pragma unroll
     for (int e = 0; e < kExamples; ++e) {
         const T total = sum_over_warp(sum[e]);
         if (lane_of_warp() == 0) gates[warp_of_block() * kExamples + e] = total;
     }
     __syncthreads();
-    const int e = int(threadIdx.x) / kUnits, of_block = int(threadIdx.x) % kUnits;
-    const int mine = int(blockIdx.x) * kUnits + of_block;
-    if (e >= count || mine >= kHidden) return;
-    const int64_t b = b0 + e, row = row_of(s, b);
+    if (!has_cell) return;
     if (s.step >= length_of(s, b)) {
         a.output[row * kRecurrent + mine] = to_storage<S>(T(0));
         return;
     }
     T made[4];
 #pragma unroll
-    for (int g = 0; g < 4; ++g)
-        made[g] =
-            gates[(of_block * 4 + g) * kExamples + e] + to_arith(a.gates_x[row * 4 * kHidden + g * kHidden + mine]);
-    const int64_t at = b * kHidden + mine;
-    const auto cell = lstm_cell(made[0], made[1], made[2], made[3], s.step == 0 ? T(to_arith(a.c0[at])) : a.c[at]);
+    for (int g = 0; g < 4; ++g) made[g] = gates[(of_block * 4 + g) * kExamples + cell_e] + to_arith(made_of_x[g]);
+    const auto cell = lstm_cell(made[0], made[1], made[2], made[3], c);
     a.c[at] = cell.c;
     if (a.saved_c) a.saved_c[at] = cell.c;
     a.output[row * kRecurrent + mine] = to_storage<S>(cell.h);
@@ -115,14 +132,12 @@ MANN_KERNEL(head_rows, kControllerThreads, HeadRowsArgs) {
     if (p >= kHead) return;
     const S *weights = a.weight_head + int64_t(p) * kHidden + lane_of_warp();
     const S *h = a.output + (a.first + r0) * kRecurrent + lane_of_warp();
-    T sum[kExamples] = {};
-    with_weights((kHidden - lane_of_warp() + 31) / 32, [&](int i) { return weights + 32 * i; },
-                 [&](int i, T weight) {
-#pragma unroll
-                     for (int e = 0; e < kExamples; ++e)
-                         if (e < count) sum[e] += weight * to_arith(h[e * kRecurrent + 32 * i]);
-                 });
+    start_next();
     const T bias = to_arith(a.bias_head[p]);
+    T sum[kExamples];
+    multiply(
+        sum, (kHidden - lane_of_warp() + 31) / 32, count, [&](int i) { return weights + 32 * i; },
+        [&](int i, int e) { return h + e * kRecurrent + 32 * i; });
 #pragma unroll
     for (int e = 0; e < kExamples; ++e) {
         const T total = sum_over_warp(sum[e]);
@@ -141,11 +156,19 @@ MANN_KERNEL(recompute_cells, kControllerThreads, RecomputeCellsArgs) {
     const int64_t b = at / kHidden, unit = at % kHidden;
     const int stop = min(a.stop, length_of(s, b));
     T c = a.saved_c ? a.saved_c[at] : to_arith(a.c0[at]);
-#pragma unroll 4
-    for (int t = a.start; t < stop; ++t) {
-        a.cells[(t - a.start) * s.B * kHidden + at] = c;
-        const T *gates = a.saved_gates + (t * s.B + b) * 4 * kHidden + unit;
-        c = gates[kHidden] * c + gates[0] * gates[2 * kHidden];
+    constexpr int at_once = 4;
+    for (int t0 = a.start; t0 < stop; t0 += at_once) {
+        T gates[at_once][3]; // input, forget, cell
+#pragma unroll
+        for (int i = 0; i < 3 * at_once; ++i)
+            gates[i / 3][i % 3] = load_if(t0 + i / 3 < stop, a.saved_gates + ((t0 + i / 3) * s.B + b) * 4 * kHidden +
+                                                                 i % 3 * kHidden + unit);
+#pragma unroll
+        for (int i = 0; i < at_once; ++i) {
+            if (t0 + i >= stop) break;
+            a.cells[(t0 + i - a.start) * s.B * kHidden + at] = c;
+            c = gates[i][1] * c + gates[i][0] * gates[i][2];
+        }
     }
 }
 
@@ -157,17 +180,13 @@ MANN_KERNEL(lstm_backward, kControllerThreads, LstmBackwardArgs) {
     const int unit = int(blockIdx.x) * 32 + lane_of_warp();
     const int64_t b0 = int64_t(blockIdx.y) * kExamples;
     const int count = int(min(s.B - b0, int64_t(kExamples)));
-    T sum[kExamples] = {};
     const S *weights = a.weight_head + int64_t(warp_of_block()) * kHidden + unit;
-    with_weights(
-        unit < kHidden ? (kHead - warp_of_block() + kControllerWarps - 1) / kControllerWarps : 0,
+    start_next();
+    T sum[kExamples];
+    multiply(
+        sum, unit < kHidden ? (kHead - warp_of_block() + kControllerWarps - 1) / kControllerWarps : 0, count,
         [&](int i) { return weights + int64_t(i) * kControllerWarps * kHidden; },
-        [&](int i, T weight) {
-            const int p = warp_of_block() + i * kControllerWarps;
-#pragma unroll
-            for (int e = 0; e < kExamples; ++e)
-                if (e < count) sum[e] += weight * to_arith(a.dhead[row_of(s, b0 + e) * kHead + p]);
-        });
+        [&](int i, int e) { return a.dhead + row_of(s, b0 + e) * kHead + warp_of_block() + i * kControllerWarps; });
 #pragma unroll
     for (int e = 0; e < kExamples; ++e) sums[e * kControllerThreads + threadIdx.x] = sum[e];
     __syncthreads();
@@ -186,8 +205,7 @@ MANN_KERNEL(lstm_backward, kControllerThreads, LstmBackwardArgs) {
         if (a.dh1) dh += to_arith(a.dh1[at]);
         if (a.dc1) dc = to_arith(a.dc1[at]);
     } else {
-#pragma unroll 12
-        for (int part = 0; part < a.parts; ++part) dh += a.carried[(part * s.B + b) * kRecurrent + unit];
+        dh += sum_of<12>(0, a.parts, 1, [&](int part) { return a.carried + (part * s.B + b) * kRecurrent + unit; });
         dc = a.dc[at];
     }
 #pragma unroll
@@ -211,18 +229,14 @@ MANN_KERNEL(state_backward, kControllerThreads, StateBackwardArgs) {
     const int column = int(blockIdx.x) % groups * 32 + lane_of_warp(), part = int(blockIdx.x) / groups;
     const int64_t b0 = int64_t(blockIdx.y) * kExamples;
     const int count = int(min(s.B - b0, int64_t(kExamples)));
-    T sum[kExamples] = {};
     const int first = part * kControllerWarps + warp_of_block(), stride = a.parts * kControllerWarps;
     const S *weights = a.weight_hh + int64_t(first) * kRecurrent + column;
-    with_weights(
-        column < kRecurrent ? (4 * kHidden - first + stride - 1) / stride : 0,
+    start_next();
+    T sum[kExamples];
+    multiply(
+        sum, column < kRecurrent ? (4 * kHidden - first + stride - 1) / stride : 0, count,
         [&](int i) { return weights + int64_t(i) * stride * kRecurrent; },
-        [&](int i, T weight) {
-#pragma unroll
-            for (int e = 0; e < kExamples; ++e)
-                if (e < count)
-                    sum[e] += weight * to_arith(a.dgates[row_of(s, b0 + e) * 4 * kHidden + first + i * stride]);
-        });
+        [&](int i, int e) { return a.dgates + row_of(s, b0 + e) * 4 * kHidden + first + i * stride; });
 #pragma unroll
     for (int e = 0; e < kExamples; ++e) sums[e * kControllerThreads + threadIdx.x] = sum[e];
     __syncthreads();

@@ -22,9 +22,8 @@ MANN_KERNEL(finish, kControllerThreads, FinishArgs) {
         if (length <= 0) {
             *target = item.initial ? item.initial[b * item.numbers + i] : to_storage<S>(T(0));
         } else if (item.parts) {
-            T sum = 0;
-            for (int64_t part = 0; part < item.count; ++part)
-                sum += item.parts[(part * s.B + b) * item.row + item.at + i];
+            const T sum = sum_of<12>(0, int(item.count), 1,
+                                     [&](int part) { return item.parts + (part * s.B + b) * item.row + item.at + i; });
             *target = to_storage<S>(sum);
         } else if (item.rows) {
             *target = item.rows[((length - 1) * s.B + b) * item.row + item.at + i];

@@ -54,8 +54,7 @@ struct BackwardTile {
             if (a.dreads1) sum += to_arith(a.dreads1[int64_t(b) * kWords + word]);
         } else if (a.carried) {
             const T *carried = a.carried + b * a.carried_row + a.carried_at + word;
-#pragma unroll 12
-            for (int part = 0; part < a.carried_parts; ++part) sum += carried[part * s.B * a.carried_row];
+            sum += sum_of<12>(0, a.carried_parts, 1, [&](int part) { return carried + part * s.B * a.carried_row; });
         }
         return sum;
     }
@@ -65,9 +64,7 @@ struct BackwardTile {
         const int count = last_step ? (parts ? a.choosers : 0) : s.parts;
         if (last_step && parts) parts += int64_t(b) * count * kHeads;
         for (int h = warp_of_block(); h < kHeads; h += kMemoryWarps) {
-            T sum = 0;
-#pragma unroll 10
-            for (int part = lane_of_warp(); part < count; part += 32) sum += parts[part * kHeads + h];
+            T sum = sum_of<10>(lane_of_warp(), count, 32, [&](int part) { return parts + part * kHeads + h; });
             for (int w = lane_of_warp(); kWrite && w < kWidth; w += 32)
                 sum += (kParts > 1 ? dread(h, w) : words[h * kWidth + w]) * a.reads[ring * kWords + h * kWidth + w];
             sum = sum_over_warp(sum);
@@ -323,13 +320,13 @@ MANN_KERNEL(memory_sum, kSumThreads, MemorySumArgs) {
     const bool real = step < length_of(s, b), is_key = column < kWords;
     const T *found = a.found + (step % s.ring * s.B + b) * s.parts * kBackwardPart;
     const T key = is_key ? head_key(a.head, at, h, column % kWidth) : T(0);
-    T sum = 0;
-#pragma unroll 5
-    for (int part = int(threadIdx.x) / kReadColumns; real && part < s.parts; part += groups) {
-        const T *row = found + int64_t(part) * kBackwardPart;
-        if (is_key) sum += row[column] - row[kHead + h] * key;
-        else if (column < kHead && (kWrite || column >= kWords + kHeads)) sum += row[column];
-    }
+    const bool has_sum = real && (is_key || (column < kHead && (kWrite || column >= kWords + kHeads)));
+    const auto sum_over_parts = [&](bool wanted, int number) {
+        return sum_of<5>(int(threadIdx.x) / kReadColumns, wanted ? s.parts : 0, groups,
+                         [&](int part) { return found + int64_t(part) * kBackwardPart + number; });
+    };
+    T sum = sum_over_parts(has_sum, column);
+    sum -= sum_over_parts(real && is_key, kHead + h) * key;
     sum = sum_columns<kReadColumns>(sum, shared);
     if (int(threadIdx.x) >= kReadColumns || column >= kHead) return;
     S *target = nullptr;

@@ -168,13 +168,32 @@ struct Totals {
 };
 MANN_INLINE Totals sum_totals(const T *found, int parts, int h) {
     constexpr int row = kForwardPart;
+    constexpr int at_once = kBeta ? 5 : 10;
     T largest = kBeta ? kLowest : T(0), sum = 0;
-    for (int p = lane_of_warp(); kBeta && p < parts; p += 32) largest = larger(largest, found[int64_t(p) * row + h]);
-    if (kBeta) largest = largest_of_warp(largest);
-#pragma unroll 10
-    for (int p = lane_of_warp(); p < parts; p += 32) {
-        const T part = found[int64_t(p) * row + kHeads + h];
-        sum += kBeta ? part * exponential(found[int64_t(p) * row + h] - largest) : part;
+#pragma unroll 1
+    for (int first = lane_of_warp(); first < parts; first += 32 * at_once) {
+        T of_part[at_once], logit[at_once];
+#pragma unroll
+        for (int j = 0; j < at_once; ++j) {
+            const int p = first + 32 * j;
+            const T *part = found + int64_t(p) * row + h;
+            of_part[j] = load_if(p < parts, part + kHeads);
+            if constexpr (kBeta) logit[j] = load_if(p < parts, part);
+        }
+        if constexpr (kBeta) {
+            T next = largest;
+#pragma unroll
+            for (int j = 0; j < at_once; ++j)
+                if (first + 32 * j < parts) next = larger(next, logit[j]);
+            sum *= exponential(largest - next), largest = next;
+        }
+#pragma unroll
+        for (int j = 0; j < at_once; ++j)
+            if (first + 32 * j < parts) sum += kBeta ? of_part[j] * exponential(logit[j] - largest) : of_part[j];
+    }
+    if constexpr (kBeta) {
+        const T all = largest_of_warp(largest);
+        sum *= exponential(largest - all), largest = all;
     }
     return {largest, 1 / sum_over_warp(sum)};
 }

@@ -25,18 +25,21 @@ struct UseSlots {
 
     MANN_INLINE void load(int from) {
         const T *logits = a.logits + ring * kHeads * s.N;
+        const S *given = a.usage ? of_example(a.usage, 1) : nullptr;
 #pragma unroll
         for (int u = 0; u < kSlotsAtOnce; ++u) {
             const int n = from + u * kMemoryThreads;
-            if (n >= last()) break;
+            const bool exists = n < last();
 #pragma unroll
             for (int h = 0; h < kHeads; ++h) {
                 const int at = h * slots_of_example + n;
-                if (a.weights_in) loaded[u][h] = to_arith(of_example(a.weights_in, kHeads)[at]);
-                else if (a.logits) loaded[u][h] = logits[at];
-                if (means_out) dweight[u][h] = to_arith(of_example(a.dweights, kHeads)[at]);
+                if (a.weights_in) loaded[u][h] = to_arith(load_if(exists, of_example(a.weights_in, kHeads) + at));
+                else if (a.logits) loaded[u][h] = load_if(exists, logits + at);
+                if (means_out) dweight[u][h] = to_arith(load_if(exists, of_example(a.dweights, kHeads) + at));
             }
-            if (usage_wanted) usage[u] = a.usage ? T(to_arith(of_example(a.usage, 1)[n])) : of_example(a.usage1, 1)[n];
+            if (!usage_wanted) continue;
+            if (given) usage[u] = to_arith(load_if(exists, given + n));
+            else usage[u] = load_if(exists, of_example(a.usage1, 1) + n);
         }
     }
     MANN_INLINE T weight_of(T logit, const T *total) const {
@@ -117,12 +120,26 @@ MANN_INLINE void use_reads(const MemoryUse<S> &a, int b, int step, int reader, c
     const int64_t ring = step % s.ring * s.B + b;
     const int column = reader * kReadColumns + int(threadIdx.x) % kReadColumns, h = min(column / kWidth, kHeads - 1);
     const T *found = a.found + ring * s.parts * kForwardPart;
+    const int first = int(threadIdx.x) / kReadColumns, parts = column < kWords ? s.parts : 0;
+    const auto place = [&](int part) { return found + int64_t(part) * kForwardPart; };
     T sum = 0;
-#pragma unroll 10
-    for (int part = int(threadIdx.x) / kReadColumns; part < s.parts; part += groups) {
-        const T *row = found + int64_t(part) * kForwardPart;
-        const T scale = kBeta ? exponential(row[h] - totals[2 * h]) : T(1);
-        if (column < kWords) sum += scale * row[2 * kHeads + column];
+    if constexpr (kBeta) {
+        constexpr int at_once = 5;
+#pragma unroll 1
+        for (int from = first; from < parts; from += at_once * groups) {
+            T read[at_once], logit[at_once];
+#pragma unroll
+            for (int j = 0; j < at_once; ++j) {
+                const int part = from + j * groups;
+                read[j] = load_if(part < parts, place(part) + 2 * kHeads + column);
+                logit[j] = load_if(part < parts, place(part) + h);
+            }
+#pragma unroll
+            for (int j = 0; j < at_once; ++j)
+                if (from + j * groups < parts) sum += exponential(logit[j] - totals[2 * h]) * read[j];
+        }
+    } else {
+        sum = sum_of<10>(first, parts, groups, [&](int part) { return place(part) + 2 * kHeads + column; });
     }
     sum = sum_columns<kReadColumns>(sum, shared);
     if (int(threadIdx.x) >= kReadColumns || column >= kWords) return;

@@ -217,8 +217,22 @@ struct WriteTile {
 MANN_INLINE void choose(const MemoryWrite<S> &a, int b, int32_t *slots) {
     Least least;
     const int64_t from = int64_t(b) * a.choosers * kHeads;
-    for (int i = lane_of_warp(); i < a.choosers * kHeads; i += 32)
-        least.see(a.candidate_usage[from + i], a.candidate_slots[from + i]);
+    constexpr int at_once = 4;
+    const int count = a.choosers * kHeads;
+#pragma unroll 1
+    for (int first = lane_of_warp(); first < count; first += 32 * at_once) {
+        T usage[at_once];
+        int32_t slot[at_once];
+#pragma unroll
+        for (int j = 0; j < at_once; ++j) {
+            const int64_t i = from + first + 32 * j;
+            usage[j] = load_if(first + 32 * j < count, a.candidate_usage + i);
+            slot[j] = load_if(first + 32 * j < count, a.candidate_slots + i);
+        }
+#pragma unroll
+        for (int j = 0; j < at_once; ++j)
+            if (first + 32 * j < count) least.see(usage[j], slot[j]);
+    }
     for (int h = 0; h < kHeads; ++h) {
         T u;
         int n;

@@ -91,7 +91,7 @@ summarize_gradients_backward(Tensor dfast, Tensor grads, Tensor weight_ih, Tenso
     total.parts = parts, total.sums = args.sums;
     total.dweight_ih = out(dweight_ih), total.dweight_hh = out(dweight_hh), total.dbias = out(dbias);
     total.dweight_out = out(dweight_out), total.dbias_out = out(dbias_out);
-    call.launch(build, "summarize_gradients_total", {(plan.sizes.sums + 31) / 32, 256}, total);
+    call.launch(build, "summarize_gradients_total", {(plan.sizes.sums + 31) / 32, 256, 1, 0, 1, true}, total);
     return {dgrads, dweight_ih, dweight_hh, dbias, dweight_out, dbias_out};
 }
 

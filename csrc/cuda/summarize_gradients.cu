@@ -292,6 +292,7 @@ MANN_INLINE void add_weight_gradients(const T *stage, const Lane &lane, const T 
 
 MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBackward<S>) {
     MANN_DYNAMIC_SHARED(shared);
+    start_next();
     T *operands = reinterpret_cast<T *>(shared), *stages = operands + kSizes.both;
     fill_forward(operands, args.weights);
     if constexpr (kApart) fill_backward(operands + kSizes.fragments, args.weights);
@@ -361,6 +362,7 @@ MANN_KERNEL(summarize_gradients_backward, kSizes.backward_threads, SummarizeBack
 
 // The parts added up, and each sum put where it belongs.
 MANN_KERNEL(summarize_gradients_total, kSumThreads, SummarizeTotal<S>) {
+    wait_for_previous();
     const int i = blockIdx.x * 32 + threadIdx.x % 32;
     const T sum = sum_of_parts(args.sums, args.parts, kSizes.sums, i);
     if (threadIdx.x >= 32 || i >= kSizes.sums) return;

@@ -171,8 +171,8 @@ FAULTS = {
         "lrua_step",
         14,
         "memory_use.cu",
-        "part < s.parts; part += groups",
-        "part < s.parts - 1; part += groups",
+        "column < kWords ? s.parts : 0",
+        "column < kWords ? s.parts - 1 : 0",
     ),
     "means of the wrong step": Fault(
         "lrua_sequence", 17, "memory_backward.cu", "a.means + ((s.step + 1) % 2 * s.B", "a.means + (s.step % 2 * s.B"
@@ -197,7 +197,7 @@ FAULTS = {
         "mann_sequence", 23, "grid_controller.cu", "((s.step - 1) * s.B + b0)", "(s.step * s.B + b0)"
     ),
     "a part of the carried gradient is missing": Fault(
-        "mann_sequence", 25, "grid_controller.cu", "int part = 0; part < a.parts", "int part = 1; part < a.parts"
+        "mann_sequence", 25, "grid_controller.cu", "sum_of<12>(0, a.parts", "sum_of<12>(1, a.parts"
     ),
 }
 
