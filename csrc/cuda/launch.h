@@ -29,6 +29,14 @@
 #define MANN_KEY CUDA
 #endif
 
+#if defined(MANN_CUDA_ON_CPU)
+namespace mann::on_cpu {
+// The memory that kernels of this call write to; and that another call begins.
+void may_be_written(void *data, int64_t bytes);
+void new_call();
+} // namespace mann::on_cpu
+#endif
+
 namespace mann::cuda {
 
 using torch::headeronly::ScalarType;
@@ -49,6 +57,7 @@ class Call {
 #if defined(MANN_CUDA_ON_CPU)
         STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Double,
                         "the CUDA kernels on the CPU take float32, bfloat16 and float64");
+        on_cpu::new_call();
 #else
         STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16,
                         "the CUDA kernels take float32 and bfloat16");
@@ -89,7 +98,13 @@ class Call {
         task_stride = strides.task, row_stride = strides.row;
         return strides.contiguous ? tensor.const_data_ptr() : in(tensor, name, sizes);
     }
-    Tensor empty(Sizes sizes, ScalarType dtype) const { return torch::stable::new_empty(model_, sizes, dtype); }
+    Tensor empty(Sizes sizes, ScalarType dtype) const {
+        Tensor made = torch::stable::new_empty(model_, sizes, dtype);
+#if defined(MANN_CUDA_ON_CPU)
+        on_cpu::may_be_written(made.mutable_data_ptr(), made.numel() * made.element_size());
+#endif
+        return made;
+    }
     Tensor empty(Sizes sizes) const { return empty(sizes, dtype_); }
 
     // So many numbers of arithmetic type, not initialised. They are torch's again when the call ends, and its allocator

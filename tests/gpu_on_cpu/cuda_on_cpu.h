@@ -24,6 +24,10 @@ struct Copy {
     const void *from; // null: zeros
     size_t bytes;
     int group;
+    void make() const {
+        if (from) memcpy(to, from, bytes);
+        else memset(to, 0, bytes);
+    }
 };
 
 // What a CUDA thread knows of itself.
@@ -52,7 +56,10 @@ void mailbox_open(void *box, int64_t bytes);
 void mailbox_expect(void *box, int64_t bytes, Place place);
 void mailbox_wait(const void *box, int phase, Place place);
 void send(void *target, int rank, void *box, const void *data, int64_t bytes);
-void launch(const char *name, dim3 grid, dim3 block, int cluster, size_t shared, const std::function<void()> &body);
+void wait_for_previous(Place place);
+bool is_ahead(); // of the launch that this one follows
+void launch(const char *name, dim3 grid, dim3 block, int cluster, size_t shared, const std::function<void()> &body,
+            bool follows = false);
 
 template <typename T, size_t N, typename Key>
 T (&static_array(Key))
@@ -227,9 +234,9 @@ template <typename T> T *of_rank(T *shared, int rank) {
     return static_cast<T *>(on_cpu::of_rank(const_cast<void *>(static_cast<const void *>(shared)), rank));
 }
 
-// Launches follow one another as it is.
+// Launches follow one another as it is; but see mann_cuda_on_cpu_early.
 inline void start_next() {}
-inline void wait_for_previous() {}
+inline void wait_for_previous(on_cpu::Place place = on_cpu::Place::current()) { on_cpu::wait_for_previous(place); }
 
 // d += a b, by all threads of the warp.
 inline void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, on_cpu::Place place = on_cpu::Place::current()) {
@@ -254,24 +261,25 @@ inline void mma_double(double d[4], const double a[4], const double b[2]) {
 
 template <typename X> X load_if(bool exists, const X *at) { return exists ? *at : X{}; }
 
-// A copy takes place when it is waited for, the latest that a GPU may do it.
+// A copy takes place when it is waited for, the latest that a GPU may do it; ahead of another launch at once.
+inline void make_or_keep(void *shared, const void *global, size_t bytes) {
+    on_cpu::Copy copy{shared, global, bytes, on_cpu::current->groups};
+    if (on_cpu::is_ahead()) copy.make();
+    else on_cpu::current->copies.push_back(copy);
+}
 inline void copy_async16(void *shared, const void *global) {
     on_cpu::check_aligned(shared, 16, "asynchronous copy");
     on_cpu::check_aligned(global, 16, "asynchronous copy");
-    on_cpu::current->copies.push_back({shared, global, 16, on_cpu::current->groups});
+    make_or_keep(shared, global, 16);
 }
 template <typename X> void copy_async(X *shared, const X *global, bool exists) {
-    on_cpu::current->copies.push_back({shared, exists ? global : nullptr, sizeof(X), on_cpu::current->groups});
+    make_or_keep(shared, exists ? global : nullptr, sizeof(X));
 }
 inline void copy_async_commit() { ++on_cpu::current->groups; }
 template <int left> void copy_async_wait() {
     auto &copies = on_cpu::current->copies;
     size_t done = 0;
-    for (; done < copies.size() && copies[done].group < on_cpu::current->groups - left; ++done) {
-        const auto &copy = copies[done];
-        if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
-        else memset(copy.to, 0, copy.bytes);
-    }
+    for (; done < copies.size() && copies[done].group < on_cpu::current->groups - left; ++done) copies[done].make();
     copies.erase(copies.begin(), copies.begin() + done);
 }
 

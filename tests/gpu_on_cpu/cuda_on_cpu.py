@@ -155,6 +155,36 @@ def load(library: Path, csrc: Path = CSRC) -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
+def kernels_from(csrc: Path, library: ctypes.CDLL, folder: Path):
+    """Within the block kernels are compiled from other sources, into `folder`."""
+    library.mann_cuda_on_cpu_compiler(kernel_command("plain", csrc).encode(), str(folder).encode())
+    try:
+        yield
+    finally:
+        own = kernel_folder(BUILD / "plain", CSRC)
+        library.mann_cuda_on_cpu_compiler(kernel_command("plain").encode(), str(own).encode())
+
+
+@contextlib.contextmanager
+def early(library: ctypes.CDLL):
+    """Within the block a launch that follows another starts before that has written anything: as far as each block can go without
+    it, what the operator writes to is NaN."""
+    library.mann_cuda_on_cpu_early(1)
+    try:
+        yield
+    finally:
+        library.mann_cuda_on_cpu_early(0)
+
+
+def same_when_early(library: ctypes.CDLL, made) -> bool:
+    """Whether made(), tensors by their names, has the same bits in early()."""
+    first = made()
+    with early(library):
+        again = made()
+    return all(torch.equal(first[name], again[name]) for name in first)
+
+
+@contextlib.contextmanager
 def recorded(library: ctypes.CDLL):
     """Within the block launches are written down instead of run: a list that is filled at its end, a Launch each."""
     launches: list[Launch] = []

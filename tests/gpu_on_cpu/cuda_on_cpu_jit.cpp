@@ -63,8 +63,9 @@ void launch(const Device &device, const Build &build, const char *kernel, const 
     }
     const auto run = reinterpret_cast<Kernel>(dlsym(library_of(build), kernel));
     if (run == nullptr) throw std::runtime_error(build.source() + " has no kernel " + kernel);
-    on_cpu::launch(kernel, dim3(unsigned(grid.blocks), unsigned(grid.blocks_y)), dim3(unsigned(grid.threads)),
-                   grid.cluster, size_t(grid.shared_bytes), [&] { run(args); });
+    on_cpu::launch(
+        kernel, dim3(unsigned(grid.blocks), unsigned(grid.blocks_y)), dim3(unsigned(grid.threads)), grid.cluster,
+        size_t(grid.shared_bytes), [&] { run(args); }, grid.follows);
 }
 
 int clusters_at_once(const Device &device, const Build &, const char *, const Grid &grid) {

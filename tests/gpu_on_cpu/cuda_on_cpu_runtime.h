@@ -33,6 +33,7 @@ struct Fiber {
     Sanitized sanitized;
     Place place; // where it waits
     bool ended = false, arrived = false;
+    bool ahead = false;      // waits for the launch that its own follows
     unsigned generation = 0; // of the cluster barrier that it arrived at
     // What it brings to a collective of its warp, and takes from it.
     enum Kind { BARRIER, SHUFFLE, BALLOT, PRODUCT, PRODUCT_TF32 } kind = BARRIER;
@@ -103,6 +104,8 @@ struct Cluster {
     std::vector<Block> blocks;
     std::vector<Fiber> fibers;
     int alive = 0, arrived = 0, waiting = 0;
+    bool ahead = false;  // of the launch that it follows
+    int at_previous = 0; // threads that wait for that
     unsigned generation = 0;
     Place place;
     char synchronised[2] = {0, 0};

@@ -51,6 +51,14 @@ std::vector<Warp *> ready[2]; // those that may run; of slow blocks, which run w
 unsigned patience = 1;        // how many times in a row the same warp runs, about
 char ends_of_threads = 0;
 
+// Memory that kernels of a call write to. While a cluster is ahead of the launch that it follows, it is NaN.
+struct Written {
+    char *data;
+    std::vector<char> kept;
+};
+std::vector<Written> written;
+bool early = false, waited = false; // the latter: some thread, for the launch that this one follows
+
 unsigned draw(unsigned below) { // xorshift64*
     random_state ^= random_state >> 12;
     random_state ^= random_state << 25;
@@ -146,6 +154,39 @@ void pause() {
     switch_to(choose());
 }
 
+void may_be_written(void *data, int64_t bytes) {
+    if (bytes > 0) written.push_back({static_cast<char *>(data), std::vector<char>(size_t(bytes))});
+}
+void new_call() { written.clear(); }
+
+namespace {
+
+void go_ahead() {
+    cluster->ahead = true;
+    for (Written &some : written) {
+        std::copy_n(some.data, some.kept.size(), some.kept.data());
+        fill({nullptr, some.data, some.kept.size()});
+    }
+}
+// The launch before has ended: what it wrote is there.
+void no_longer_ahead() {
+    cluster->ahead = false;
+    for (Written &some : written) std::copy(some.kept.begin(), some.kept.end(), some.data);
+    for (Fiber &fiber : cluster->fibers)
+        if (fiber.ahead) fiber.ahead = false, make_ready(*fiber.warp, 1u << fiber.thread.lane);
+}
+
+} // namespace
+
+bool is_ahead() { return cluster->ahead; }
+void wait_for_previous(Place place) {
+    waited = true;
+    if (!cluster->ahead) return;
+    if (++cluster->at_previous == cluster->alive) return no_longer_ahead();
+    running->ahead = true;
+    wait(place);
+}
+
 namespace {
 
 // Everything that a thread of a GPU may not leave undone.
@@ -179,7 +220,7 @@ void run_thread() {
     }
     Warp &warp = *running->warp;
     warp.alive &= ~(1u << running->thread.lane);
-    --cluster->alive;
+    if (--cluster->alive == cluster->at_previous && cluster->ahead) no_longer_ahead();
     try {
         if (--warp.block->alive == 0 && !error) end_block(*warp.block);
     } catch (...) {
@@ -273,7 +314,7 @@ std::string who_waits() {
 }
 
 // The blocks from number `first` on, one cluster of them.
-void run_cluster(Cluster &mine, size_t first, int size, dim3 grid, dim3 block, size_t shared) {
+void run_cluster(Cluster &mine, size_t first, int size, dim3 grid, dim3 block, size_t shared, bool ahead) {
     const int threads = static_cast<int>(block.x * block.y * block.z);
     cluster = &mine;
     mine.blocks.resize(size);
@@ -291,7 +332,9 @@ void run_cluster(Cluster &mine, size_t first, int size, dim3 grid, dim3 block, s
         mine.blocks[rank].slow = rank == slow;
         set_up_block(mine.blocks[rank], rank, place_of(first + rank, grid), grid, block, shared);
     }
+    if (ahead) go_ahead();
     switch_to(choose());
+    if (mine.ahead) no_longer_ahead();
     if (!error && mine.alive != 0)
         error = std::make_exception_ptr(
             std::runtime_error("CUDA on the CPU: " + std::string(kernel_name) + ": " + who_waits()));
@@ -301,7 +344,7 @@ void run_cluster(Cluster &mine, size_t first, int size, dim3 grid, dim3 block, s
 } // namespace
 
 void launch(const char *name, dim3 grid, dim3 block, int cluster_blocks, size_t shared,
-            const std::function<void()> &kernel) {
+            const std::function<void()> &kernel, bool follows) {
     const std::lock_guard<std::mutex> lock(mutex);
     kernel_name = name;
     const size_t threads = static_cast<size_t>(block.x) * block.y * block.z;
@@ -313,6 +356,7 @@ void launch(const char *name, dim3 grid, dim3 block, int cluster_blocks, size_t 
     if (shared > MOST_SHARED) fail("got " + std::to_string(shared) + " bytes of shared memory");
     body = &kernel;
     error = nullptr;
+    waited = false;
     running = &host;
     sanitized_host(host.sanitized);
     std::vector<size_t> order(blocks / cluster_blocks);
@@ -322,14 +366,19 @@ void launch(const char *name, dim3 grid, dim3 block, int cluster_blocks, size_t 
     for (size_t number : order)
         if (!error) {
             clusters.push_back(std::make_unique<Cluster>());
-            run_cluster(*clusters.back(), number * cluster_blocks, cluster_blocks, grid, block, shared);
+            run_cluster(*clusters.back(), number * cluster_blocks, cluster_blocks, grid, block, shared,
+                        early && follows);
             if (!SEPARATE_CLUSTERS) clusters.clear();
         }
     sanitized_acquire(&ends_of_threads);
     if (error) std::rethrow_exception(error);
+    if (follows && !waited) fail("never waits for the launch that it follows");
 }
 
 } // namespace mann::on_cpu
+
+// From now on a launch that follows another starts before that has written anything (1), or after it has ended (0).
+extern "C" __attribute__((visibility("default"))) void mann_cuda_on_cpu_early(int on) { mann::on_cpu::early = on != 0; }
 
 // The schedules of the launches that follow come from `seed`.
 extern "C" __attribute__((visibility("default"))) void mann_cuda_on_cpu_seed(unsigned seed) {

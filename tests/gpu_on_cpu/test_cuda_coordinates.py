@@ -89,6 +89,13 @@ def test_any_schedule(op, hidden, cuda):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_launches_that_start_early(op, cuda):
+    """Before the launch ahead has written anything: nothing is read that it makes."""
+    call = inputs_of(op, 7, 50, 20, 3).to(torch.float32)
+    assert cuda_on_cpu.same_when_early(cuda, lambda: quantities(getattr(mann_kernels, op), call))
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_no_coordinates(op):
     """The weights' gradients are zero."""
     compare(op, class_of(op).inputs(0, 0, 5, 20, 3), torch.float32)

@@ -4,6 +4,7 @@ import cuda_on_cpu
 import pytest
 import torch
 from against_reference import class_of, matches, quantities, run
+from mutant import cuda_mutant
 
 import mann_kernels
 from bench.operators import operators
@@ -131,6 +132,59 @@ def test_any_schedule(op, cuda):
         cuda.mann_cuda_on_cpu_seed(seed)
         again = quantities(getattr(mann_kernels, op), call)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+EARLY = {
+    "conv": (conv, (2, 5, 9, 3), {"size": (9, 6), "pool": True}),
+    "conv, a weight of a task": (conv, (2, 5, 9, 1), {"kind": "per task", "activation": "gelu"}),
+    "linear": (linear, (40, 130, 20, 3), {}),
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_launches_that_start_early(name, cuda):
+    """Before the launch ahead has written anything: nothing is read that it makes."""
+    make, sizes, options = EARLY[name]
+    op = "augmented_conv2d" if make is conv else "augmented_linear"
+    call = make(7, *sizes, **options).to(torch.float32)
+    assert cuda_on_cpu.same_when_early(cuda, lambda: quantities(getattr(mann_kernels, op), call))
+
+
+#: By what is read too early: of which layer, the file, what is right there, what is wrong.
+TOO_EARLY = {
+    "weights": (
+        "augmented_conv2d",
+        "augmented_conv2d_tile.h",
+        "        if (chunk == 0) wait_for_previous(); // it laid out the weights\n"
+        "        load.weights(stage(chunk) + D::kChunk * D::kPlane, chunk * D::kChunk, left(chunk));\n",
+        "        load.weights(stage(chunk) + D::kChunk * D::kPlane, chunk * D::kChunk, left(chunk));\n"
+        "        if (chunk == 0) wait_for_previous();\n",
+    ),
+    "gradients of the examples' weights": (
+        "augmented_conv2d",
+        "augmented_conv2d_backward.cu",
+        "wait_for_previous(); // it made the gradients",
+        "//",
+    ),
+    "parts of the sums": (
+        "augmented_conv2d",
+        "augmented_conv2d_backward.cu",
+        "    wait_for_previous();\n    sum_parts(args);\n",
+        "    sum_parts(args);\n    wait_for_previous();\n",
+    ),
+    "parts of dmix": ("augmented_linear", "augmented_linear_backward.cu", "    wait_for_previous();\n", ""),
+}
+
+
+@pytest.mark.parametrize("what", TOO_EARLY)
+def test_reading_too_early_is_seen(what, cuda, tmp_path):
+    op, *change = TOO_EARLY[what]
+    width = 15 + list(TOO_EARLY).index(what)  # of its own, so that nothing compiled before is taken for it
+    call = (conv if op == "augmented_conv2d" else linear)(7, 2, 5, width, 3).to(torch.float32)
+    wrong = cuda_on_cpu.kernels_from(cuda_mutant(tmp_path, *change), cuda, tmp_path)
+    with wrong, cuda_on_cpu.early(cuda), pytest.raises((AssertionError, RuntimeError)) as seen:
+        matches(op, call, torch.float32)
+    assert seen.type is AssertionError or "never waits for the launch" in str(seen.value)
 
 
 def launches_of(cuda, name):

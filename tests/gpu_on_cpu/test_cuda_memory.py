@@ -72,6 +72,14 @@ def test_any_schedule(op, seed, cuda):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_launches_that_start_early(op, cuda):
+    """Before the launch ahead has written anything: nothing is read that it makes."""
+    for options in class_of(op).options[:: len(class_of(op).options) - 1]:
+        call = inputs_of(op, 1, SIZES[0], **options).to(torch.float32)
+        assert cuda_on_cpu.same_when_early(cuda, lambda call=call: quantities(getattr(mann_kernels, op), call))
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_gradcheck(op):
     few = inputs_of(op, 0, (1, 3, 2, 1), T=2, write="add", key_strength=True) if op == "mann_sequence" else None
     assert torch.autograd.gradcheck(*class_of(op)._scalar("cpu", few), atol=1e-6)
@@ -205,19 +213,11 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(fault, cuda, tmp_path):
     op, width, file, right, wrong = FAULTS[fault]
-    csrc = cuda_mutant(tmp_path, file, right, wrong)
-    folder = tmp_path / "kernels"
-    folder.mkdir()
-
-    def compile_from(source, target):
-        cuda.mann_cuda_on_cpu_compiler(cuda_on_cpu.kernel_command("plain", source).encode(), str(target).encode())
-
     call = inputs_of(op, 1, (2, 300, width, 2))
     if "usage" in call and "ties" in fault:
         call["usage"] = torch.zeros_like(call["usage"])
-    compile_from(csrc, folder)
-    try:
-        with pytest.raises(AssertionError):
-            matches(op, call, torch.float32)
-    finally:
-        compile_from(cuda_on_cpu.CSRC, cuda_on_cpu.kernel_folder(cuda_on_cpu.BUILD / "plain", cuda_on_cpu.CSRC))
+    with (
+        cuda_on_cpu.kernels_from(cuda_mutant(tmp_path, file, right, wrong), cuda, tmp_path),
+        pytest.raises(AssertionError),
+    ):
+        matches(op, call, torch.float32)
