@@ -11,7 +11,7 @@ struct UseSlots {
     const int b, step, chunk, slots_of_example;
     const int64_t ring;
     const bool weights_out, means_out, usage_wanted;
-    T loaded[kSlotsAtOnce][kHeads], usage[kSlotsAtOnce], dweight[kSlotsAtOnce][kHeads];
+    T loaded[kSlotsAtOnce][kHeads], usage[kSlotsAtOnce][1], dweight[kSlotsAtOnce][kHeads];
 
     MANN_INLINE UseSlots(const MemoryUse<S> &args, int example, int step, int chunk)
         : a(args), s(a.sizes), b(example), step(step), chunk(chunk), slots_of_example(int(s.N)),
@@ -23,24 +23,26 @@ struct UseSlots {
     MANN_INLINE int last() const { return min((chunk + 1) * a.chooser_slots, slots_of_example); }
     template <typename X> MANN_INLINE X *of_example(X *all, int numbers) const { return all + b * s.N * numbers; }
 
-    MANN_INLINE void load(int from) {
-        const T *logits = a.logits + ring * kHeads * s.N;
-        const S *given = a.usage ? of_example(a.usage, 1) : nullptr;
+    // Of the slots from `from` on, `numbers` rows of [.., N].
+    template <typename X, int numbers>
+    MANN_INLINE void load_slots(const X *all, int from, T (&to)[kSlotsAtOnce][numbers]) const {
+        X loaded_at_once[kSlotsAtOnce][numbers];
 #pragma unroll
-        for (int u = 0; u < kSlotsAtOnce; ++u) {
-            const int n = from + u * kMemoryThreads;
-            const bool exists = n < last();
-#pragma unroll
-            for (int h = 0; h < kHeads; ++h) {
-                const int at = h * slots_of_example + n;
-                if (a.weights_in) loaded[u][h] = to_arith(load_if(exists, of_example(a.weights_in, kHeads) + at));
-                else if (a.logits) loaded[u][h] = load_if(exists, logits + at);
-                if (means_out) dweight[u][h] = to_arith(load_if(exists, of_example(a.dweights, kHeads) + at));
-            }
-            if (!usage_wanted) continue;
-            if (given) usage[u] = to_arith(load_if(exists, given + n));
-            else usage[u] = load_if(exists, of_example(a.usage1, 1) + n);
+        for (int i = 0; i < kSlotsAtOnce * numbers; ++i) {
+            const int n = from + i / numbers * kMemoryThreads;
+            loaded_at_once[i / numbers][i % numbers] = load_if(n < last(), all + i % numbers * slots_of_example + n);
         }
+#pragma unroll
+        for (int i = 0; i < kSlotsAtOnce * numbers; ++i)
+            to[i / numbers][i % numbers] = to_arith(loaded_at_once[i / numbers][i % numbers]);
+    }
+    MANN_INLINE void load(int from) {
+        if (a.weights_in) load_slots(of_example(a.weights_in, kHeads), from, loaded);
+        else if (a.logits) load_slots(a.logits + ring * kHeads * s.N, from, loaded);
+        if (means_out) load_slots(of_example(a.dweights, kHeads), from, dweight);
+        if (!usage_wanted) return;
+        if (a.usage) load_slots(of_example(a.usage, 1), from, usage);
+        else load_slots(of_example(a.usage1, 1), from, usage);
     }
     MANN_INLINE T weight_of(T logit, const T *total) const {
         return slots_of_example == 1 ? T(1) : exponential(logit - total[0]) * total[1];
@@ -62,7 +64,7 @@ struct UseSlots {
                 if (means_out) means[h] += weight * dweight[u][h];
             }
             if (!usage_wanted) continue;
-            const T now = a.logits ? usage[u] + read : usage[u]; // eq. 5
+            const T now = a.logits ? usage[u][0] + read : usage[u][0]; // eq. 5
             if (a.logits && a.usage1) of_example(a.usage1, 1)[n] = now;
             if (a.usage_out) of_example(a.usage_out, 1)[n] = to_storage<S>(now);
             if (a.candidate_slots) least.see(now, n);

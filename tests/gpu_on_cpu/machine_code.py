@@ -6,7 +6,8 @@ A line for each launch of a training step, forward and backward: how often it is
 a thread, KiB of shared memory of a block); the instructions of the kernel; and those that one warp goes through that takes part in
 everything: the longest way through the kernel, each loop once. Of an episode's kernel that is one pass of its loop over steps; of
 its backward pass one of each of the two loops, which recompute and undo a step. Of these instructions: how many stand in loops, and
-run as often as these turn; and the kinds of COUNTED. Left out is what only diverged warps, rare values (the slow way to divide) and
+run as often as these turn; how often the warp waits for what it loaded from global memory, which takes longest of all; and the
+kinds of COUNTED. Left out is what only diverged warps, rare values (the slow way to divide) and
 a second try of a wait run. What torch launches itself, products before and after an episode, is not there.
 The sources are those in the built library (`make setup`).
 """
@@ -15,6 +16,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
@@ -73,7 +75,13 @@ def launches_of(op, shape, dtype) -> Counter[Launch]:
     return Counter(launches)
 
 
-def code_of(text: str) -> tuple[list[str], networkx.DiGraph]:
+class Instruction(NamedTuple):
+    predicate: str
+    operation: str
+    operands: str
+
+
+def code_of(text: str) -> tuple[list[Instruction], networkx.DiGraph]:
     """The instructions of a disassembled kernel; and as a graph of their numbers, which follows which on the way of a whole warp
     from the kernel's begin to its end."""
     found, labels = [], {}
@@ -81,7 +89,7 @@ def code_of(text: str) -> tuple[list[str], networkx.DiGraph]:
         if label := re.match(r"([.$]\w+):", line):
             labels[label[1]] = len(found)
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?\w+)?\s*(\S+)(.*);", line):
-            found.append(instruction.groups(default=""))
+            found.append(Instruction(*instruction.groups(default="")))
     graph, ends = networkx.DiGraph(), []
     for at, (predicate, operation, operands) in enumerate(found):
         kind, conditional = operation.split(".")[0], predicate or "P" in operands.split("`")[0]
@@ -93,15 +101,14 @@ def code_of(text: str) -> tuple[list[str], networkx.DiGraph]:
             graph.add_edge(at, at + 1)
         if kind == "EXIT":
             ends.append(at)
-    operations = [operation for _, operation, _ in found]
-    for at, operation in enumerate(operations):
-        again = [at - 1, at] if at and operations[at - 1] == "YIELD" else [at]
+    for at, (_, operation, _) in enumerate(found):
+        again = [at - 1, at] if at and found[at - 1].operation == "YIELD" else [at]
         if operation.startswith("SYNCS.PHASECHK") and any(
             graph.has_edge(after, first) for first in again for after in range(at + 1, at + 4)
         ):
             graph.remove_node(at)  # waits again
     alive = {0} | networkx.descendants(graph, 0)
-    return operations, graph.subgraph(alive & set(ends).union(*(networkx.ancestors(graph, end) for end in ends)))
+    return found, graph.subgraph(alive & set(ends).union(*(networkx.ancestors(graph, end) for end in ends)))
 
 
 def loops(graph) -> list[set[int]]:
@@ -144,11 +151,37 @@ def passes(kernel: str, graph) -> dict[str, networkx.DiGraph]:
     return {"all": graph}
 
 
-def counts(operations, graph) -> dict[str, int]:
-    """What a warp goes through: instructions, those among them that a loop repeats, and COUNTED."""
+def registers_of(operands: str, width: int = 1) -> set[int]:
+    """The registers that operands name, each with those behind it that a wide one has too."""
+    return {
+        int(name) + i
+        for name, wide in re.findall(r"\bR(\d+)(\.64)?", operands)
+        for i in range(max(width, 2 if wide else 1))
+    }
+
+
+def memory_waits(code: list[Instruction], way: list[int]) -> int:
+    """How often a warp waits on its way for what it loaded from global memory: loads that are used together are one wait."""
+    waits, awaited, copies = 0, set(), False
+    for _, operation, operands in (code[at] for at in way):
+        if operation.startswith("LDGSTS"):
+            copies = True
+            continue
+        loads = operation.startswith("LDG.") or operation == "LDG"
+        target, _, used = operands.partition(",") if loads else ("", "", operands)
+        if awaited & registers_of(used) or (copies and operation.startswith("DEPBAR")):
+            waits, awaited, copies = waits + 1, set(), False
+        if loads:
+            awaited |= registers_of(target, 4 if ".128" in operation else 2 if ".64" in operation else 1)
+    return waits
+
+
+def counts(code: list[Instruction], graph) -> dict[str, int]:
+    """What a warp goes through: instructions, those among them that a loop repeats, waits for global memory, and COUNTED."""
     way, repeated = longest(graph), set().union(*loops(graph))
-    kinds = Counter(operations[at] for at in way)
-    return {"instructions": len(way), "in loops": len(repeated & set(way))} | {
+    kinds = Counter(code[at].operation for at in way)
+    found = {"instructions": len(way), "in loops": len(repeated & set(way)), "memory waits": memory_waits(code, way)}
+    return found | {
         column: sum(n for kind, n in kinds.items() if f"{kind}.".startswith(tuple(f"{name}." for name in names)))
         for column, names in COUNTED.items()
     }
@@ -159,7 +192,7 @@ def lines_of(launch: Launch, times: int) -> list[dict]:
     failed, made = compile_for(90, launch.source, launch.options)
     if failed:
         raise RuntimeError(made)
-    operations, graph = code_of(disassembled(Path(made))[launch.kernel])
+    code, graph = code_of(disassembled(Path(made))[launch.kernel])
     used = resources(Path(made))[launch.kernel]
     line = {
         "kernel": launch.kernel,
@@ -170,11 +203,11 @@ def lines_of(launch: Launch, times: int) -> list[dict]:
         "registers": used.registers,
         "spilled": used.spilled,
         "KiB": f"{(int(launch.shared_bytes) + used.shared) / 1024:.1f}",
-        "code": len(operations),
+        "code": len(code),
     }
     lines = []
     for part, inside in passes(launch.kernel, graph).items():
-        found = counts(operations, inside)
+        found = counts(code, inside)
         instructions = found["instructions"]
         of_block = int(launch.threads) // 32 * instructions
         lines.append(line | {"part": part, "instructions": instructions, "a block": of_block} | found)
