@@ -196,10 +196,11 @@ MANN_INLINE void in_chunks(T *shared, const Load &load, Take &&take) {
             const int i = tid + j * D::kThreads;
             if ((j + 1) * D::kThreads <= Load::kNumbers || i < Load::kNumbers) load.put(stage(chunk), i, held[j]);
         }
-        if constexpr (kEach > kHeld)
+        if constexpr (kEach > kHeld) {
 #pragma unroll 2
             for (int i = tid + kHeld * D::kThreads; i < Load::kNumbers; i += D::kThreads)
                 load.put(stage(chunk), i, load.number(i, chunk * D::kChunk, left(chunk)));
+        }
     };
     start(0);
     finish(0);
