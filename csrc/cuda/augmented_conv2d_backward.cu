@@ -235,6 +235,7 @@ MANN_INLINE void gradient_of_rows(const ConvBackwardRows<S> &a, int64_t g, int p
     const int e = strip < kStrips ? (part * kStrips + strip) * 32 + lane : kCount, at = e < kCount ? natural(e) : 0;
     const int64_t L = a.layer.L, rows = a.layer.rows;
     const T *own = a.own + g * L * kCount + e;
+    if (L == 0) wait_for_previous(); // else below
     for (int64_t s0 = 0; s0 < rows; s0 += kRows) {
         const int some = int(rows - s0 < kRows ? rows - s0 : kRows);
         T sum[kRows] = {}, fast[kRows];

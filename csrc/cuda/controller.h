@@ -81,6 +81,59 @@ struct Share {
     }
 };
 
+// The rows of weight_hh of a block's units, `count` columns of each, to shared memory [kUnits][count][gate]:
+// asynchronously where they are stored as they are computed with. Column `at` is column source(at) of weight_hh, none
+// where that is negative.
+template <int count, typename Source>
+MANN_INLINE void copy_rows(T *target, const S *weight_hh, const Share &share, Source &&source) {
+    constexpr int kEach = (count + kWarp - 1) / kWarp;
+    int from[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+        from[i] = i * kWarp + lane_of_warp() < count ? source(i * kWarp + lane_of_warp()) : -1;
+#pragma unroll 1
+    for (int row = warp_of_block(); row < 4 * kUnits; row += kWarps) {
+        const int u = row / 4, gate = row % 4;
+        const S *weights = weight_hh + (int64_t(gate) * H + share.first_unit() + u) * kRecurrent;
+        T *to = target + (u * count + lane_of_warp()) * 4 + gate;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i)
+            if ((i + 1) * kWarp <= count || i * kWarp + lane_of_warp() < count)
+                copy_number(to + i * kWarp * 4, weights + from[i], u < share.units() && from[i] >= 0);
+    }
+}
+// *to(i) = *from(i) for i < count, or zero where from(i) is null, shared out over the threads; seen after
+// copy_async_wait.
+template <int count, typename To, typename From> MANN_INLINE void copy_numbers(To &&to, From &&from) {
+    constexpr int kAtOnce = least(share_of(count), 4);
+#pragma unroll 1
+    for (int first = thread_again(); first < count; first += kAtOnce * kThreads) {
+        S loaded[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+            const int i = first + j * kThreads;
+            const S *source = i < count ? from(i) : nullptr;
+            if constexpr (sizeof(S) != sizeof(T)) loaded[j] = load_if(source, source);
+            else if (i < count) copy_number(to(i), source, source);
+        }
+        if constexpr (sizeof(S) != sizeof(T)) {
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j)
+                if (first + j * kThreads < count) *to(first + j * kThreads) = to_arith(loaded[j]);
+        }
+    }
+}
+// The columns of weight_head of a block's units, likewise, to [kUnits][kHeadPadded].
+MANN_INLINE void copy_head(T (*target)[kHeadPadded], const S *weight_head, const Share &share) {
+    copy_numbers<kUnits * kHeadPadded>([&](int i) { return &target[i % kUnits][i / kUnits]; },
+                                       [&](int i) {
+                                           const int u = i % kUnits, p = i / kUnits;
+                                           return u < share.units() && p < kHead
+                                                      ? weight_head + int64_t(p) * H + share.first_unit() + u
+                                                      : nullptr;
+                                       });
+}
+
 // A warp has kCells cells, unit * kExamples + example; kLanes lanes share one, each with kGates of its four gates: what
 // scatter_sums makes of values [kCells, 4].
 constexpr int kCells = kUnitsOfWarp * kExamples;

@@ -83,12 +83,8 @@ struct Backward {
         }
         columns.take_weights();
         s.dgates.clear();
-        for (int i = thread_again(); i < kUnits * kHeadPadded; i += kThreads) {
-            const int u = i % kUnits, p = i / kUnits;
-            const bool there = u < share.units() && p < kHead;
-            s.weight_head[u][p] = there ? to_arith(a.weight_head[int64_t(p) * H + share.first_unit() + u]) : T(0);
-        }
-        for (int p = thread_again(); p < kHead; p += kThreads) s.bias_head[p] = to_arith(a.bias_head[p]);
+        copy_head(s.weight_head, a.weight_head, share);
+        copy_numbers<kHead>([&](int p) { return &s.bias_head[p]; }, [&](int p) { return a.bias_head + p; });
         open_step(s.step);
         for (int i = thread_again(); i < 4 * kUnits * kExamples; i += kThreads)
             s.dgates.at(i / kExamples, i % kExamples) = 0;
@@ -99,14 +95,16 @@ struct Backward {
         for (int h = thread_again(); h < kHeads; h += kThreads) s.mean_parts[h] = 0;
         const bool real = share.is_real();
         const int b = share.example();
-        for (int k = thread_again(); k < kWords; k += kThreads)
-            s.carried[k] = real && a.dreads1 ? to_arith(a.dreads1[int64_t(b) * kWords + k]) : T(0);
+        copy_numbers<kWords>([&](int k) { return &s.carried[k]; },
+                             [&](int k) { return real && a.dreads1 ? a.dreads1 + int64_t(b) * kWords + k : nullptr; });
         rows.take_dmemory(real && a.dmemory1 ? a.dmemory1 + int64_t(b) * N * W : nullptr);
         rows.take_dweights(real && a.dread_weights1 ? a.dread_weights1 + int64_t(b) * R * N : nullptr);
         if (is_real()) {
             const int64_t at = unit_at(example);
             dh = a.dh1 ? to_arith(a.dh1[at]) : T(0), dc = a.dc1 ? to_arith(a.dc1[at]) : T(0);
         }
+        copy_async_commit();
+        copy_async_wait<0>(); // seen by all after the cluster's barrier
     }
     // Of the steps in which no example of the cluster takes part.
     MANN_INLINE void pad() const {

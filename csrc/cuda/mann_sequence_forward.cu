@@ -71,16 +71,6 @@ struct Forward {
     MANN_INLINE int unit() const { return share.first_unit() + Cell::unit(); } // of all
     MANN_INLINE int64_t row(int t, int b) const { return int64_t(t) * a.batch + b; }
 
-    MANN_INLINE void take_weights() {
-        gates.take_weights();
-        for (int i = thread_again(); i < kUnits * kHeadPadded; i += kThreads) {
-            const int u = i % kUnits, p = i / kUnits;
-            const bool there = u < share.units() && p < kHead;
-            s.weight_head[u][p] = there ? to_arith(a.weight_head[int64_t(p) * H + share.first_unit() + u]) : T(0);
-        }
-        for (int p = thread_again(); p < kHeadPadded; p += kThreads)
-            s.bias_head[p] = p < kHead ? to_arith(a.bias_head[p]) : T(0);
-    }
     MANN_INLINE void begin() {
         if (threadIdx.x == 0) {
             mailbox_open(&s.h_box[0], kHBytes);
@@ -91,21 +81,27 @@ struct Forward {
                 mailbox_open(&s.candidate_box, kCandidateBytes);
             }
         }
-        take_weights();
+        gates.take_weights();
+        copy_head(s.weight_head, a.weight_head, share);
+        copy_numbers<kHeadPadded>([&](int p) { return &s.bias_head[p]; },
+                                  [&](int p) { return p < kHead ? a.bias_head + p : nullptr; });
         open_step(s.step);
         rows.open_usage(s.usage);
         s.h[0].clear(), s.h[1].clear(), s.reads.clear();
-        for (int i = thread_again(); i < kHidden * kExamples; i += kThreads) {
-            const int b = share.first_example + i % kExamples, other = i / kExamples % kUnitsPadded;
-            const int u = i / kExamples / kUnitsPadded * kUnits + other;
-            const bool there = b < a.batch && other < kUnits && u < H;
-            s.h[1].at(i / kExamples, i % kExamples) = there ? to_arith(a.h[int64_t(b) * H + u]) : T(0);
-        }
-        for (int i = thread_again(); i < kWords * kExamples; i += kThreads) {
-            const int b = share.first_example + i % kExamples;
-            s.reads.at(i / kExamples, i % kExamples) =
-                b < a.batch ? to_arith(a.reads[int64_t(b) * kWords + i / kExamples]) : T(0);
-        }
+        copy_numbers<kHidden * kExamples>([&](int i) { return &s.h[1].at(i / kExamples, i % kExamples); },
+                                          [&](int i) {
+                                              const int b = share.first_example + i % kExamples,
+                                                        other = i / kExamples % kUnitsPadded;
+                                              const int u = i / kExamples / kUnitsPadded * kUnits + other;
+                                              return b < a.batch && other < kUnits && u < H ? a.h + int64_t(b) * H + u
+                                                                                            : nullptr;
+                                          });
+        copy_numbers<kWords * kExamples>([&](int i) { return &s.reads.at(i / kExamples, i % kExamples); },
+                                         [&](int i) {
+                                             const int b = share.first_example + i % kExamples;
+                                             return b < a.batch ? a.reads + int64_t(b) * kWords + i / kExamples
+                                                                : nullptr;
+                                         });
         if (is_real()) {
             const int64_t at = int64_t(example) * H + unit();
             h = to_arith(a.h[at]), c = to_arith(a.c[at]);
@@ -116,13 +112,15 @@ struct Forward {
         rows.take_weights(real ? a.read_weights + int64_t(b) * R * N : nullptr);
 #pragma unroll
         for (int i = 0; i < kRows; ++i)
-            rows.usage[i] = real && rows.exists(i) ? to_arith(a.usage[int64_t(b) * N + rows.slot(i)]) : T(0);
+            rows.usage[i] = to_arith(load_if(real && rows.exists(i), a.usage + int64_t(b) * N + rows.slot(i)));
         // What is sent again as long as the example has no real step.
-        for (int p = thread_again(); p < kPart; p += kThreads) {
-            const bool first = real && share.part() == 0;
-            s.own_part[p] = p < kWords ? (first ? to_arith(a.reads[int64_t(b) * kWords + p]) : T(0))
-                                       : T(p < kTopAt && share.part() == 0);
-        }
+        const bool first = real && share.part() == 0;
+        copy_numbers<kWords>([&](int p) { return &s.own_part[p]; },
+                             [&](int p) { return first ? a.reads + int64_t(b) * kWords + p : nullptr; });
+        for (int p = kWords + thread_again(); p < kPart; p += kThreads)
+            s.own_part[p] = T(p < kTopAt && share.part() == 0);
+        copy_async_commit();
+        copy_async_wait<0>(); // seen by all after the cluster's barrier
         if (share.owns()) rows.give_usage(s.usage);
     }
 

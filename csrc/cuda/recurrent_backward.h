@@ -28,20 +28,20 @@ struct Columns {
     RecurrentWeights &weights;
 
     // Of a unit of the block; zero where there is none.
-    MANN_INLINE T weight(int u, int k, int gate) const {
-        const bool there = u < share.units() && k < kRecurrent;
-        return there ? to_arith(weight_hh[(int64_t(gate) * H + share.first_unit() + u) * kRecurrent + k]) : T(0);
+    MANN_INLINE S weight(int u, int k, int gate) const {
+        return load_if(u < share.units() && k < kRecurrent,
+                       weight_hh + (int64_t(gate) * H + share.first_unit() + u) * kRecurrent + k);
     }
 #if MANN_TENSOR
     MANN_INLINE Columns(const S *weight_hh, const Share &share, RecurrentWeights &weights)
         : weight_hh(weight_hh), share(share), weights(weights) {}
     MANN_INLINE void take_weights() {
-        for (int i = thread_again(); i < kTiles * kFragments * kWarp; i += kThreads) {
-            const int lane = i % kWarp, f = i / kWarp % kFragments, tile = i / kWarp / kFragments;
-            weights.of[tile][f][lane] = Fragment::of(lane, [&](int row, int column) {
+        take_fragments<kTiles * kFragments>(
+            [&](int i, int lane) { return &weights.of[i / kFragments][i % kFragments][lane]; },
+            [&](int i, int row, int column) {
+                const int f = i % kFragments, tile = i / kFragments;
                 return weight((f * kDepth + column) / 4, tile * kDepth + row, column % 4);
             });
-        }
     }
     // give(k, e, x): products x of column k for examples e and, where there is one, e + 1.
     template <typename F> MANN_INLINE void multiply(const GateGradients &dgates, F &&give) const {
@@ -76,12 +76,10 @@ struct Columns {
                 for (int u = 0; u < kUnits; ++u)
 #pragma unroll
                     for (int g = 0; g < 4; ++g)
-                        held[n][u][g] = int(threadIdx.x) < kColumnStride ? weight(u, column_of_thread(n), g) : T(0);
+                        held[n][u][g] =
+                            to_arith(weight(u, int(threadIdx.x) < kColumnStride ? column_of_thread(n) : kRecurrent, g));
         } else {
-            for (int i = thread_again(); i < kUnits * 4 * kRecurrent; i += kThreads) {
-                const int k = i % kRecurrent, g = i / kRecurrent % 4, u = i / kRecurrent / 4;
-                weights.of[u][k][g] = weight(u, k, g);
-            }
+            copy_rows<kRecurrent>(&weights.of[0][0][0], weight_hh, share, [](int k) { return k; });
         }
     }
     // give(k, 0, x): products x of column k for all examples.

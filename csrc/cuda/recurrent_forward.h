@@ -32,12 +32,16 @@ struct Gates {
     MANN_INLINE Gates(const S *weight_hh, const Share &share, RecurrentWeights &weights)
         : weight_hh(weight_hh), share(share), weights(weights) {}
 
-    // Column `at` of weight_hh of a unit of the block, in the order of kHidden; zero where there is none.
-    MANN_INLINE T weight(int u, int at, int gate) const {
-        const int block = at / kUnitsPadded, other = at % kUnitsPadded;
-        const int k = at >= kHidden ? H + at - kHidden : block * kUnits + other;
-        const bool there = u < share.units() && at < kColumnsHere && (at >= kHidden || (other < kUnits && k < H));
-        return there ? to_arith(weight_hh[(int64_t(gate) * H + share.first_unit() + u) * kRecurrent + k]) : T(0);
+    // Where column `at`, in the order of kHidden, stands in weight_hh; -1 where there is none.
+    MANN_INLINE static int column(int at) {
+        const int block = at / kUnitsPadded, other = at % kUnitsPadded, k = block * kUnits + other;
+        return at >= kHidden ? H + at - kHidden : other < kUnits && k < H ? k : -1;
+    }
+    // Of a unit of the block; zero where there is none.
+    MANN_INLINE S weight(int u, int at, int gate) const {
+        const int k = column(at);
+        return load_if(u < share.units() && at < kColumnsHere && k >= 0,
+                       weight_hh + (int64_t(gate) * H + share.first_unit() + u) * kRecurrent + k);
     }
     MANN_INLINE void begin() {
 #pragma unroll
@@ -45,15 +49,14 @@ struct Gates {
     }
 #if MANN_TENSOR
     MANN_INLINE void take_weights() {
-        for (int i = thread_again(); i < kUnitWarps * kFragments * kWarp; i += kThreads) {
-            const int lane = i % kWarp, f = i / kWarp % kFragments, warp = i / kWarp / kFragments;
-            const int before = f < kFragmentsOfH ? f * kDepth : kHidden + (f - kFragmentsOfH) * kDepth;
-            const int after = f < kFragmentsOfH ? kHidden : kColumnsHere;
-            weights.of[warp][f][lane] = Fragment::of(lane, [&](int row, int column) {
-                const int at = before + column;
-                return at < after ? weight(warp * 4 + row % 4, at, row / 4) : T(0);
+        take_fragments<kUnitWarps * kFragments>(
+            [&](int i, int lane) { return &weights.of[i / kFragments][i % kFragments][lane]; },
+            [&](int i, int row, int column) {
+                const int f = i % kFragments, warp = i / kFragments;
+                const int before = f < kFragmentsOfH ? f * kDepth : kHidden + (f - kFragmentsOfH) * kDepth;
+                const int at = before + column, after = f < kFragmentsOfH ? kHidden : kColumnsHere;
+                return weight(warp * 4 + row % 4, at < after ? at : kColumnsHere, row / 4);
             });
-        }
     }
     // sums += the fragments from `start` on times x, the next ones of two sums: they wait for each other.
     template <int count, int start, int stride> MANN_INLINE void multiply(const T (*x)[stride]) {
@@ -86,15 +89,12 @@ struct Gates {
 #pragma unroll
                     for (int g = 0; g < 4; ++g) {
                         const int k = (i < kLanesOfH ? i : i - kLanesOfH) * kWarp + lane_of_warp();
-                        const bool there = k < (i < kLanesOfH ? kHidden : kWords);
                         const int u = warp_of_block() * kUnitsOfWarp + n, at = i < kLanesOfH ? k : kHidden + k;
-                        held[n][i][g] = there ? weight(u, at, g) : T(0);
+                        const bool exists = k < (i < kLanesOfH ? kHidden : kWords);
+                        held[n][i][g] = to_arith(weight(u, exists ? at : kColumnsHere, g));
                     }
         } else {
-            for (int i = thread_again(); i < kUnits * 4 * kColumnsHere; i += kThreads) {
-                const int k = i % kColumnsHere, g = i / kColumnsHere % 4, u = i / kColumnsHere / 4;
-                weights.of[u][k][g] = weight(u, k, g);
-            }
+            copy_rows<kColumnsHere>(&weights.of[0][0][0], weight_hh, share, column);
         }
     }
     // sums += the columns from `start` on times x [count, kExamples].

@@ -26,17 +26,18 @@ struct alignas(16) Fragment {
     }
     MANN_INLINE static uint32_t to_tf32(T x) { return x != x ? __float_as_uint(x) : __float_as_uint(x) + 0x1000u; }
 
-    // Of weight(row, column).
-    template <typename F> MANN_INLINE static Fragment of(int lane, F &&weight) {
-        Fragment f;
-        const int row = lane / 4, column = lane % 4 * 4;
+    // What a lane takes: weight(row, column) as it is stored.
+    template <typename F> MANN_INLINE static void load(S (&stored)[8], int lane, F &&weight) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) stored[i] = weight(lane / 4 + i % 2 * 8, lane % 4 * 4 + i / 2);
+    }
+    MANN_INLINE explicit Fragment(const S (&stored)[8]) {
 #pragma unroll
         for (int i = 0; i < (kHalf ? 4 : 8); ++i) {
-            const int r = row + i % 2 * 8;
-            if constexpr (kHalf) f.bits[i] = pair(weight(r, column + i / 2 * 2), weight(r, column + i / 2 * 2 + 1));
-            else f.bits[i] = to_tf32(weight(r, column + i / 2));
+            const int first = i / 2 * 4 + i % 2; // and the next column
+            if constexpr (kHalf) bits[i] = pair(to_arith(stored[first]), to_arith(stored[first + 2]));
+            else bits[i] = to_tf32(to_arith(stored[i]));
         }
-        return f;
     }
     // sums += weights times four numbers of each example; sums as those of an mma.
     MANN_INLINE void multiply(T (&sums)[4], const Four<T> &x) const {
@@ -50,6 +51,25 @@ struct alignas(16) Fragment {
         }
     }
 };
+// `count` fragments of every lane: *target(f, lane) of weight(f, row, column), so many loaded at once.
+template <int count, typename Target, typename Weight>
+MANN_INLINE void take_fragments(Target &&target, Weight &&weight) {
+    constexpr int kAll = count * kWarp, kAtOnce = least(share_of(kAll), 4);
+#pragma unroll 1
+    for (int first = int(threadIdx.x); first < kAll; first += kAtOnce * kThreads) {
+        S stored[kAtOnce][8];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+            const int i = least(first + j * kThreads, kAll - 1);
+            Fragment::load(stored[j], i % kWarp, [&](int row, int column) { return weight(i / kWarp, row, column); });
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+            const int i = first + j * kThreads;
+            if (i < kAll) *target(i / kWarp, i % kWarp) = Fragment(stored[j]);
+        }
+    }
+}
 // Numbers [count] of every example, one example after the other; without tensor cores number after number.
 template <int count> struct OfExamples {
     alignas(16) T all[kExamples][stride_of(count)];

@@ -220,7 +220,7 @@ FAULTS = {
         ";",
         "error",
     ),
-    "rows of a fragment that are others": ("tensor.h", "row + i % 2 * 8", "row + i / 2 % 2 * 8", "error"),
+    "rows of a fragment that are others": ("tensor.h", "lane / 4 + i % 2 * 8", "lane / 4 + i / 2 % 2 * 8", "error"),
 }
 #: Those in what runs on tensor cores alone.
 OF_BFLOAT16 = tuple(FAULTS)[-2:]
