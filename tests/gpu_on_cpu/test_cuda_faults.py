@@ -81,8 +81,8 @@ FAULTS = {
     "one past the end": Fault(
         "augmented_conv2d",
         "augmented_conv2d_backward.cu",
-        "* kShape.W + x] = to_storage",
-        "* kShape.W + x + 1] = to_storage",
+        "* kShape.W + x] =\n",
+        "* kShape.W + x + 1] =\n",
         {"address": "heap-buffer-overflow"},
     ),
     "sum across blocks": Fault(

@@ -102,8 +102,8 @@ MOST_WAITS = dict.fromkeys(("memory_write", "memory_backward", "mann_sequence_fo
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str)
 @pytest.mark.parametrize("name", AT_PAPER)
 def test_at_the_papers_sizes(name, dtype):
-    """No register is spilled, but for a few numbers of d backward, which a warp keeps 255 registers of; and loads go out together: a
-    warp waits for global memory a few times on its way, not once for each."""
+    """No register is spilled, but for a few numbers of d backward, which a warp keeps 255 registers of; and loads go out together:
+    a warp waits for global memory a few times on its way, not once for each."""
     op, inputs = AT_PAPER[name]
     for source, macros in launches_of(op, inputs(dtype=dtype)):
         failed, said = compile_for(90, source, macros)
