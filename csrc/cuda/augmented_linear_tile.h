@@ -86,11 +86,11 @@ template <int count, typename F> MANN_INLINE void for_sums(const T (&sums)[count
 MANN_INLINE const S *weight_of(const AugmentedLayer<S> &layer, int64_t g, int64_t s) {
     return s == 0 ? layer.weight : layer.fast + g * layer.task_stride + (s - 1) * layer.row_stride;
 }
-// How much of it an example has, if it exists.
+// How much of it an example has, if there is such an example.
 MANN_INLINE T share_of(const AugmentedLayer<S> &layer, int64_t example, int64_t s, bool exists) {
     const bool is_mixed = s > 0 && layer.mix;
     const S mix = load_if(exists && is_mixed, layer.mix + example * layer.rows + s - 1);
-    return is_mixed ? to_arith(mix) : exists ? T(1) : T(0);
+    return is_mixed ? to_arith(mix) : T(1);
 }
 
 // Of `count` weights from s0 on, kLinearDepth x kColumns numbers each, [k][column]: copy(target, weight, k, column).

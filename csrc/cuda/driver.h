@@ -57,6 +57,7 @@ struct Driver {
     int (*set_attribute)(void *, int, int);
     int (*launch)(const LaunchConfig *, void *, void **, void **);
     int (*clusters)(int *, void *, const LaunchConfig *);
+    bool captures_early_starts; // launches with kProgrammaticSerialization, in a graph: from CUDA 12.3 on
 
     Driver() {
         const Library library(dlopen("libcuda.so.1", RTLD_NOW), "CUDA driver (libcuda.so.1)");
@@ -70,6 +71,9 @@ struct Driver {
         library.find(set_attribute, "cuFuncSetAttribute");
         library.find(launch, "cuLaunchKernelEx");
         library.find(clusters, "cuOccupancyMaxActiveClusters");
+        int (*version)(int *), number = 0;
+        library.find(version, "cuDriverGetVersion");
+        captures_early_starts = version(&number) == 0 && number >= 12030;
     }
     void check(int error, const std::string &what) const {
         if (error == 0) return;

@@ -203,7 +203,7 @@ struct Launch {
             cluster.id = kClusterDimension, cluster.value.cluster[0] = unsigned(grid.cluster);
             cluster.value.cluster[1] = cluster.value.cluster[2] = 1;
         }
-        if (grid.follows && device.capability >= 90) {
+        if (grid.follows && device.capability >= 90 && driver().captures_early_starts) {
             LaunchAttribute &follows = attributes[config.attribute_count++];
             follows.id = kProgrammaticSerialization, follows.value.allowed = 1;
         }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import cuda_on_cpu
 import pytest
 import torch
-from against_reference import class_of, compare, matches, quantities, tie, zero_rows
+from against_reference import class_of, compare, matches, quantities, run, tie, zero_rows
 from mutant import cuda_mutant
 
 import mann_kernels
@@ -93,6 +93,23 @@ def test_ties_and_zero_rows(op, change):
         call = inputs_of(op, 2, size, **({"T": 1} if op.endswith("sequence") else {}))
         change(call)
         matches(op, call, torch.float64)
+
+
+def test_the_least_used_are_in_the_last_blocks():
+    """So many blocks that a lane has several of the slots that they propose."""
+    call = inputs_of("lrua_step", 4, (1, 14_000, 1, 8))
+    call["usage"] = torch.linspace(1, 0, 14_000, dtype=torch.float64)[None]
+    matches("lrua_step", call, torch.float32)
+
+
+@pytest.mark.parametrize("op", OPS[:2])
+def test_more_parts_than_are_loaded_at_once(op, cuda):
+    """Of the softmax and of the reads, relative to a largest logit each."""
+    call = inputs_of(op, 5, (1, 5600, 128, 1), beta=True).to(torch.float32)
+    with cuda_on_cpu.recorded(cuda) as launches:
+        run(getattr(mann_kernels, op), call)
+    assert max(int(launch.blocks.split("x")[0]) for launch in launches if launch.kernel == "memory_write") > 160
+    compare(op, call.to(torch.float64), torch.float32)
 
 
 @pytest.mark.parametrize("op", OPS)
