@@ -171,16 +171,23 @@ MANN_INLINE float minimum(float a, float b) {
 }
 
 // *at in global memory, or zero where that does not exist. There is no branch around the load and nothing waits for it,
-// so several are on their way at once; a load inside an `if` is waited for before the next.
+// so several are on their way at once; a load inside an `if` is waited for before the next. Of memory that the thread has
+// not written to: the compiler keeps no order with its stores.
 #define MANN_LOAD_IF(type, ptx, bits, constraint)                                                                      \
     asm volatile("{\n.reg .pred exists;\nsetp.ne.u32 exists, %2, 0;\nmov." bits " %0, 0;\n"                            \
                  "@exists ld.global." ptx " %0, [%1];\n}"                                                              \
                  : "=" constraint(type)                                                                                \
                  : "l"(at), "r"(uint32_t(exists)))
-MANN_INLINE float load_if(bool exists, const float *at) {
+MANN_INLINE uint32_t load_if(bool exists, const uint32_t *at) {
     uint32_t bits;
     MANN_LOAD_IF(bits, "u32", "u32", "r");
-    return __uint_as_float(bits);
+    return bits;
+}
+MANN_INLINE float load_if(bool exists, const float *at) {
+    return __uint_as_float(load_if(exists, reinterpret_cast<const uint32_t *>(at)));
+}
+MANN_INLINE int32_t load_if(bool exists, const int32_t *at) {
+    return int32_t(load_if(exists, reinterpret_cast<const uint32_t *>(at)));
 }
 MANN_INLINE Bf16 load_if(bool exists, const Bf16 *at) {
     Bf16 x;
@@ -191,11 +198,6 @@ MANN_INLINE uint8_t load_if(bool exists, const uint8_t *at) {
     uint32_t bits;
     MANN_LOAD_IF(bits, "u8", "u32", "r");
     return uint8_t(bits);
-}
-MANN_INLINE int32_t load_if(bool exists, const int32_t *at) {
-    uint32_t bits;
-    MANN_LOAD_IF(bits, "u32", "u32", "r");
-    return int32_t(bits);
 }
 #undef MANN_LOAD_IF
 
