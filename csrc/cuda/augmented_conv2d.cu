@@ -45,7 +45,7 @@ MANN_INLINE void keep(const ConvForward<S> &a, int64_t example, int o, int pixel
 struct ForwardLoad {
     using D = Forward;
     using Number = S;
-    static constexpr int kNumbers = D::kChunk * D::kRows * D::kColumns, kMostHeld = 10;
+    static constexpr int kNumbers = D::kChunk * D::kRows * D::kColumns, kMostHeld = ConvTiling::kForwardHeld;
     const S *x;
     const T *slow, *fast;
     int h0, w0;
@@ -116,7 +116,7 @@ MANN_KERNEL(augmented_conv2d_pack, kPackThreads, ConvPack<S>) {
                                                        reinterpret_cast<T *>(shared));
 }
 
-MANN_KERNEL(augmented_conv2d, MANN_BOUNDS(Forward::kThreads, 1), ConvForward<S>) {
+MANN_KERNEL(augmented_conv2d, MANN_BOUNDS(Forward::kThreads, Forward::kBlocks), ConvForward<S>) {
     MANN_DYNAMIC_SHARED(shared);
     convolve_example(args, reinterpret_cast<T *>(shared));
 }

@@ -52,11 +52,11 @@ struct ConvTiling {
     int least;                            // threads of a block
 
     MANN_CONSTEXPR ConvTiling(int height, int width, int kernel, int channel_count, int group_count, bool tensor_cores,
-                              int least_threads, int room)
+                              int least_threads, int room, int most_held)
         : tiles(height, width), tensor(tensor_cores), k(kernel), channels(channel_count), groups(group_count),
           together(1), quads(1), quad_groups(1), slices(1), rows(2 * tiles.height + kernel - 1), row_stride(0),
           plane(0), weights(0), chunk(1), least(least_threads) {
-        const int windows = tiles.windows();
+        const int windows = tiles.windows(), stage = int(at_most(kStage, room / 2));
         together = int(ceil_div(groups, windows >= 32 ? 2 : 4));
         if (tensor) together = int(at_most(round_up(together, 4), 16));
         while (windows * together > kThreads && !tensor) together = (together + 1) / 2;
@@ -69,16 +69,19 @@ struct ConvTiling {
         while (together > fewest && 2 * at_least(step, 2) * (plane + weights_of(together)) > room) together -= fewest;
         weights = weights_of(together);
         while (2 * slices * step <= channels && 2 * slices * (tensor ? 32 * warps() : units()) <= most && slices < 32 &&
-               2 * slices * step * (plane + weights) <= kStage && 2 * slices * 32 * units() <= room)
+               2 * slices * step * (plane + weights) <= stage && 2 * slices * 32 * units() <= room)
             slices *= 2;
         const int even = step * slices > 1 ? step * slices : 2; // both sides of an output belong together
-        const int chunks = int(ceil_div(channels, at_least(kStage / (plane + weights) / even * even, even)));
+        const int held = tensor ? channels : most_held * threads() / (rows * columns);
+        const int64_t largest = at_least(at_most(stage / (plane + weights), held) / even * even, even);
+        const int chunks = int(ceil_div(channels, largest));
         chunk = int(round_up(ceil_div(channels, chunks), even));
     }
     MANN_CONSTEXPR int warps() const { return together / 4 * quad_groups; } // of a slice
     MANN_CONSTEXPR int weights_of(int some) const { return 8 * some * k * k + (tensor ? 8 : 4 * some); }
     static constexpr int kThreads = 448;
-    static constexpr int kStage = 10240; // numbers in shared memory, twice
+    static constexpr int kForwardHeld = 9, kBackwardHeld = 10; // numbers of images that a thread has on their way
+    static constexpr int kStage = 14000; // numbers in shared memory, twice: two blocks to a multiprocessor
     MANN_CONSTEXPR int units() const { return tiles.windows() * together; }
     MANN_CONSTEXPR int threads() const {
         return int(at_least(tensor ? 32 * warps() * slices : round_up(units() * slices, 32), least));
@@ -96,10 +99,10 @@ struct ConvTiling {
 };
 
 MANN_CONSTEXPR ConvTiling forward_tiling(const ConvShape &s, bool tensor) {
-    return {s.height(), s.width(), s.k, s.C, int(ceil_div(s.O, 4)), tensor, 32, s.room};
+    return {s.height(), s.width(), s.k, s.C, int(ceil_div(s.O, 4)), tensor, 32, s.room, ConvTiling::kForwardHeld};
 }
 MANN_CONSTEXPR ConvTiling backward_tiling(const ConvShape &s, bool tensor) {
-    return {s.H, s.W, s.k, 2 * s.O, int(ceil_div(s.C, 8)), tensor, 256, s.room};
+    return {s.H, s.W, s.k, 2 * s.O, int(ceil_div(s.C, 8)), tensor, 256, s.room, ConvTiling::kBackwardHeld};
 }
 
 // The weights as a convolution reads them, [inner][outer][taps] to [outer][tap][padded inner]: mixed, one for the slow

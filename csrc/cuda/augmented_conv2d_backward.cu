@@ -38,7 +38,7 @@ MANN_INLINE Sides sides_of(const Loaded &loaded) {
 struct BackwardLoad {
     using D = Backward;
     using Number = Loaded; // of both sides
-    static constexpr int kNumbers = D::kChunk / 2 * D::kRows * D::kColumns, kMostHeld = 5;
+    static constexpr int kNumbers = D::kChunk / 2 * D::kRows * D::kColumns, kMostHeld = ConvTiling::kBackwardHeld / 2;
     const ConvOutputGradient<S> &gradient;
     const T *slow, *fast;
     int64_t example;
@@ -350,10 +350,9 @@ MANN_KERNEL(augmented_conv2d_backward_first, MANN_BOUNDS(OfWeights::kThreads, 2)
     }
 }
 
-// To a multiprocessor: so many of the blocks with few threads.
-constexpr int kSecondBlocks = Backward::kTensor || Backward::kThreads > 256 ? 1 : 2;
 // Blocks for the gradient of the images, the others for that of the rows of the memory.
-MANN_KERNEL(augmented_conv2d_backward_second, MANN_BOUNDS(Backward::kThreads, kSecondBlocks), ConvBackwardSecond<S>) {
+MANN_KERNEL(augmented_conv2d_backward_second, MANN_BOUNDS(Backward::kThreads, Backward::kBlocks),
+            ConvBackwardSecond<S>) {
     MANN_DYNAMIC_SHARED(bytes);
     T *shared = reinterpret_cast<T *>(bytes);
     start_next();

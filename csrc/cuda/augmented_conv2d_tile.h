@@ -132,7 +132,8 @@ template <typename Of> struct Tiled {
     static constexpr int kPadded = 4 * t.padded_groups(); // groups of 4, with those that fill up the last tile
     static constexpr bool kTensor = t.tensor;
     static constexpr int kQuads = t.quads, kQuadGroups = t.quad_groups, kRowTiles = t.together / 4;
-    static constexpr int kWarps = t.warps(); // of a slice
+    static constexpr int kWarps = t.warps();                          // of a slice
+    static constexpr int kBlocks = kTensor || kThreads > 256 ? 1 : 2; // to a multiprocessor, at least
 };
 
 // Four numbers to shared memory, seen after copy_async_wait.

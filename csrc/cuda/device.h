@@ -171,8 +171,8 @@ MANN_INLINE float minimum(float a, float b) {
 }
 
 // *at in global memory, or zero where that does not exist. There is no branch around the load and nothing waits for it,
-// so several are on their way at once; a load inside an `if` is waited for before the next. Of memory that the thread has
-// not written to: the compiler keeps no order with its stores.
+// so several are on their way at once; a load inside an `if` is waited for before the next. Of memory that the thread
+// has not written to: the compiler keeps no order with its stores.
 #define MANN_LOAD_IF(type, ptx, bits, constraint)                                                                      \
     asm volatile("{\n.reg .pred exists;\nsetp.ne.u32 exists, %2, 0;\nmov." bits " %0, 0;\n"                            \
                  "@exists ld.global." ptx " %0, [%1];\n}"                                                              \

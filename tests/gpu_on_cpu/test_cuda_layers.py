@@ -207,4 +207,4 @@ def test_launches(cuda, name):
         blocks = eval(launch.blocks.replace("x", "*"))
         if launch.kernel.endswith(("conv2d", "_first")) or (launch.kernel.endswith("_second") and name != "conv 28"):
             assert blocks >= (50 if name == "conv 28" else 100), launch
-        assert int(launch.shared_bytes) <= 100 * 1024, launch
+        assert int(launch.shared_bytes) <= 112 * 1024, launch  # two to a multiprocessor

@@ -173,7 +173,7 @@ def test_they_fit_older_devices(name, capability, request):
             kernels = resources(Path(said))
             if name in AT_PAPER:
                 spilled = max(used.spilled for used in kernels.values())
-                assert spilled <= (100 if op == "summarize_gradients" else 8), (source, macros, kernels)
+                assert spilled <= (100 if op == "summarize_gradients" else 40), (source, macros, kernels)
             for launch in launches:
                 if (launch.source, launch.options) == (source, macros):
                     bytes_of_block = int(launch.shared_bytes) + kernels[launch.kernel].shared
