@@ -1,4 +1,4 @@
-"""What a MetaNet says of bad input, a bad state and bad construction."""
+"""Tests that MetaNet refuses bad input, a bad state and bad construction with an error that names the argument."""
 
 import pytest
 from small_metanet import draw, small

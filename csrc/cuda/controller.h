@@ -81,27 +81,31 @@ struct Share {
     }
 };
 
-// The rows of weight_hh of a block's units, `count` columns of each, to shared memory [kUnits][count][gate]:
-// asynchronously where they are stored as they are computed with. Column `at` is column source(at) of weight_hh, none
-// where that is negative.
-template <int count, typename Source>
-MANN_INLINE void copy_rows(T *target, const S *weight_hh, const Share &share, Source &&source) {
-    constexpr int kEach = (count + kWarp - 1) / kWarp;
-    int from[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-        from[i] = i * kWarp + lane_of_warp() < count ? source(i * kWarp + lane_of_warp()) : -1;
-#pragma unroll 1
-    for (int row = warp_of_block(); row < 4 * kUnits; row += kWarps) {
-        const int u = row / 4, gate = row % 4;
-        const S *weights = weight_hh + (int64_t(gate) * H + share.first_unit() + u) * kRecurrent;
-        T *to = target + (u * count + lane_of_warp()) * 4 + gate;
+// The rows of weight_hh of a block's units, `count` columns of each, in shared memory; or in registers, where they are
+// held.
+template <int count> struct WeightRows {
+    alignas(16) T of[MANN_HELD ? 1 : kUnits][MANN_HELD ? 1 : count][4]; // the last index is the gate
+
+    // Asynchronously where they are stored as they are computed with. Column `at` is column source(at) of weight_hh,
+    // none where that is negative.
+    template <typename Source> MANN_INLINE void copy(const S *weight_hh, const Share &share, Source &&source) {
+        constexpr int kEach = (count + kWarp - 1) / kWarp;
+        int from[kEach];
 #pragma unroll
         for (int i = 0; i < kEach; ++i)
-            if ((i + 1) * kWarp <= count || i * kWarp + lane_of_warp() < count)
-                copy_number(to + i * kWarp * 4, weights + from[i], u < share.units() && from[i] >= 0);
+            from[i] = i * kWarp + lane_of_warp() < count ? source(i * kWarp + lane_of_warp()) : -1;
+#pragma unroll 1
+        for (int row = warp_of_block(); row < 4 * kUnits; row += kWarps) {
+            const int u = row / 4, gate = row % 4;
+            const S *weights = weight_hh + (int64_t(gate) * H + share.first_unit() + u) * kRecurrent;
+            T *to = &of[0][0][0] + (u * count + lane_of_warp()) * 4 + gate;
+#pragma unroll
+            for (int i = 0; i < kEach; ++i)
+                if ((i + 1) * kWarp <= count || i * kWarp + lane_of_warp() < count)
+                    copy_number(to + i * kWarp * 4, weights + from[i], u < share.units() && from[i] >= 0);
+        }
     }
-}
+};
 // *to(i) = *from(i) for i < count, or zero where from(i) is null, shared out over the threads; seen after
 // copy_async_wait.
 template <int count, typename To, typename From> MANN_INLINE void copy_numbers(To &&to, From &&from) {

@@ -97,19 +97,32 @@ struct Lane {
     MANN_INLINE int unit(int i) const { return part + 4 * i; }
 };
 
-// Fills `count` right operands of all lanes: weight(i, row, part, e) is the number in row e (of a pair) of `part`, in
-// column `row`, times `scale(i, row)`.
-template <typename Weight> MANN_INLINE void fill_operands(T *operands, int count, Weight &&weight) {
-    for (int i = threadIdx.x; i < count * 32; i += blockDim.x) {
-        T *at = operands + i * kFragment;
+// Fills `count` right operands of all lanes: *source(i, row, part, e), zero where that is null, is the number in row e
+// (of a pair) of `part`, in column `row`, times scale(i, row). A thread that has several loads them at once.
+template <int count, typename Source, typename Scale>
+MANN_INLINE void fill_operands(T *operands, Source &&source, Scale &&scale) {
+    constexpr int at_once = count * 32 <= 384 ? 1 : 4;
+#pragma unroll 1
+    for (int first = threadIdx.x; first < count * 32; first += at_once * blockDim.x) {
+        S stored[at_once][2];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const T w = weight(i / 32, i % 32 / 4, i % 4, e);
+        for (int j = 0; j < 2 * at_once; ++j) {
+            const int i = first + j / 2 * blockDim.x;
+            const S *from = i < count * 32 ? source(i / 32, i % 32 / 4, i % 4, j % 2) : nullptr;
+            stored[j / 2][j % 2] = load_if(from, from);
+        }
+#pragma unroll
+        for (int j = 0; j < 2 * at_once; ++j) {
+            const int i = first + j / 2 * blockDim.x, e = j % 2;
+            if (i >= count * 32) break;
+            const T w = to_arith(stored[j / 2][e]) * scale(i / 32, i % 32 / 4);
+            T *at = operands + i * kFragment;
             if constexpr (kApart) take_apart(w, at[e], at[2 + e]);
             else at[e] = w;
         }
     }
 }
+MANN_INLINE T unscaled(int, int) { return 1; }
 MANN_INLINE Four<float> load_four(const float *at) { return load_shared4(at); }
 #if defined(MANN_CUDA_ON_CPU)
 MANN_INLINE Four<double> load_four(const double *at) { return {{at[0], at[1], at[2], at[3]}}; }

@@ -10,34 +10,41 @@ constexpr int kTiles = D <= 24 ? 2 : 1; // that a warp takes at once, forward: t
 // Of unit u of a part: (weight1[0], weight1[1], bias1, weight3). Units beyond D have zeros.
 MANN_INLINE void fill_first(T *first, const GenerateWeights<S> &weights) {
     for (int u = threadIdx.x; u < 4 * kUnits; u += blockDim.x) {
-        const bool there = u < D;
-        first[4 * u] = there ? to_arith(weights.weight1[2 * u]) : T(0);
-        first[4 * u + 1] = there ? to_arith(weights.weight1[2 * u + 1]) : T(0);
-        first[4 * u + 2] = there ? to_arith(weights.bias1[u]) : T(0);
-        first[4 * u + 3] = there && weights.weight3 ? to_arith(weights.weight3[u]) : T(0);
+        const S *const from[4] = {weights.weight1 + 2 * u, weights.weight1 + 2 * u + 1, weights.bias1 + u,
+                                  weights.weight3 + u};
+        S stored[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) stored[i] = load_if(u < D && (i < 3 || weights.weight3), from[i]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) first[4 * u + i] = to_arith(stored[i]);
     }
 }
 
-// The second layer's weight from an input (number i of `part`; beside the units, the constant 1) to a unit.
-MANN_INLINE T weight_of(const GenerateWeights<S> &weights, int unit, int part, int i) {
+// Where the second layer's weight from an input (number i of `part`; beside the units, the constant 1) to a unit is.
+MANN_INLINE const S *weight_of(const GenerateWeights<S> &weights, int unit, int part, int i) {
     const int from = part + 4 * i;
-    if (unit >= D) return 0;
-    if (i < kUnits) return from < D ? to_arith(weights.weight2[unit * D + from]) : T(0);
-    return i == kUnits && part == 0 ? to_arith(weights.bias2[unit]) : T(0);
+    if (unit >= D || i > kUnits || (i < kUnits ? from >= D : part != 0)) return nullptr;
+    return i < kUnits ? weights.weight2 + unit * D + from : weights.bias2 + unit;
 }
 // Columns: units 2q, 2q + 1 of the four parts.
 MANN_INLINE void fill_forward(T *operands, const GenerateWeights<S> &weights) {
-    fill_operands(operands, kPairs * kPairs, [&](int i, int row, int part, int e) {
-        const int q = i / kPairs, p = i % kPairs;
-        return weight_of(weights, row / 2 + 4 * (2 * q + row % 2), part, 2 * p + e);
-    });
+    fill_operands<kPairs * kPairs>(
+        operands,
+        [&](int i, int row, int part, int e) {
+            const int q = i / kPairs, p = i % kPairs;
+            return weight_of(weights, row / 2 + 4 * (2 * q + row % 2), part, 2 * p + e);
+        },
+        unscaled);
 }
 // Columns: inputs 2p, 2p + 1 of the four parts.
 MANN_INLINE void fill_backward(T *operands, const GenerateWeights<S> &weights) {
-    fill_operands(operands, kPairs * kPairs, [&](int i, int row, int part, int e) {
-        const int p = i / kPairs, q = i % kPairs;
-        return weight_of(weights, part + 4 * (2 * q + e), row / 2, 2 * p + row % 2);
-    });
+    fill_operands<kPairs * kPairs>(
+        operands,
+        [&](int i, int row, int part, int e) {
+            const int p = i / kPairs, q = i % kPairs;
+            return weight_of(weights, part + 4 * (2 * q + e), row / 2, 2 * p + row % 2);
+        },
+        unscaled);
 }
 
 MANN_INLINE T relu(T x) { return maximum(x, T(0)); }

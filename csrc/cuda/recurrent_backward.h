@@ -17,9 +17,7 @@ struct RecurrentWeights {
 // Columns of weight_hh: a thread has one in every kColumnStride.
 constexpr int kColumnsOfThread = share_of(kRecurrent);
 constexpr int kColumnStride = (kRecurrent + kColumnsOfThread - 1) / kColumnsOfThread;
-struct RecurrentWeights {
-    alignas(16) T of[MANN_HELD ? 1 : kUnits][MANN_HELD ? 1 : kRecurrent][4];
-};
+using RecurrentWeights = WeightRows<kRecurrent>;
 #endif
 
 struct Columns {
@@ -79,7 +77,7 @@ struct Columns {
                         held[n][u][g] =
                             to_arith(weight(u, int(threadIdx.x) < kColumnStride ? column_of_thread(n) : kRecurrent, g));
         } else {
-            copy_rows<kRecurrent>(&weights.of[0][0][0], weight_hh, share, [](int k) { return k; });
+            weights.copy(weight_hh, share, [](int k) { return k; });
         }
     }
     // give(k, 0, x): products x of column k for all examples.

@@ -17,9 +17,7 @@ struct RecurrentWeights {
 };
 #else
 using Cell = SummedCell;
-struct RecurrentWeights {
-    alignas(16) T of[MANN_HELD ? 1 : kUnits][MANN_HELD ? 1 : kColumnsHere][4];
-};
+using RecurrentWeights = WeightRows<kColumnsHere>;
 #endif
 
 struct Gates {
@@ -94,7 +92,7 @@ struct Gates {
                         held[n][i][g] = to_arith(weight(u, exists ? at : kColumnsHere, g));
                     }
         } else {
-            copy_rows<kColumnsHere>(&weights.of[0][0][0], weight_hh, share, column);
+            weights.copy(weight_hh, share, column);
         }
     }
     // sums += the columns from `start` on times x [count, kExamples].

@@ -17,28 +17,35 @@ MANN_INLINE T beside(const Features &features, int part) {
 }
 MANN_INLINE Features features_of(T beside, int part) { return {part == 1 ? beside : T(0), part == 2 ? beside : T(0)}; }
 
-// The weight of an input (number i of `part`) in a gate of a unit. Units beyond D have none: their state stays zero.
-MANN_INLINE T weight_of(const SummarizeWeights<S> &weights, int gate, int unit, int part, int i) {
+// Where the weight of an input (number i of `part`) in a gate of a unit is. Units beyond D have none: their state stays
+// zero.
+MANN_INLINE const S *weight_of(const SummarizeWeights<S> &weights, int gate, int unit, int part, int i) {
     const int row = gate * D + unit, from = part + 4 * i;
-    if (unit >= D) return 0;
-    if (i < kUnits) return from < D ? to_arith(weights.weight_hh[row * D + from]) : T(0);
-    if (i > kUnits || part == 3) return 0;
-    return to_arith(part == 0 ? weights.bias[row] : weights.weight_ih[2 * row + part - 1]);
+    if (unit >= D || i > kUnits || (i < kUnits ? from >= D : part == 3)) return nullptr;
+    return i < kUnits  ? weights.weight_hh + row * D + from
+           : part == 0 ? weights.bias + row
+                       : weights.weight_ih + 2 * row + part - 1;
 }
 
 // Sigmoids are of 1 / (1 + 2^x): their weights are by -log2 e larger. Columns: gates 2s, 2s + 1 of four units.
 MANN_INLINE void fill_forward(T *operands, const SummarizeWeights<S> &weights) {
-    fill_operands(operands, 2 * kUnits * kPairs, [&](int i, int row, int part, int e) {
-        const int p = i % kPairs, s = i / kPairs % 2, j = i / kPairs / 2, gate = 2 * s + row % 2;
-        return weight_of(weights, gate, 4 * j + row / 2, part, 2 * p + e) * (gate == 2 ? T(1) : T(-1.4426950408889634));
-    });
+    const auto gate = [](int i, int row) { return i / kPairs % 2 * 2 + row % 2; };
+    fill_operands<2 * kUnits * kPairs>(
+        operands,
+        [&](int i, int row, int part, int e) {
+            return weight_of(weights, gate(i, row), 4 * (i / kPairs / 2) + row / 2, part, 2 * (i % kPairs) + e);
+        },
+        [&](int i, int row) { return gate(i, row) == 2 ? T(1) : T(-1.4426950408889634); });
 }
 // Columns: inputs 2p, 2p + 1 of the four parts.
 MANN_INLINE void fill_backward(T *operands, const SummarizeWeights<S> &weights) {
-    fill_operands(operands, 2 * kUnits * kPairs, [&](int i, int row, int part, int e) {
-        const int p = i % kPairs, s = i / kPairs % 2, j = i / kPairs / 2;
-        return weight_of(weights, 2 * s + e, 4 * j + part, row / 2, 2 * p + row % 2);
-    });
+    fill_operands<2 * kUnits * kPairs>(
+        operands,
+        [&](int i, int row, int part, int e) {
+            const int p = i % kPairs, s = i / kPairs % 2, j = i / kPairs / 2;
+            return weight_of(weights, 2 * s + e, 4 * j + part, row / 2, 2 * p + row % 2);
+        },
+        unscaled);
 }
 
 // Operand i of those, for gates 2s and 2s + 1. Where weights are not apart it is taken from the operands of

@@ -177,7 +177,7 @@ def early(library: ctypes.CDLL):
 
 
 def same_when_early(library: ctypes.CDLL, made) -> bool:
-    """Whether made(), tensors by their names, has the same bits in early()."""
+    """Call made() twice, the second time within early(), and tell whether all its tensors, by their names, have the same bits."""
     first = made()
     with early(library):
         again = made()

@@ -177,7 +177,7 @@ def memory_waits(code: list[Instruction], way: list[int]) -> int:
 
 
 def counts(code: list[Instruction], graph) -> dict[str, int]:
-    """What a warp goes through: instructions, those among them that a loop repeats, waits for global memory, and COUNTED."""
+    """Count what a warp goes through: instructions, those among them that a loop repeats, waits for global memory, and COUNTED."""
     way, repeated = longest(graph), set().union(*loops(graph))
     kinds = Counter(code[at].operation for at in way)
     found = {"instructions": len(way), "in loops": len(repeated & set(way)), "memory waits": memory_waits(code, way)}

@@ -104,7 +104,7 @@ def test_the_least_used_are_in_the_last_blocks():
 
 @pytest.mark.parametrize("op", OPS[:2])
 def test_more_parts_than_are_loaded_at_once(op, cuda):
-    """Of the softmax and of the reads, relative to a largest logit each."""
+    """Sums over parts that have a largest logit each, of the softmax and of the reads, are right beyond one load of parts."""
     call = inputs_of(op, 5, (1, 5600, 128, 1), beta=True).to(torch.float32)
     with cuda_on_cpu.recorded(cuda) as launches:
         run(getattr(mann_kernels, op), call)
